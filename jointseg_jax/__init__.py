@@ -1,0 +1,3 @@
+"""Images and pixel-level annotations, generated together, in JAX."""
+
+__version__ = "0.1.0"

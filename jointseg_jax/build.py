@@ -1,0 +1,55 @@
+"""``build(table, spec)``: from ``{"name": ..., **arguments}`` to an object.
+
+The constructor is the schema. A name that is not in the table, and an argument that the
+constructor does not know, are refused with what would have been accepted.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jointseg_jax.types import UserError
+
+
+def build(table: Mapping[str, Callable[..., Any]], spec: Mapping[str, Any], *, where: str, **extra: Any) -> Any:
+    """Returns ``table[spec["name"]](**rest_of_spec, **extra)``.
+
+    Args:
+      table: the names that may stand here and what each constructs.
+      spec: ``name`` and keyword arguments; a ``ConfigDict`` or a plain dict.
+      where: the config path of ``spec``, for messages (``"system.denoiser"``).
+      extra: arguments the caller supplies; a spec may not set them.
+
+    Raises:
+      UserError: unknown name, unknown or missing argument, or the constructor's own ``ValueError``.
+    """
+    arguments = dict(spec)
+    if "name" not in arguments:
+        raise UserError(f"config.{where}: needs a `name`, one of: {', '.join(sorted(table))}.")
+    name = arguments.pop("name")
+    if name not in table:
+        raise UserError(f"config.{where}.name: {name!r} is unknown{_closest(name, table)}; one of: {', '.join(sorted(table))}.")
+    constructor = table[name]
+    accepted = [
+        p.name
+        for p in inspect.signature(constructor).parameters.values()
+        if p.kind is not p.VAR_KEYWORD and p.name not in ("self", "parent") and p.name not in extra
+    ]
+    unknown = sorted(set(arguments) - set(accepted))
+    if unknown:
+        raise UserError(
+            f"config.{where}: {name} has no field {', '.join(map(repr, unknown))}{_closest(unknown[0], accepted)}; "
+            f"its fields: {', '.join(accepted)}."
+        )
+    try:
+        return constructor(**arguments, **extra)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"config.{where}: {name}: {error}") from error
+
+
+def _closest(word: str, words: Any) -> str:
+    close = difflib.get_close_matches(str(word), [str(w) for w in words], n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

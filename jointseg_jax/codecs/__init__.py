@@ -1,0 +1,1 @@
+"""Maps between pixels and latents, for images and for annotations."""

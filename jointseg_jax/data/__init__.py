@@ -1,0 +1,1 @@
+"""Records, sources, transforms and the input pipeline (NumPy and Grain only)."""

@@ -1,0 +1,1 @@
+"""Streaming metrics of annotations and of generated pairs."""

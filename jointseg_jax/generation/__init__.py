@@ -1,0 +1,1 @@
+"""From a trained workdir to files: the sampling loop and its writer."""

@@ -1,0 +1,1 @@
+"""Compositions of streams, codecs, processes and a denoiser: a loss and a generator."""

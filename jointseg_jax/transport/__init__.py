@@ -1,0 +1,1 @@
+"""Pure maths of diffusion and flow: schedules, processes, times, solvers, guidance."""

@@ -1,0 +1,44 @@
+"""Words and letters that mean one thing everywhere in the package.
+
+Axis letters (long form in annotations, ``Float[Array, "batch height width channels"]``):
+
+| letter | axis | letter | axis |
+|---|---|---|---|
+| b | batch | n | tokens |
+| h, w | height, width (pixels or latent cells) | d | width of the network |
+| c | channels | l | text length (words) |
+
+Conventions:
+
+* arrays are NHWC; ``t`` lies in [0, 1] with 0 = data and 1 = source (noise, or the other data end);
+* images are uint8 [0, 255] on the host and on the wire, float32 [-1, 1] inside a system;
+* label maps are integers, ``0 .. classes-1``, with ``VOID`` where nothing is annotated.
+  The file value 255 exists only at the file border (``data/`` readers and ``generation/`` writers).
+
+| source | its clean end | its noise end | our t |
+|---|---|---|---|
+| U-ViT, UniDiffuser, PDM | n = 0 | n = 1000 (uses abar_n) | n / 1000 |
+| diffusers, JoDiffusion | label 0 (uses abar_1) | label 999 (uses abar_1000) | (label + 1) / 1000 |
+| SemFlow | t = 0 image | t = 1 mask | t |
+"""
+
+from collections.abc import Mapping
+
+import jax
+
+VOID = -1
+"""Label of a pixel without annotation, inside the package (int16 / int32)."""
+
+FILE_VOID = 255
+"""Value that stands for ``VOID`` in 8-bit label files."""
+
+Array = jax.Array
+Streams = Mapping[str, jax.Array]
+"""Arrays keyed by stream name, for example ``{"image": ..., "mask": ...}``."""
+
+Params = Mapping[str, object]
+"""A (possibly empty) nested mapping of parameter arrays."""
+
+
+class UserError(Exception):
+    """A mistake the user can mend: the launchers print its text and exit with status 2."""

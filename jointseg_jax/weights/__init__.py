@@ -1,0 +1,1 @@
+"""Conversion of reference weights into our parameter trees."""

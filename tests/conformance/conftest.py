@@ -1,0 +1,92 @@
+"""Every conformance test runs over the fixture folders whose names match its pattern.
+
+A test marks itself with ``@pytest.mark.cases("uvit_*")`` and takes ``case``.
+"""
+
+import dataclasses
+import fnmatch
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One fixture folder: its inputs, expected outputs, weights and meta data."""
+
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def meta(self) -> dict:
+        return json.loads((self.folder / "meta.json").read_text())
+
+    @property
+    def config(self) -> dict:
+        return self.meta["config"]
+
+    def arrays(self, prefix: str) -> dict[str, np.ndarray]:
+        with np.load(self.folder / "io.npz", allow_pickle=False) as archive:
+            return {k.removeprefix(prefix): archive[k] for k in archive.files if k.startswith(prefix)}
+
+    @property
+    def inputs(self) -> dict[str, np.ndarray]:
+        return self.arrays("in_")
+
+    @property
+    def outputs(self) -> dict[str, np.ndarray]:
+        return self.arrays("out_")
+
+    @property
+    def weights(self) -> dict[str, np.ndarray]:
+        from safetensors.numpy import load_file
+
+        return load_file(self.folder / "weights.safetensors")
+
+    def check(self, name: str, got, *, want=None) -> None:
+        """Asserts ``|got - want| <= atol + rtol |want|`` at the fixture's own tolerance."""
+        want = self.outputs[name] if want is None else want
+        tolerance = self.meta["tolerance"]
+        np.testing.assert_allclose(
+            np.asarray(got),
+            want,
+            rtol=tolerance["rtol"],
+            atol=tolerance["atol"],
+            err_msg=f"{self.name}: {name}",
+        )
+
+
+def fixtures_folder(config) -> Path:
+    given = config.getoption("--fixtures")
+    if given:
+        return Path(given)
+    beside = Path(config.rootpath) / ".." / "shared" / "fixtures"
+    return beside if beside.is_dir() else Path(os.environ.get("JOINTSEG_FIXTURES", beside))
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "cases(pattern, ...): the fixture folders this test runs over")
+
+
+def pytest_generate_tests(metafunc):
+    marker = metafunc.definition.get_closest_marker("cases")
+    if marker is None:
+        return
+    folder = fixtures_folder(metafunc.config)
+    if not folder.is_dir():
+        reason = f"no fixtures folder at {folder.name!r}: give --fixtures DIR or JOINTSEG_FIXTURES"
+        skip = pytest.param(None, id="no-fixtures", marks=pytest.mark.skip(reason=reason))
+        metafunc.parametrize("case", [skip])
+        return
+    found = sorted(
+        d for d in folder.iterdir() if any(fnmatch.fnmatch(d.name, p) for p in marker.args)
+    )
+    if not found:
+        raise pytest.UsageError(f"no fixture in {folder} matches {marker.args}")
+    metafunc.parametrize("case", [pytest.param(Case(d), id=d.name) for d in found])

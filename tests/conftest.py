@@ -1,0 +1,26 @@
+"""JAX made strict for every test: 8 host devices, no rank promotion, no key reuse, shapes checked."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = (
+        os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    ).strip()
+
+from jaxtyping import install_import_hook
+
+install_import_hook("jointseg_jax", "beartype.beartype")
+
+import jax
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_debug_key_reuse", True)
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--fixtures",
+        default=None,
+        help="folder of conformance fixtures (default ../shared/fixtures, else $JOINTSEG_FIXTURES)",
+    )
