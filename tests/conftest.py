@@ -19,6 +19,10 @@ jax.config.update("jax_debug_key_reuse", True)
 
 
 def pytest_addoption(parser):
+    # pytest itself has `--fixtures` (list its fixtures); here the word means reference data, and
+    # pytest's listing stays available under its other name, `--funcargs`.
+    builtin = parser.optparser._option_string_actions.pop("--fixtures")
+    builtin.option_strings.remove("--fixtures")
     parser.addoption(
         "--fixtures",
         default=None,

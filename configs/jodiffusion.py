@@ -1,0 +1,159 @@
+"""JoDiffusion (sections 3.1 - 3.3): image, label and text denoised together by a post-norm U-ViT.
+
+  python launch/train.py --config configs/jodiffusion_codec.py --workdir runs/codec
+  python launch/train.py --config configs/jodiffusion.py --workdir runs/jodiffusion
+  python launch/sample.py --workdir runs/jodiffusion --out pairs --num 64 --absorb 20
+
+The label latents come from the codec trained first (``streams.mask.codec.workdir``). All streams
+predict noise; image, CLIP and label share one time, text has its own; a stream counts in the loss in
+proportion to its size; guidance replaces the text by noise at the last time.
+
+| data | streams | denoiser |
+|---|---|---|
+| scenes, folders | pixels, label latents, words | small, minutes to hours on CPU or one chip |
+| voc, coco_panoptic, ade20k | cached SD latents, CLIP-B/32 image token, label latents, CLIP-L text | 954 M, 2129 tokens, as published |
+
+The last three read the record fields image_latents, clip and text (features) that were computed
+beforehand (``--config.data.train.features``).
+"""
+
+from ml_collections import ConfigDict
+
+from jointseg_jax import presets
+
+NOISE = {"predicts": "noise", "schedule": presets.SD_SCHEDULE | {"time_offset": 0}}
+STEPS = {"voc": 33_100, "coco_panoptic": 36_980, "ade20k": 63_200}
+BATCH = {"voc": 32, "coco_panoptic": 64, "ade20k": 32}
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """``data=``scenes, folders, voc, coco_panoptic or ade20k; ``smoke``: scenes, in seconds."""
+    a = presets.parse_arg(arg, data="scenes", smoke=False)
+    config = presets.choose(a["data"], "data", {"scenes": scenes, "folders": folders, **PAPERS})()
+    if a["smoke"]:
+        config = scenes()
+        config |= {"steps": 4, "batch": 8, "ema": 0.9}
+        config |= {"log": {"every": 2}, "checkpoint": {"every": 2, "keep": 2}}
+        config["system"]["denoiser"] |= {"width": 32, "depth": 2, "heads": 2}
+        config["system"]["solver"]["steps"] = 3
+        config["finish"]["num"] = 16
+    return ConfigDict(config).lock()
+
+
+def scenes() -> dict:
+    """Embedded scenes at 32 px."""
+    config = small(presets.scenes(32), (32, 32), patch=4, steps=3000)
+    return config | {"evaluate": {"judge": "oracle"}, "finish": {"num": 256}}
+
+
+def folders() -> dict:
+    """A folder data set at 64 x 64 pixels."""
+    data = presets.dataset("folders", (64, 64), workers=0, threads=2)
+    return small(data, (64, 64), patch=8, steps=20_000)
+
+
+def small(data: dict, size: tuple[int, int], *, patch: int, steps: int) -> dict:
+    """Pixels instead of SD latents, fixed word features instead of CLIP's."""
+    return presets.run(
+        steps=steps,
+        batch=32,
+        ema=0.999,
+        data=data,
+        system=joint(
+            size,
+            image={
+                "field": "image",
+                "codec": {"name": "pixels"},
+                "process": NOISE | {"clip": 1.0},
+                "tokens": {"patch": patch},
+            },
+            label_patch=1,
+            denoiser={"name": "uvit", "width": 256, "depth": 6, "heads": 4, "norm": "post"},
+            text={"name": "words", "width": 64, "length": 20, "trainable": False},
+        ),
+        optimizer={
+            "name": "adamw",
+            "weight_decay": 0.01,
+            "clip": 1.0,
+            "schedule": {"name": "cosine", "lr": 5e-4, "warmup": 500},
+        },
+    )
+
+
+def joint(
+    size: tuple[int, int], *, image: dict, label_patch: int, denoiser: dict, text: dict, **streams: dict
+) -> dict:
+    """The system that both sizes share; streams in the published token order."""
+    return {
+        "name": "joint",
+        "size": size,
+        "streams": {
+            "text": {
+                "field": "text",
+                "codec": {"name": "latents"},
+                "process": NOISE,
+                "tokens": {"inner": 64},
+            },
+            **streams,
+            "image": image | {"guidance": 8.0},
+            "mask": {
+                "field": "labels",
+                "codec": {"name": "trained", "workdir": "runs/codec", "scale": "fit"},
+                "process": NOISE,
+                "tokens": {"patch": label_patch},
+                "guidance": 8.0,
+            },
+        },
+        "weights": "elements",
+        "denoiser": denoiser | {"time_tokens": ("image", "text")},
+        "text": text,
+        "times": {
+            "name": "grouped",
+            "groups": (("image", "mask", *streams), ("text",)),
+            "distribution": {"name": "uniform", "steps": 1000},
+        },
+        "solver": {"name": "multistep_dpm", "steps": 50, "order": 3},
+    }
+
+
+def paper(name: str) -> dict:
+    """The published network and training, from cached features."""
+    config = presets.run(
+        steps=STEPS[name],
+        batch=BATCH[name],
+        ema=0.0,  # the paper keeps no average
+        data=presets.dataset(name, (512, 512)),
+        system=joint(
+            (512, 512),
+            image={
+                "field": "image_latents",
+                "codec": {"name": "latents", "channels": 4, "factor": 8},
+                "process": NOISE,
+                "tokens": {"patch": 2},
+            },
+            label_patch=2,
+            denoiser=presets.UNIDIFFUSER | {"dtype": "bfloat16", "data_types": 2},
+            text={"name": "features", "width": 768, "length": 77},
+            clip={
+                "field": "clip",
+                "codec": {"name": "vector", "width": 512},
+                "process": NOISE,
+                "tokens": {"kind": "tokens"},
+                "guidance": 8.0,
+            },
+        ),
+        optimizer={
+            "name": "adamw",
+            "weight_decay": 0.01,
+            "clip": 1.0,
+            "schedule": {"name": "constant", "lr": 5e-5},
+        },
+        sharding="zero1",
+    )
+    config["system"]["unconditional_time"] = 1.001  # label 1000, as published
+    config["system"]["streams"]["mask"]["codec"]["scale"] = 0.2
+    config["data"]["transforms"] = {}  # crops and flips were applied when the features were cached
+    return config
+
+
+PAPERS = {name: lambda name=name: paper(name) for name in STEPS}

@@ -1,0 +1,39 @@
+"""Batches in parts, so that the widest intermediate of a decoder is never alive for all images.
+
+The rows of part i are i, i + parts, i + 2 parts, ...: interleaved, because a batch sharded over
+devices in contiguous blocks then has rows of every device in every part, and the sequential loop
+over parts moves nothing between devices. (Contiguous parts would make all devices work on the
+rows of one.) The number of parts follows from the rows *per device*, so one device and eight
+devices with the same share of the batch compute the same programs.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+LIVE_VALUES = 2**28
+"""Values of the widest intermediate that may be alive at once on one device (1 GiB of float32)."""
+
+
+def map_rows(function: Callable[[jax.Array], Any], rows: jax.Array, *, values_per_row: int) -> Any:
+    """``function(rows)`` for a row-wise function, in as few parts as ``LIVE_VALUES`` allows.
+
+    Args:
+      function: maps ``[n, ...]`` to a tree of ``[n, ...]``, each row on its own.
+      rows: ``[batch, ...]``.
+      values_per_row: size of the widest intermediate that one row causes.
+    """
+    parts = part_count(rows.shape[0], values_per_row, jax.device_count())
+    if parts == 1:
+        return function(rows)
+    split = rows.reshape(rows.shape[0] // parts, parts, *rows.shape[1:]).swapaxes(0, 1)
+    done = jax.lax.map(function, split)
+    return jax.tree.map(lambda y: y.swapaxes(0, 1).reshape(rows.shape[0], *y.shape[2:]), done)
+
+
+def part_count(batch: int, values_per_row: int, devices: int) -> int:
+    """The smallest divisor of the per-device batch whose parts fit into ``LIVE_VALUES``."""
+    share = batch // devices if batch % devices == 0 else batch
+    most = max(1, LIVE_VALUES // values_per_row)
+    return next(n for n in range(1, share + 1) if share % n == 0 and share // n <= most)

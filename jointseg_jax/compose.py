@@ -1,0 +1,186 @@
+"""From a config to objects. The only place that reads a whole config.
+
+A run's *facts* (class names, vocabulary, a few captions) come from its data at training time and
+are kept in the workdir, so that sampling and evaluation need the workdir alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jointseg_jax.build import build
+from jointseg_jax.codecs.table import CODECS
+from jointseg_jax.data import text as data_text
+from jointseg_jax.data.classes import Classes
+from jointseg_jax.data.records import Source
+from jointseg_jax.data.table import SOURCES, TRANSFORMS
+from jointseg_jax.models.uvit import uvit
+from jointseg_jax.systems.autoencode import Autoencode
+from jointseg_jax.systems.joint import TEXT_STREAM, Joint
+from jointseg_jax.systems.stream import Stream
+from jointseg_jax.systems.text import TEXTS
+from jointseg_jax.transport.process import Process
+from jointseg_jax.transport.schedules import SCHEDULES
+from jointseg_jax.transport.table import DISTRIBUTIONS, SOLVERS, TIMES
+from jointseg_jax.types import UserError
+
+DENOISERS = {"uvit": uvit}
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What a model must know of the data it was trained on."""
+
+    classes: Classes
+    vocabulary: tuple[str, ...]
+    captions: tuple[str, ...]
+
+    def save(self, path: Path) -> None:
+        """Writes the facts as JSON."""
+        path.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+
+    @staticmethod
+    def load(path: Path) -> Facts:
+        """Reads what ``save`` wrote."""
+        values = json.loads(path.read_text())
+        c = values["classes"]
+        classes = Classes(
+            names=tuple(c["names"]),
+            isthing=tuple(c["isthing"]),
+            palette=tuple(map(tuple, c["palette"])),
+            swaps=tuple(map(tuple, c["swaps"])),
+            void=c["void"],
+        )
+        return Facts(classes, tuple(values["vocabulary"]), tuple(values["captions"]))
+
+
+def facts(source: Source, *, captions: int = 512) -> Facts:
+    """The facts of a data source; its first captions serve as prompts when none are given."""
+    found = []
+    for i in range(min(captions, len(source))):
+        found += list(source[i]["captions"])[:1]
+    return Facts(source.classes, tuple(source.words()), tuple(found))
+
+
+def source(config: Mapping[str, Any], split: str) -> Source:
+    """The data source of ``config.data.train`` or ``config.data.val``."""
+    return build(SOURCES, config["data"][split], where=f"data.{split}")
+
+
+def transforms(config: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The paired transforms in the config's order."""
+    specs = config["data"].get("transforms", {})
+    return tuple(
+        build(TRANSFORMS, spec, where=f"data.transforms.{name}") for name, spec in specs.items()
+    )
+
+
+def tokenizer(config: Mapping[str, Any], vocabulary: tuple[str, ...]) -> data_text.Words | None:
+    """The host side of the text encoder; None where text is no words."""
+    spec = config["system"].get("text")
+    if not spec or spec["name"] != "words":
+        return None
+    return data_text.Words(vocabulary=vocabulary, length=spec["length"])
+
+
+def system(config: Mapping[str, Any], known: Facts, codecs: Mapping[str, Any] | None = None) -> Any:
+    """The system of a config.
+
+    Args:
+      known: classes and vocabulary of the data.
+      codecs: specs of trained codecs by stream, in place of their ``trained`` entries.
+    """
+    makers = {"joint": joint, "autoencode": autoencode}
+    spec = dict(config["system"])
+    name = spec.pop("name", None)
+    if name not in makers:
+        raise UserError(f"config.system.name: {name!r} is unknown; one of: {', '.join(makers)}.")
+    return makers[name](spec, known, codecs or {})
+
+
+def codec(spec: Mapping[str, Any], known: Facts, where: str) -> Any:
+    """One codec; annotation codecs are told the number of classes."""
+    if spec.get("name") in ("bits", "label_ae") and "classes" not in spec:
+        return build(CODECS, spec, where=where, classes=len(known.classes))
+    return build(CODECS, spec, where=where)
+
+
+def autoencode(spec: dict[str, Any], known: Facts, codecs: Mapping[str, Any]) -> Autoencode:
+    """The system that trains one codec."""
+    del codecs
+    spec["codec"] = codec(spec["codec"], known, "system.codec")
+    return build({"autoencode": Autoencode}, {"name": "autoencode", **spec}, where="system")
+
+
+def joint(spec: dict[str, Any], known: Facts, codecs: Mapping[str, Any]) -> Joint:
+    """The joint system: streams, text, times, solver, and a denoiser that fits the streams."""
+    size = tuple(spec["size"])
+    entries = {k: dict(v) for k, v in spec["streams"].items()}
+    text = _text(spec.get("text"), known)
+    tokens, streams = {}, {}
+    for name, entry in entries.items():
+        where = f"system.streams.{name}"
+        look = dict(entry.pop("tokens"))
+        entry["codec"] = codec(codecs.get(name, entry["codec"]), known, where + ".codec")
+        entry["process"] = _process(entry["process"], where)
+        streams[name] = build({"stream": Stream}, {"name": "stream", **entry}, where=where)
+        if name == TEXT_STREAM:
+            tokens[name] = look | {"kind": "tokens", "count": text.length, "width": text.width}
+            continue
+        shape = streams[name].codec.latent_shape(size)
+        if look.get("kind", "patches") == "tokens":
+            tokens[name] = look | {"count": shape[0], "width": shape[1]}
+        else:
+            tokens[name] = {"kind": "patches"} | look | {"grid": shape[:2], "channels": shape[2]}
+    denoiser = dict(spec["denoiser"])
+    if text is not None and TEXT_STREAM not in streams:
+        denoiser["context"] = {"kind": "tokens", "count": text.length, "width": text.width}
+    spec |= {
+        "size": size,
+        "streams": streams,
+        "text": text,
+        "denoiser": build(DENOISERS, denoiser, where="system.denoiser", streams=tokens),
+        "times": _times(spec["times"]),
+        "solver": build(SOLVERS, spec["solver"], where="system.solver"),
+    }
+    return build({"joint": Joint}, {"name": "joint", **spec}, where="system")
+
+
+def _process(spec: Mapping[str, Any], where: str) -> Process:
+    spec = dict(spec)
+    spec["schedule"] = build(SCHEDULES, spec["schedule"], where=where + ".process.schedule")
+    return build({"process": Process}, {"name": "process", **spec}, where=where + ".process")
+
+
+def _times(spec: Mapping[str, Any]) -> Any:
+    spec = dict(spec)
+    if "distribution" in spec:
+        spec["distribution"] = build(
+            DISTRIBUTIONS, spec["distribution"], where="system.times.distribution"
+        )
+    return build(TIMES, spec, where="system.times")
+
+
+def _text(spec: Mapping[str, Any] | None, known: Facts) -> Any:
+    if not spec:
+        return None
+    if spec.get("name") == "words":
+        size = len(known.vocabulary) + data_text.UNKNOWN + 1
+        return build(TEXTS, spec, where="system.text", vocabulary_size=size)
+    return build(TEXTS, spec, where="system.text")
+
+
+def plain(config: Any) -> Any:
+    """A config as JSON values: what is stored beside a checkpoint and compared on resume."""
+    if isinstance(config, Mapping) or hasattr(config, "items"):
+        return {k: plain(v) for k, v in config.items()}
+    if isinstance(config, (list, tuple)):
+        return [plain(v) for v in config]
+    if isinstance(config, float) and math.isfinite(config) and config == int(config):
+        return float(config)
+    return config

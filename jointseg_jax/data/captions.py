@@ -1,0 +1,126 @@
+"""Captions: read from the files data sets keep them in, cleaned, or made from the labels.
+
+| file | contents |
+|---|---|
+| ``*.jsonl`` | one ``{"id": ..., "caption": ...}`` a line; an id may come several times |
+| ``*.json`` | ``{id: caption}`` or ``{id: [caption, ...]}`` |
+| COCO ``captions_*.json`` | ``annotations``: ``{"image_id": ..., "caption": ...}`` |
+
+Cleaning keeps every script, emoji and writing direction. It removes control characters (NUL among
+them), joins white space, and refuses captions that are empty or absurdly long.
+
+A record without any caption gets ``a picture of`` its class names, in descending area.
+"""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int16
+
+from jointseg_jax.data import files
+from jointseg_jax.data.classes import Classes
+from jointseg_jax.data.records import BadSample
+from jointseg_jax.data.text import split
+
+LONGEST = 4096
+PREFIX = "a picture of"
+
+Captions = dict[str, tuple[str, ...]]
+
+
+def clean(text: object, where: str) -> str:
+    """Returns the caption without control characters and with single blanks."""
+    if not isinstance(text, str):
+        raise BadSample(where, f"a caption of type {type(text).__name__}", "text", "Mend the file.")
+    kept = "".join(" " if unicodedata.category(c) == "Cc" else c for c in text)
+    words = " ".join(unicodedata.normalize("NFC", kept).split())
+    if not words:
+        raise BadSample(where, "an empty caption", "words", "Write a caption, or drop the entry.")
+    if len(words) > LONGEST:
+        found = f"a caption of {len(words)} characters, starting {words[:40]!r}"
+        raise BadSample(where, found, f"at most {LONGEST}", "Check that it is a caption at all.")
+    return words
+
+
+def read_lines(path: Path) -> tuple[Captions, list[BadSample]]:
+    """Reads a ``.jsonl`` file; lines that are no good are returned as complaints."""
+    lines = enumerate(files.read(path).split(b"\n"), 1)
+    return gather(_line(path, number, line) for number, line in lines if line.strip())
+
+
+def read_mapping(path: Path) -> tuple[Captions, list[BadSample]]:
+    """Reads a ``.json`` file of captions by id."""
+    content = files.read_json(path)
+    if not isinstance(content, dict):
+        raise BadSample(str(path), f"a {type(content).__name__}", "{id: caption}", "Mend the file.")
+    pairs = ((k, t) for k, v in content.items() for t in (v if isinstance(v, list) else [v]))
+    return gather((key, text, f"{path}: {key}") for key, text in pairs)
+
+
+def read_coco(path: Path) -> tuple[Captions, list[BadSample]]:
+    """Reads a COCO caption file; keys are image ids as text."""
+    content = files.read_json(path)
+    try:
+        pairs = [(str(a["image_id"]), a["caption"]) for a in content["annotations"]]
+    except (TypeError, KeyError) as error:
+        raise BadSample(
+            str(path), f"no {error} in it", "a COCO caption file", "Replace the file."
+        ) from None
+    return gather((key, text, f"{path}: image {key}") for key, text in pairs)
+
+
+def gather(entries: Iterable[object]) -> tuple[Captions, list[BadSample]]:
+    """Collects (id, caption, where) by id, and complaints apart."""
+    found: dict[str, list[str]] = {}
+    problems = []
+    for entry in entries:
+        try:
+            if isinstance(entry, BadSample):
+                raise entry
+            key, text, where = entry
+            found.setdefault(key, []).append(clean(text, where))
+        except BadSample as error:
+            problems.append(error)
+    return {key: tuple(texts) for key, texts in found.items()}, problems
+
+
+def _line(path: Path, number: int, data: bytes) -> tuple[str, object, str] | BadSample:
+    """Returns the id, the caption and the place of a line, or what is wrong with it."""
+    where = f"{path}:{number}"
+    try:
+        content = json.loads(data.decode("utf-8"))
+        return str(content["id"]), content["caption"], where
+    except UnicodeDecodeError as error:
+        found = f"byte 0x{data[error.start]:02x} is not UTF-8"
+    except json.JSONDecodeError as error:
+        found = f"not JSON ({error.msg})"
+    except (KeyError, TypeError):
+        found = "no 'id' or no 'caption' in it"
+    return BadSample(where, found, 'lines are {"id": ..., "caption": ...} in UTF-8', "Mend it.")
+
+
+def describe(labels: Int16[np.ndarray, "height width"], classes: Classes) -> str:
+    """Returns the caption made from labels: class names in descending area."""
+    areas = np.bincount(labels[labels >= 0].ravel(), minlength=len(classes))
+    present = [c for c in np.argsort(-areas, kind="stable") if areas[c]]
+    return f"{PREFIX} {', '.join(classes.names[c] for c in present) or 'nothing'}"
+
+
+def words_of(captions: Iterable[str]) -> set[str]:
+    """Returns the different words of some captions."""
+    return {word for caption in captions for word in split(caption)}
+
+
+def described_words(classes: Classes) -> set[str]:
+    """Returns every word that ``describe`` can write."""
+    return words_of((PREFIX, "nothing", *classes.names))
+
+
+def all_words(captions: Mapping[str, tuple[str, ...]]) -> set[str]:
+    """Returns the different words of captions by id."""
+    return words_of(caption for texts in captions.values() for caption in texts)

@@ -1,0 +1,123 @@
+"""Files of a data set folder: found inside their root, opened only when regular.
+
+Names in lists and manifests come from strangers. A name that is absolute, climbs with ``..`` or
+follows a link out of the root is refused before it is opened, and so is anything that is not a
+regular file (a FIFO would block the run, a device could do worse).
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import stat
+from pathlib import Path, PurePosixPath
+
+from jointseg_jax.data.records import BadSample
+
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+"""File name endings of images, in lower case."""
+
+
+def inside(root: Path, name: str) -> Path:
+    """Returns the path of ``name`` under ``root``.
+
+    Raises:
+      BadSample: the name is absolute, climbs out, or is a link to somewhere else.
+    """
+    pure = PurePosixPath(name)
+    if pure.is_absolute() or ".." in pure.parts or "\0" in name or not pure.parts:
+        raise BadSample(
+            f"{root}: {name!r}",
+            "the name leaves the data set folder",
+            "names are relative, without '..'",
+            "Mend the list or manifest that holds it.",
+        )
+    path = root / pure
+    if not path.resolve().is_relative_to(_real(root)):
+        raise BadSample(
+            str(path),
+            f"a link to {path.resolve()}",
+            f"files lie inside {root}",
+            "Copy the file into the folder, or make the root the folder that holds both.",
+        )
+    return path
+
+
+@functools.cache
+def _real(root: Path) -> Path:
+    return root.resolve()
+
+
+def read(path: Path) -> bytes:
+    """Returns the bytes of a regular file."""
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise BadSample(
+                str(path), "not a regular file", "a file that can be read", "Remove or replace it."
+            )
+        # Non-blocking, in case a FIFO has taken the place of the file since.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        with os.fdopen(descriptor, "rb") as file:
+            return file.read()
+    except FileNotFoundError:
+        raise missing(path) from None
+    except OSError as error:
+        raise BadSample(
+            str(path), f"cannot be read ({error.strerror})", "a readable file", "Check the disk."
+        ) from error
+
+
+def missing(path: Path, what: str = "file") -> BadSample:
+    """Returns the complaint that ``path`` is not there."""
+    return BadSample(
+        str(path),
+        f"the {what} is missing",
+        "every id needs its image and its labels",
+        "Restore the file, or take its id out of the split.",
+    )
+
+
+def read_text(path: Path) -> str:
+    """Returns the text of a UTF-8 file."""
+    data = read(path)
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise BadSample(
+            f"{path}:{line}",
+            f"byte 0x{data[error.start]:02x} is not UTF-8",
+            "text files are UTF-8",
+            "Save the file as UTF-8.",
+        ) from None
+
+
+def read_json(path: Path) -> object:
+    """Returns the contents of a JSON file."""
+    try:
+        return json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise BadSample(
+            f"{path}:{error.lineno}", f"not JSON ({error.msg})", "a JSON file", "Mend the line."
+        ) from None
+
+
+def write(path: Path, data: bytes) -> None:
+    """Writes a file whole or not at all: temporary file, fsync, rename."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the names in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

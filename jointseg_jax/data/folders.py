@@ -1,0 +1,212 @@
+"""Data sets in folders of image files, in the layouts that people have (``layouts.py``)."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int16, Int32
+
+from jointseg_jax.data import captions, files
+from jointseg_jax.data.class_file import read_classes
+from jointseg_jax.data.class_lists import CLASS_LISTS
+from jointseg_jax.data.classes import Classes, Colour
+from jointseg_jax.data.images import Decoding, decode_image, decode_segment_ids
+from jointseg_jax.data.labels import LabelRule
+from jointseg_jax.data.layouts import LAYOUTS, Entry, Listing
+from jointseg_jax.data.records import BadSample, Record, check_record
+from jointseg_jax.types import VOID, UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Folders:
+    """A split of a data set in folders, as a source of records.
+
+    Args:
+      classes: ``None`` for what the layout says (its classes.json, or its known list), a name of
+        ``CLASS_LISTS``, or the path of a classes.json.
+      void: file values without annotation, instead of the layout's.
+      label_map: pairs (file value, class), instead of the layout's rule; class -1 is void.
+      colour_map: pairs (RGB colour, file value), for labels painted in colours.
+      strict: refuses to start while any id has a problem; otherwise such ids are bad samples.
+    """
+
+    root: str
+    split: str
+    layout: str = "folders"
+    classes: Classes | str | None = None
+    void: tuple[int, ...] | None = None
+    label_map: tuple[tuple[int, int], ...] = ()
+    colour_map: tuple[tuple[Colour, int], ...] = ()
+    decoding: Decoding = Decoding()
+    strict: bool = True
+    rule: LabelRule | None = field(init=False, repr=False)
+    entries: tuple[Entry, ...] = field(init=False, repr=False, compare=False)
+    problems: tuple[BadSample, ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.layout not in LAYOUTS:
+            raise ValueError(f"layout={self.layout!r} given; one of: {', '.join(LAYOUTS)}.")
+        listing = list_split(Path(self.root), self.split, self.layout)
+        self._set("classes", self._classes(listing))
+        self._set("rule", self._rule(listing))
+        self._set("entries", listing.entries)
+        self._set("problems", listing.problems)
+        if self.strict:
+            refuse([*self.problems, *(e.problem for e in self.entries if e.problem)], self.name)
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+    def _classes(self, listing: Listing) -> Classes:
+        if isinstance(self.classes, Classes):
+            return self.classes
+        if self.classes in CLASS_LISTS:
+            return CLASS_LISTS[self.classes]
+        if self.classes is not None:
+            return read_classes(Path(self.classes))[0]
+        if listing.classes is None:
+            raise UserError(
+                f"ERROR [data] {Path(self.root) / 'classes.json'}: missing, so the labels have no "
+                "names; write it, or set config.data.classes to its path or to one of: "
+                f"{', '.join(CLASS_LISTS)}."
+            )
+        return listing.classes
+
+    def _rule(self, listing: Listing) -> LabelRule | None:
+        given = {"void": self.void, "colours": self.colour_map or None}
+        given = {key: value for key, value in given.items() if value is not None}
+        if self.label_map:
+            given |= {"table": self.label_map, "shift": 0}
+        if listing.rule is None and given:
+            raise ValueError(
+                f"layout={self.layout!r} takes its labels from segments; void, label_map and "
+                "colour_map do not apply. Leave them out."
+            )
+        return listing.rule and dataclasses.replace(listing.rule, **given)
+
+    @property
+    def name(self) -> str:
+        """Names the source by its folder and split."""
+        return f"{Path(self.root).name}/{self.split}"
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, index: int) -> Record:
+        """Reads, decodes and checks one record."""
+        entry = self.entries[index]
+        if entry.problem is not None:
+            raise entry.problem
+        image = decode_image(self.original(index), str(self.path(entry.image)), self.decoding)
+        labels, segments = self._labels(entry)
+        record = Record(id=entry.id, image=image, labels=labels, captions=entry.captions)
+        if not entry.captions:
+            record["captions"] = (captions.describe(labels, self.classes),)
+        if segments is not None:
+            record["segments"] = segments
+        check_record(record, self.classes, str(self.path(entry.labels)))
+        return record
+
+    def original(self, index: int) -> bytes:
+        """Returns the image file of a record as it is on disk."""
+        return files.read(self.path(self.entries[index].image))
+
+    def path(self, name: str) -> Path:
+        """Returns the path of a file of the listing."""
+        return files.inside(Path(self.root), name)
+
+    def _labels(self, entry: Entry) -> tuple[np.ndarray, np.ndarray | None]:
+        path = self.path(entry.labels)
+        data, limit = files.read(path), self.decoding.pixel_limit
+        if self.rule is not None:
+            return self.rule.read(data, str(path), self.classes, pixel_limit=limit), None
+        ids = decode_segment_ids(data, str(path), pixel_limit=limit)
+        return labels_of_segments(ids, entry.segments, str(path))
+
+    def words(self) -> tuple[str, ...]:
+        """Lists every word its captions can contain, sorted."""
+        found = captions.words_of(text for entry in self.entries for text in entry.captions)
+        if any(not entry.captions for entry in self.entries):
+            found |= captions.described_words(self.classes)
+        return tuple(sorted(found))
+
+    def fingerprint(self) -> dict[str, object]:
+        """Returns the plain values that must match when a run resumes."""
+        rows = [(e.id, e.image, e.labels, e.captions, e.problem is None) for e in self.entries]
+        rules = repr((self.rule, self.decoding))
+        return {
+            "name": "folders",
+            "layout": self.layout,
+            "split": self.split,
+            "count": len(self),
+            "classes": list(self.classes.names),
+            "rules": hashlib.sha256(rules.encode()).hexdigest()[:16],
+            "listing": hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16],
+        }
+
+
+def list_split(root: Path, split: str, layout: str) -> Listing:
+    """Lists a split; refuses a root that is not there and a split without ids."""
+    if not root.is_dir():
+        raise UserError(f"ERROR [data] {root}: no such folder. Check config.data.root.")
+    try:
+        listing = LAYOUTS[layout](root, split)
+    except BadSample as problem:
+        raise UserError(str(problem)) from None
+    if not listing.entries:
+        raise UserError(
+            f"ERROR [data] {root}: split {split!r} is empty; at least one image with its labels "
+            f"is needed in the layout {layout!r}. Check config.data.split and config.data.layout."
+        )
+    return listing
+
+
+def refuse(problems: list[BadSample], name: str) -> None:
+    """Raises all problems of a listing in one block of text."""
+    if problems:
+        listed = "\n".join(map(str, problems[:50]))
+        more = f"\n... and {len(problems) - 50} more" if len(problems) > 50 else ""
+        raise UserError(
+            f"{listed}{more}\nERROR [data] {name}: {len(problems)} problems in its listing. Mend "
+            "them, or set config.data.strict=False to train on the rest."
+        )
+
+
+def labels_of_segments(
+    ids: Int32[np.ndarray, "height width"], segments: Int32[np.ndarray, "segments 4"], path: str
+) -> tuple[Int16[np.ndarray, "height width"], Int32[np.ndarray, "height width"]]:
+    """Returns class and segment id per pixel; refuses a PNG and a JSON that disagree."""
+    found, inverse, areas = np.unique(ids, return_inverse=True, return_counts=True)
+    rows = {int(row[0]): row for row in segments}
+    problems = [*_unlisted(found, areas, rows), *_disagreeing(found, areas, rows)]
+    if problems:
+        raise BadSample(
+            path,
+            "; ".join(problems[:5]) + (f" and {len(problems) - 5} more" if problems[5:] else ""),
+            "the PNG and the segments_info of the JSON agree",
+            "Take both from the same release.",
+        )
+    kinds = np.array([VOID if i == 0 else rows[int(i)][1] for i in found], np.int16)
+    kept = np.array([i if i and not rows[int(i)][2] else 0 for i in found], np.int32)
+    return kinds[inverse].reshape(ids.shape), kept[inverse].reshape(ids.shape)
+
+
+def _unlisted(found: np.ndarray, areas: np.ndarray, rows: dict[int, np.ndarray]) -> list[str]:
+    pairs = zip(found.tolist(), areas.tolist())
+    return [f"segment {i} ({n} px) is not in the JSON" for i, n in pairs if i and i not in rows]
+
+
+def _disagreeing(found: np.ndarray, areas: np.ndarray, rows: dict[int, np.ndarray]) -> list[str]:
+    area = dict(zip(found.tolist(), areas.tolist()))
+    problems = []
+    for key, row in rows.items():
+        if key not in area:
+            problems.append(f"segment {key} of the JSON has no pixels")
+        elif row[3] >= 0 and row[3] != area[key]:
+            problems.append(f"segment {key} has {area[key]} px, the JSON says {row[3]}")
+    return problems

@@ -1,0 +1,322 @@
+"""Image files to arrays: Pillow only, strictly, by declared rules.
+
+| image file | becomes |
+|---|---|
+| RGB | itself |
+| grey, 1-bit | three equal channels |
+| palette, with alpha (RGBA, LA) | RGB, laid over ``matte`` by its alpha |
+| CMYK | RGB as Pillow converts (no colour profile) |
+| 16 bits a channel | the high byte |
+| EXIF orientation other than 1 | refused, turned or left, by ``orientation`` |
+
+| label file (PNG only) | becomes |
+|---|---|
+| palette | its indices; colours and transparency do not matter |
+| grey of 1, 2, 4, 8, 16 bits | its stored values, exactly |
+| RGB, RGBA | indices through an explicit colour map, or refused |
+
+Traps this file is built around: OpenCV turns palette masks into colours; Pillow widens 2- and
+4-bit grey to 0..255, does not check the CRC of PNG pixel data, and accepts truncated files once
+anything in the process has set ``LOAD_TRUNCATED_IMAGES``.
+"""
+
+from __future__ import annotations
+
+import io
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Int32, UInt8
+from PIL import ExifTags, Image, ImageFile, ImageOps
+
+from jointseg_jax.data.records import BadSample
+from jointseg_jax.types import UserError
+
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP")
+LOSSY = {"JPEG", "MPO", "WEBP"}
+ORIENTATIONS = ("refuse", "apply", "ignore")
+PIXEL_LIMIT = 64_000_000
+PILLOW_LIMIT = 89_478_485  # beyond it Pillow itself warns, and at twice that it refuses
+Colour = tuple[int, int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoding:
+    """The rules by which image files become 8-bit RGB.
+
+    Args:
+      pixel_limit: most pixels an image may have; checked in the header, before decoding.
+      orientation: what to do with a picture that EXIF says is turned. Its labels may or may not
+        be turned with it: ``refuse`` it, ``apply`` the turn to the image, or ``ignore`` it.
+      matte: the colour that shows through transparent pixels.
+    """
+
+    pixel_limit: int = PIXEL_LIMIT
+    orientation: str = "refuse"
+    matte: Colour = (255, 255, 255)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.pixel_limit <= PILLOW_LIMIT:
+            raise ValueError(
+                f"Decoding: pixel_limit={self.pixel_limit} given; must lie in 1..{PILLOW_LIMIT}."
+            )
+        if self.orientation not in ORIENTATIONS:
+            raise ValueError(
+                f"Decoding: orientation={self.orientation!r} given; "
+                f"one of: {', '.join(ORIENTATIONS)}."
+            )
+
+
+def decode_image(
+    data: bytes, path: str, rules: Decoding = Decoding()
+) -> UInt8[np.ndarray, "height width 3"]:
+    """Decodes an image file to RGB; ``path`` is for messages."""
+    picture = orient(open_picture(data, path, rules.pixel_limit), path, rules.orientation)
+    load(picture, path)
+    if picture.mode not in CONVERSIONS:
+        raise BadSample(
+            path,
+            f"an image of mode {picture.mode}",
+            f"modes that have a rule are {', '.join(CONVERSIONS)}",
+            "Convert it to 8-bit RGB.",
+        )
+    return CONVERSIONS[picture.mode](picture, rules.matte)
+
+
+def decode_labels(
+    data: bytes,
+    path: str,
+    *,
+    colours: Mapping[Colour, int] | None = None,
+    pixel_limit: int = PIXEL_LIMIT,
+) -> Int32[np.ndarray, "height width"]:
+    """Decodes a label file to the values stored in it; ``path`` is for messages.
+
+    Args:
+      colours: the value of each colour, for labels painted in RGB.
+    """
+    picture = open_labels(data, path, pixel_limit)
+    if picture.mode in ("RGB", "RGBA"):
+        return paint_to_values(opaque_rgb(picture, path), path, colours)
+    if picture.mode == "LA":
+        refuse_transparency(np.asarray(picture)[..., 1], path)
+        return np.asarray(picture)[..., 0].astype(np.int32)
+    return np.asarray(picture).astype(np.int32) // grey_step(data)
+
+
+def decode_segment_ids(
+    data: bytes, path: str, *, pixel_limit: int = PIXEL_LIMIT
+) -> Int32[np.ndarray, "height width"]:
+    """Decodes an RGB file of segment ids, R + 256 G + 65536 B."""
+    picture = open_labels(data, path, pixel_limit)
+    if picture.mode not in ("RGB", "RGBA"):
+        raise BadSample(
+            path,
+            f"a PNG of mode {picture.mode}",
+            "segment ids are stored in RGB as R + 256 G + 65536 B",
+            "Give the panoptic PNG, not the semantic one.",
+        )
+    return opaque_rgb(picture, path).astype(np.int32) @ np.array([1, 256, 65536], np.int32)
+
+
+def encode_png(pixels: np.ndarray) -> bytes:
+    """Encodes uint8 RGB, uint8 grey or uint16 grey as PNG."""
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "PNG")
+    return out.getvalue()
+
+
+def encode_segment_ids(ids: Int32[np.ndarray, "height width"]) -> bytes:
+    """Encodes ids below 2**24 as an RGB PNG, R + 256 G + 65536 B."""
+    if ids.min(initial=0) < 0 or ids.max(initial=0) >= 1 << 24:
+        raise ValueError(f"segment ids {ids.min()}..{ids.max()}; 24 bits hold 0..{(1 << 24) - 1}")
+    channels = [(ids >> shift) & 255 for shift in (0, 8, 16)]
+    return encode_png(np.stack(channels, -1).astype(np.uint8))
+
+
+def open_picture(data: bytes, path: str, pixel_limit: int) -> Image.Image:
+    """Reads the header: kind and size, no pixels yet."""
+    if not data:
+        raise BadSample(path, "the file is empty", "an image file", "Copy it again.")
+    try:
+        picture = Image.open(io.BytesIO(data), formats=FORMATS)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise _too_large(path, str(error), pixel_limit) from None
+    except Exception as error:
+        raise BadSample(
+            path,
+            f"not an image that can be opened ({type(error).__name__})",
+            f"files are {', '.join(FORMATS)}",
+            "Replace the file.",
+        ) from error
+    if picture.width * picture.height > pixel_limit:
+        size = f"{picture.width}x{picture.height} = {picture.width * picture.height} pixels"
+        raise _too_large(path, size, pixel_limit)
+    if picture.format == "PNG":
+        check_chunks(data, path)
+    return picture
+
+
+def _too_large(path: str, size: str, limit: int) -> BadSample:
+    return BadSample(
+        path, size, f"the limit is {limit} pixels", "Make it smaller, or raise pixel_limit."
+    )
+
+
+def check_chunks(data: bytes, path: str) -> None:
+    """Refuses a PNG with a wrong checksum, or without its end: Pillow lets both pass."""
+    start, kind = 8, b""
+    while kind != b"IEND":
+        length = int.from_bytes(data[start : start + 4], "big")
+        kind, end = data[start + 4 : start + 8], start + 8 + length
+        if len(data) < end + 4:
+            raise truncated(path)
+        if zlib.crc32(data[start + 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
+            raise BadSample(
+                path,
+                f"a checksum of the PNG does not match (chunk {kind.decode('latin1')!r})",
+                "a whole file",
+                "Copy it again from its source.",
+            )
+        start = end + 4
+
+
+def truncated(path: str, why: str = "") -> BadSample:
+    """Returns the complaint that the file ends too early."""
+    found = f"the file is truncated or damaged{f' ({why})' if why else ''}"
+    return BadSample(path, found, "a whole file", "Copy it again from its source.")
+
+
+def load(picture: Image.Image, path: str) -> None:
+    """Decodes the pixels, refusing truncated files."""
+    if ImageFile.LOAD_TRUNCATED_IMAGES:
+        raise UserError(
+            "ERROR [data] PIL.ImageFile.LOAD_TRUNCATED_IMAGES is True in this process, so damaged "
+            "files would pass unnoticed; it must be False. TFDS sets it when it draws thumbnails "
+            "(tfds.as_dataframe, tfds.show_examples): set it back to False after those."
+        )
+    try:
+        picture.load()
+    except Exception as error:
+        raise truncated(path, str(error)) from error
+
+
+def orient(picture: Image.Image, path: str, rule: str) -> Image.Image:
+    """Treats a picture that EXIF says is turned."""
+    try:
+        turn = picture.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception as error:
+        raise truncated(path, f"EXIF: {error}") from error
+    if turn == 1 or rule == "ignore":
+        return picture
+    if rule == "apply":
+        load(picture, path)
+        return ImageOps.exif_transpose(picture)
+    raise BadSample(
+        path,
+        f"EXIF orientation {turn}: viewers turn this picture, its labels may not be turned",
+        "orientation 1 where there are labels",
+        "Turn the pixels and drop the tag, or set orientation to 'apply' or 'ignore'.",
+    )
+
+
+def open_labels(data: bytes, path: str, pixel_limit: int) -> Image.Image:
+    """Opens and decodes a label file: PNG, in a mode that can hold labels."""
+    picture = open_picture(data, path, pixel_limit)
+    if picture.format != "PNG":
+        lossy = " (lossy: it changes values)" if picture.format in LOSSY else ""
+        raise BadSample(
+            path,
+            f"labels stored as {picture.format}{lossy}",
+            "labels are PNG",
+            "Export the labels again from their source as PNG.",
+        )
+    load(picture, path)
+    if picture.mode not in ("1", "L", "P", "I;16", "I", "LA", "RGB", "RGBA"):
+        raise BadSample(
+            path, f"labels of mode {picture.mode}", "palette or grey PNG", "Export them again."
+        )
+    return picture
+
+
+def grey_step(data: bytes) -> int:
+    """Returns the factor by which Pillow widened the grey values of a PNG: 255 / (2**bits - 1)."""
+    bits, colour_type = data[24], data[25]
+    return {2: 85, 4: 17}.get(bits, 1) if colour_type == 0 else 1
+
+
+def opaque_rgb(picture: Image.Image, path: str) -> np.ndarray:
+    """Returns the colours of an RGB or RGBA label file without transparent pixels."""
+    pixels = np.asarray(picture)
+    if picture.mode == "RGBA":
+        refuse_transparency(pixels[..., 3], path)
+    return pixels[..., :3]
+
+
+def refuse_transparency(alpha: np.ndarray, path: str) -> None:
+    """Raises BadSample where label pixels are not opaque."""
+    count = int((alpha != 255).sum())
+    if count:
+        raise BadSample(
+            path, f"{count} label pixels are transparent", "labels are opaque", "Fill them in."
+        )
+
+
+def paint_to_values(
+    pixels: UInt8[np.ndarray, "height width 3"], path: str, colours: Mapping[Colour, int] | None
+) -> Int32[np.ndarray, "height width"]:
+    """Looks every colour up in the colour map."""
+    codes = pixels.astype(np.int32) @ np.array([1, 256, 65536], np.int32)
+    found, first, inverse, counts = np.unique(
+        codes, return_index=True, return_inverse=True, return_counts=True
+    )
+    names = [tuple(int(c) for c in colour) for colour in pixels.reshape(-1, 3)[first]]
+    if colours is None:
+        raise BadSample(
+            path,
+            f"labels painted in RGB ({len(found)} colours, among them {names[0]})",
+            "labels are palette or grey PNG of indices",
+            "Save indices, or give a colour map (colours=...).",
+        )
+    unknown = [f"{name} ({n} px)" for name, n in zip(names, counts) if name not in colours]
+    if unknown:
+        more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+        raise BadSample(
+            path,
+            f"colours {', '.join(unknown[:5])}{more} are not in the colour map",
+            f"the map has {len(colours)} colours",
+            "Mend the labels, or add the colours to the map.",
+        )
+    values = np.array([colours[name] for name in names], np.int32)
+    return values[inverse].reshape(codes.shape)
+
+
+def _plain(picture: Image.Image, matte: Colour) -> np.ndarray:
+    return np.asarray(picture if picture.mode == "RGB" else picture.convert("RGB"))
+
+
+def _high_byte(picture: Image.Image, matte: Colour) -> np.ndarray:
+    grey = (np.asarray(picture).astype(np.int32) >> 8).astype(np.uint8)
+    return np.repeat(grey[..., None], 3, axis=-1)
+
+
+def _over_matte(picture: Image.Image, matte: Colour) -> np.ndarray:
+    rgba = picture.convert("RGBA")
+    canvas = Image.new("RGBA", rgba.size, (*matte, 255))
+    return np.asarray(Image.alpha_composite(canvas, rgba).convert("RGB"))
+
+
+CONVERSIONS = {
+    "RGB": _plain,
+    "L": _plain,
+    "1": _plain,
+    "CMYK": _plain,
+    "P": _over_matte,
+    "PA": _over_matte,
+    "LA": _over_matte,
+    "RGBA": _over_matte,
+    "I;16": _high_byte,
+    "I": _high_byte,
+}

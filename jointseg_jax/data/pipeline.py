@@ -1,0 +1,322 @@
+"""Batches for training and evaluation: a function of (seed, step, row) and of nothing else.
+
+1. Position ``p = step * batch + row`` of an endless stream names one row of one global batch.
+2. ``record(p)`` is entry ``p mod n`` of the permutation of epoch ``p div n``: fresh every epoch.
+3. Host ``h`` of ``H`` makes the contiguous rows ``[h * batch / H, (h + 1) * batch / H)``, so the
+   global batch has the same rows in the same order on any number of hosts.
+4. Augmentation and the choice of caption draw from a generator seeded by (seed, step, row).
+
+So the position is the whole state: resuming is ``start_step=k``, whatever the number of hosts,
+workers or threads. Bad samples cannot be dropped (that would shift all later positions); they are
+replaced by the next good record of the source and reported with the batch they would have been in.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import grain
+import numpy as np
+
+from jointseg_jax.data.records import BadSample, Record, Source, check_record
+from jointseg_jax.data.transforms import Transform
+from jointseg_jax.data.workers import Reading
+from jointseg_jax.types import UserError
+
+Batch = dict[str, np.ndarray]
+POLICIES = ("replace", "stop")
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """Turns a caption into a fixed number of token ids."""
+
+    def encode(self, caption: str) -> np.ndarray:
+        """Returns the ids of one caption."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """Makes the row at a position: read, check, choose a caption, transform, tokenize.
+
+    Args:
+      mark: adds ``valid``, true where the record read is the one at its own position.
+    """
+
+    source: Source
+    transforms: tuple[Transform, ...]
+    tokenizer: Tokenizer | None
+    seed: int
+    batch: int
+    train: bool
+    bad: str
+    mark: bool
+
+    def __post_init__(self) -> None:
+        if self.bad not in POLICIES:
+            raise ValueError(f"data: bad={self.bad!r} given; one of: {', '.join(POLICIES)}.")
+        if self.seed < 0:
+            raise ValueError(f"data: seed={self.seed} given; must be 0 or more.")
+
+    def __call__(self, position: int, index: int) -> dict[str, Any]:
+        step, row = divmod(position, self.batch)
+        rng = np.random.default_rng((self.seed, step, row))
+        record, used, reports = self.read(int(index))
+        caption = choose_caption(record["captions"], rng, self.train)
+        for transform in self.transforms:
+            record = transform(record, rng, self.train)
+        out = {
+            "image": np.asarray(record["image"], np.uint8),
+            "labels": np.asarray(record["labels"], np.int16),
+            "index": np.int64(used),
+            "bad": reports,
+        }
+        if self.tokenizer is not None:
+            out["text"] = np.asarray(self.tokenizer.encode(caption), np.int32)
+        if self.mark:
+            out["valid"] = np.bool_(position == index == used)
+        return out
+
+    def read(self, index: int) -> tuple[Record, int, list[dict[str, Any]]]:
+        """Returns a good record, its index, and what was wrong with those before it."""
+        reports = []
+        for distance in range(len(self.source)):
+            used = (index + distance) % len(self.source)
+            try:
+                record = self.source[used]
+                check_record(record, self.source.classes)
+                return record, used, _replaced(reports, used)
+            except BadSample as error:
+                if self.bad == "stop":
+                    raise
+                reports.append({"index": used, "error": str(error)})
+        raise UserError(
+            f"ERROR [data] {self.source.name}: none of its {len(self.source)} samples can be used; "
+            f"the first: {reports[0]['error']}"
+        )
+
+
+def choose_caption(captions: Sequence[str], rng: np.random.Generator, train: bool) -> str:
+    """Returns one caption: drawn in training, the first otherwise, empty when there is none."""
+    if not captions:
+        return ""
+    return captions[int(rng.integers(len(captions)))] if train else captions[0]
+
+
+def _replaced(reports: list[dict[str, Any]], used: int) -> list[dict[str, Any]]:
+    return [{**report, "replaced_by": used} for report in reports]
+
+
+class HostBlock(grain.MapDataset):
+    """The rows of one host: a contiguous block of every global batch, from ``start`` on."""
+
+    _MUTATES_ELEMENT_SPEC = False
+
+    def __init__(self, parent: grain.MapDataset, *, batch: int, host: int, hosts: int, start: int):
+        super().__init__(parent)
+        self._batch, self._host, self._start = batch, host, start
+        self.local = batch // hosts
+
+    def __len__(self) -> int:
+        return max(len(self._parent) // self._batch - self._start, 0) * self.local
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return self.slice(index)
+        step, row = divmod(index, self.local)
+        return self._parent[(self._start + step) * self._batch + self._host * self.local + row]
+
+    def __str__(self) -> str:
+        return "HostBlock"
+
+
+def stack(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Stacks rows into a batch; reports travel as one JSON string beside the arrays."""
+    sizes = sorted({row["image"].shape[:2] for row in rows})
+    if len(sizes) > 1:
+        raise UserError(
+            f"ERROR [data] batch: images of sizes {sizes[:4]} cannot share a batch; all rows must "
+            "have one size. Add a resize to config.data.transforms."
+        )
+    out = {k: np.stack([row[k] for row in rows]) for k in rows[0] if k != "bad"}
+    out["bad"] = json.dumps([row["bad"] for row in rows if row["bad"]])
+    return out
+
+
+class Batches:
+    """An iterator over host batches whose state is ``step``; close it, or use ``with``.
+
+    Attributes:
+      step: the global step of the next batch.
+      replaced: how many rows so far hold a stand-in for a bad sample.
+    """
+
+    def __init__(self, block: HostBlock, *, step: int, limit: int, reading: Reading):
+        self.step = step
+        self.replaced = 0
+        self._limit = limit
+        self._seen: set[int] = set()
+        self._reports: list[dict[str, Any]] = []
+        self._iterator = iter(reading.attach(block.batch(block.local, batch_fn=stack)))
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        batch = dict(next(self._iterator))
+        self._count(json.loads(batch.pop("bad")))
+        self.step += 1
+        return batch
+
+    def _count(self, rows: list[list[dict[str, Any]]]) -> None:
+        self.replaced += len(rows)
+        for report in (report for row in rows for report in row):
+            if report["index"] not in self._seen:
+                self._seen.add(report["index"])
+                self._reports.append({"step": self.step, **report})
+        if len(self._seen) > self._limit:
+            raise UserError(
+                f"ERROR [data] {len(self._seen)} different bad samples, more than the limit of "
+                f"{self._limit}. Run launch/prepare.py to list them all, then mend them or raise "
+                f"config.data.bad_limit. The last: {rows[-1][-1]['error']}"
+            )
+
+    def drain(self) -> list[dict[str, Any]]:
+        """Returns the bad samples first met since the last call.
+
+        Each is a dict of plain values: step, index, error, replaced_by.
+        """
+        reports, self._reports = self._reports, []
+        return reports
+
+    def close(self) -> None:
+        """Ends threads and workers and frees their shared memory."""
+        self._iterator.close()
+
+    def __enter__(self) -> Batches:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def batches(
+    source: Source,
+    *,
+    batch: int,
+    seed: int,
+    transforms: Sequence[Transform],
+    tokenizer: Tokenizer | None = None,
+    start_step: int = 0,
+    workers: int = 0,
+    threads: int = 4,
+    prefetch: int = 4,
+    host: int = 0,
+    hosts: int = 1,
+    train: bool = True,
+    bad: str = "replace",
+    bad_limit: int = 100,
+) -> Batches:
+    """Returns the endless, shuffled batches of one host from ``start_step`` on.
+
+    Args:
+      batch: rows of the global batch, over all hosts.
+      tokenizer: from a caption to its token ids; without one there is no ``text``.
+      train: ``False`` keeps the order of training but switches augmentation off.
+      bad: ``replace`` puts the next good record in place of a bad one, ``stop`` raises.
+      bad_limit: how many different bad samples a run may meet before it stops.
+    """
+    check_source(source)
+    check_hosts(batch, host, hosts)
+    if start_step < 0:
+        raise ValueError(f"data: start_step={start_step} given; must be 0 or more.")
+    rows = make_rows(
+        source,
+        transforms,
+        tokenizer=tokenizer,
+        seed=seed,
+        batch=batch,
+        train=train,
+        bad=bad,
+        mark=False,
+    )
+    # Grain shuffles epoch e with seed + e; hashing first keeps neighbouring seeds apart.
+    mixed = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    order = grain.MapDataset.range(len(source)).shuffle(mixed).repeat()
+    block = HostBlock(
+        order.map_with_index(rows), batch=batch, host=host, hosts=hosts, start=start_step
+    )
+    reading = Reading(workers=workers, threads=threads, prefetch=prefetch)
+    return Batches(block, step=start_step, limit=bad_limit, reading=reading)
+
+
+def evaluation_batches(
+    source: Source,
+    *,
+    batch: int,
+    transforms: Sequence[Transform],
+    tokenizer: Tokenizer | None = None,
+    limit: int | None = None,
+    workers: int = 0,
+    threads: int = 4,
+    prefetch: int = 4,
+    host: int = 0,
+    hosts: int = 1,
+    bad: str = "replace",
+    bad_limit: int = 100,
+) -> Batches:
+    """Returns the records of ``source`` once, in order, each batch with a ``valid`` mask.
+
+    Rows beyond the end, and the stand-ins of bad samples, are real records with ``valid=False``.
+
+    Args:
+      limit: at most so many records, from the first on.
+    """
+    check_source(source)
+    check_hosts(batch, host, hosts)
+    if limit is not None and limit < 1:
+        raise UserError(f"ERROR [data] limit={limit} given; evaluate at least 1 record.")
+    rows = make_rows(
+        source,
+        transforms,
+        tokenizer=tokenizer,
+        seed=0,
+        batch=batch,
+        train=False,
+        bad=bad,
+        mark=True,
+    )
+    count = len(source) if limit is None else min(limit, len(source))
+    padded = -(-count // batch) * batch
+    order = grain.MapDataset.range(padded).map(lambda position: min(position, count - 1))
+    block = HostBlock(order.map_with_index(rows), batch=batch, host=host, hosts=hosts, start=0)
+    reading = Reading(workers=workers, threads=threads, prefetch=prefetch)
+    return Batches(block, step=0, limit=bad_limit, reading=reading)
+
+
+def make_rows(source: Source, transforms: Sequence[Transform], **fields: Any) -> Rows:
+    """Returns the maker of rows, its transforms told of the classes of the source."""
+    known = tuple(transform.for_classes(source.classes) for transform in transforms)
+    return Rows(source=source, transforms=known, **fields)
+
+
+def check_source(source: Source) -> None:
+    """Refuses a source that is empty, or longer than the shuffle can permute."""
+    if not 0 < len(source) < 2**32:
+        raise UserError(
+            f"ERROR [data] {source.name}: has {len(source)} samples; between 1 and 2**32 - 1 are "
+            "needed. Check config.data.root and config.data.split."
+        )
+
+
+def check_hosts(batch: int, host: int, hosts: int) -> None:
+    """Refuses a batch that the hosts cannot share evenly."""
+    if batch < 1 or hosts < 1 or not 0 <= host < hosts or batch % hosts:
+        raise UserError(
+            f"ERROR [data] batch={batch} over hosts={hosts} (this is host {host}): every host must "
+            f"make the same number of rows. Set config.batch to a multiple of {max(hosts, 1)}."
+        )

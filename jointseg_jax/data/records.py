@@ -1,0 +1,137 @@
+"""The one record schema of every data source, and the check that a record obeys it.
+
+| field | type | meaning |
+|---|---|---|
+| id | str | unique within its source |
+| image | uint8 [H, W, 3] | RGB |
+| labels | int16 [H, W] | ``0 .. classes-1``, or ``VOID`` where nothing is annotated |
+| captions | tuple of str | may be empty |
+| segments | int32 [H, W] | optional instance ids, 0 = no instance |
+"""
+
+from collections.abc import Mapping
+from typing import NotRequired, Protocol, TypedDict, runtime_checkable
+
+import numpy as np
+
+from jointseg_jax.data.classes import Classes
+from jointseg_jax.types import VOID
+
+
+class Record(TypedDict):
+    """One annotated picture, as every source hands it out."""
+
+    id: str
+    image: np.ndarray
+    labels: np.ndarray
+    captions: tuple[str, ...]
+    segments: NotRequired[np.ndarray]
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Random access to records; picklable, so that loader processes can own a copy."""
+
+    @property
+    def name(self) -> str:
+        """Names the source in messages and manifests."""
+        ...
+
+    @property
+    def classes(self) -> Classes:
+        """Says what the label values mean."""
+        ...
+
+    def __len__(self) -> int:
+        """Counts the records."""
+        ...
+
+    def __getitem__(self, index: int) -> Record:
+        """Returns one record, or raises BadSample."""
+        ...
+
+    def words(self) -> tuple[str, ...]:
+        """Lists every word its captions can contain, sorted."""
+        ...
+
+    def fingerprint(self) -> dict[str, object]:
+        """Returns the plain values that must match when a run resumes."""
+        ...
+
+
+class BadSample(Exception):
+    """One sample that cannot be used: where, what was found, what was expected, what to do."""
+
+    def __init__(self, path: str, found: str, expected: str, remedy: str):
+        # All four go to Exception.args, which is what pickle rebuilds an exception from.
+        super().__init__(path, found, expected, remedy)
+        self.path = path
+        self.found = found
+        self.expected = expected
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"ERROR [data] {self.path}: {self.found}; {self.expected}. {self.remedy}"
+
+
+def check_record(record: Mapping[str, object], classes: Classes, where: str | None = None) -> None:
+    """Raises BadSample when a record does not obey the schema.
+
+    Args:
+        where: the path or name put in the message; the record's id when absent.
+    """
+    where = where or str(record.get("id", "record without an id"))
+    image = _array(record, "image", np.uint8, 3, where)
+    labels = _array(record, "labels", np.int16, 2, where)
+    if image.shape[2] != 3:
+        raise BadSample(
+            where, f"image of shape {image.shape}", "images have 3 channels", "Convert it to RGB."
+        )
+    maps = {"labels": labels}
+    if "segments" in record:
+        maps["segments"] = _array(record, "segments", np.int32, 2, where)
+    for key, value in maps.items():
+        _check_size(key, value.shape, image.shape[:2], where)
+    check_labels(labels, classes, where)
+    captions = record.get("captions")
+    if not isinstance(captions, tuple) or not all(isinstance(text, str) for text in captions):
+        raise BadSample(
+            where, f"captions {captions!r}", "captions are a tuple of str", "Mend the source."
+        )
+
+
+def check_labels(labels: np.ndarray, classes: Classes, where: str) -> None:
+    """Raises BadSample, with the offending values and their counts, for labels out of range."""
+    bad = (labels != VOID) & ((labels < 0) | (labels >= len(classes)))
+    if not bad.any():
+        return
+    values, counts = np.unique(labels[bad], return_counts=True)
+    listed = ", ".join(f"{v} ({n} px)" for v, n in zip(values[:8], counts[:8]))
+    more = f" and {len(values) - 8} more values" if len(values) > 8 else ""
+    raise BadSample(
+        where,
+        f"labels {listed}{more} out of range",
+        f"there are {len(classes)} classes (0-{len(classes) - 1}) and void {VOID}",
+        "Mend the mask, or change the class list or label map of this source.",
+    )
+
+
+def _array(record, key: str, dtype, ndim: int, where: str) -> np.ndarray:
+    value = record.get(key)
+    if isinstance(value, np.ndarray) and value.dtype == dtype and value.ndim == ndim:
+        return value
+    found = (
+        f"{value.dtype} {value.shape}" if isinstance(value, np.ndarray) else type(value).__name__
+    )
+    expected = f"it must be a {np.dtype(dtype)} array of {ndim} axes"
+    raise BadSample(where, f"{key} is {found}", expected, "Mend the source that made it.")
+
+
+def _check_size(key: str, shape, expected, where: str) -> None:
+    if tuple(shape) != tuple(expected):
+        raise BadSample(
+            where,
+            f"{key} is {shape[1]}x{shape[0]} (width x height)",
+            f"its image is {expected[1]}x{expected[0]}",
+            "Give both files the same size; sizes are never changed silently.",
+        )

@@ -1,0 +1,75 @@
+"""Threads and processes that make batches ahead of their use, and do not outlive the run.
+
+A SIGKILLed run cannot tell its workers to stop, and a worker blocked on a full queue never looks.
+So every worker waits, in a thread of its own, for the end of the process that started it.
+
+``prctl(PR_SET_PDEATHSIG)`` was rejected: the kernel counts as parent the *thread* that started the
+worker, and Grain starts workers from a prefetch thread that ends on every ``close()``. The signal
+then kills workers in the middle of handing over their last batches.
+"""
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import threading
+from dataclasses import dataclass
+
+import grain
+from absl import flags
+
+
+def die_with_parent(worker: int, workers: int) -> None:
+    """Kills this worker as soon as its parent process is gone (Grain's ``worker_init_fn``)."""
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        raise RuntimeError("die_with_parent was called outside a worker process")
+    watch = threading.Thread(target=_outlive, args=(parent.sentinel,), daemon=True)
+    watch.name = f"parent-watch-{worker}-of-{workers}"
+    watch.start()
+
+
+def _outlive(sentinel: int) -> None:
+    """Blocks until the pipe that only the parent holds open is closed."""
+    multiprocessing.connection.wait([sentinel])
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """How batches are made ahead of their use; never changes what is in them.
+
+    Args:
+      workers: processes; 0 makes batches in threads of this process.
+      threads: threads in each process.
+      prefetch: batches kept ready in each process.
+    """
+
+    workers: int = 0
+    threads: int = 4
+    prefetch: int = 4
+
+    def __post_init__(self) -> None:
+        if self.workers < 0 or self.threads < 1 or self.prefetch < 1:
+            raise ValueError(
+                f"data: workers={self.workers}, threads={self.threads}, prefetch={self.prefetch} "
+                "given; workers >= 0, threads >= 1 and prefetch >= 1 must hold."
+            )
+
+    def attach(self, batches: grain.MapDataset) -> grain.IterDataset:
+        """Returns the iterable form of ``batches`` that reads ahead."""
+        parse_flags()
+        options = grain.ReadOptions(num_threads=self.threads, prefetch_buffer_size=self.prefetch)
+        ahead = batches.to_iter_dataset(options)
+        if self.workers == 0:
+            return ahead
+        processes = grain.MultiprocessingOptions(
+            num_workers=self.workers, per_worker_buffer_size=self.prefetch
+        )
+        return ahead.mp_prefetch(processes, worker_init_fn=die_with_parent)
+
+
+def parse_flags() -> None:
+    """Marks absl's flags as parsed: Grain reads them, and outside ``app.run`` nobody has."""
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()

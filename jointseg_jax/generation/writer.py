@@ -1,0 +1,128 @@
+"""Pairs on disk: two PNG files and one manifest line each, written so that nothing is half there.
+
+``OUT/images/ID.png``, ``OUT/annotations/ID.png`` (palette PNG whose pixels are class indices, 255
+for void), ``OUT/manifest.jsonl`` in index order. A file appears by rename; a manifest line follows
+its two files; a torn last line is cut off when a run goes on. Nothing written depends on the clock
+or the machine, so an interrupted run ends with the same bytes as one that was not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jointseg_jax import pictures
+from jointseg_jax.data.classes import Classes
+from jointseg_jax.types import UserError
+
+
+class PairWriter:
+    """Appends pairs to a folder; ``done`` says how many are there and whole.
+
+    Args:
+      settings: everything the pairs depend on; another run into the same folder must agree.
+    """
+
+    def __init__(self, folder: Path, classes: Classes, settings: Mapping[str, Any]):
+        self.folder, self.classes = folder, classes
+        for name in ("images", "annotations"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        _agree(folder / "settings.json", settings)
+        self._manifest = folder / "manifest.jsonl"
+        self.lines = self._verified()
+        self._rewrite_manifest()
+
+    @property
+    def done(self) -> int:
+        """Pairs that need not be made again."""
+        return len(self.lines)
+
+    def write(
+        self, index: int, prompt: str, image: np.ndarray, labels: np.ndarray, facts: Mapping[str, Any]
+    ) -> None:
+        """Writes pair ``index``, the next one in order."""
+        if index != self.done:
+            raise ValueError(f"pair {index} out of order; {self.done} is next.")
+        name = f"{index:08d}"
+        files = {
+            "image": (f"images/{name}.png", pictures.png_bytes(image)),
+            "annotation": (f"annotations/{name}.png", pictures.palette_png_bytes(labels, self.classes)),
+        }
+        line: dict[str, Any] = {"id": name, "index": index, "prompt": prompt, **facts}
+        line |= {"height": int(labels.shape[0]), "width": int(labels.shape[1])}
+        for key, (path, data) in files.items():
+            _publish(self.folder / path, data)
+            line |= {key: path, key + "_sha256": hashlib.sha256(data).hexdigest()}
+        self._append(line)
+
+    def close(self) -> None:
+        """Flushes the manifest to disk."""
+        with self._manifest.open("a") as file:
+            os.fsync(file.fileno())
+
+    def _append(self, line: Mapping[str, Any]) -> None:
+        with self._manifest.open("a") as file:
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self.lines.append(dict(line))
+
+    def _verified(self) -> list[dict[str, Any]]:
+        """Manifest lines up to the first that is torn, out of order, or whose files are not whole."""
+        if not self._manifest.exists():
+            return []
+        lines: list[dict[str, Any]] = []
+        for text in self._manifest.read_text().splitlines(keepends=True):
+            try:
+                line = json.loads(text)
+            except json.JSONDecodeError:
+                break
+            if not text.endswith("\n") or line.get("index") != len(lines) or not self._whole(line):
+                break
+            lines.append(line)
+        return lines
+
+    def _whole(self, line: Mapping[str, Any]) -> bool:
+        for key in ("image", "annotation"):
+            path = self.folder / line[key]
+            if not path.is_file():
+                return False
+            if hashlib.sha256(path.read_bytes()).hexdigest() != line[key + "_sha256"]:
+                return False
+        return True
+
+    def _rewrite_manifest(self) -> None:
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in self.lines)
+        if not self._manifest.exists() or self._manifest.read_text() != text:
+            _publish(self._manifest, text.encode())
+
+
+def _agree(path: Path, settings: Mapping[str, Any]) -> None:
+    """Writes the settings, or refuses other ones than those the folder was made with."""
+    if path.exists():
+        saved = json.loads(path.read_text())
+        keys = sorted(set(saved) | set(settings))
+        changed = [k for k in keys if saved.get(k) != settings.get(k)]
+        if changed:
+            listed = "; ".join(f"{k}: {saved.get(k)} -> {settings.get(k)}" for k in changed)
+            raise UserError(
+                f"{path.parent}: made with other settings: {listed}. "
+                "Give the same settings to go on, or another --out."
+            )
+        return
+    _publish(path, (json.dumps(settings, indent=1) + "\n").encode())
+
+
+def _publish(path: Path, data: bytes) -> None:
+    """Writes a file under another name and renames it, so that it is whole or absent."""
+    draft = path.with_name(path.name + ".partial")
+    with draft.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path)
+

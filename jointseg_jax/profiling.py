@@ -1,0 +1,55 @@
+"""What a compiled step costs, and a trace of a few steps on request."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jointseg_jax.models.uvit import UViT, forward_flops
+
+log = logging.getLogger("jointseg_jax")
+
+
+def step_flops(system: Any, compiled: Any, batch: int) -> float | None:
+    """FLOPs of one training step: 3 x forward on the unpadded tokens, no credit for recomputation.
+
+    Without an analytic count of the network, the compiler's own count (only right without scans).
+    """
+    denoiser = getattr(system, "denoiser", None)
+    if isinstance(denoiser, UViT):
+        return 3.0 * forward_flops(denoiser) * batch
+    cost = compiled.cost_analysis() or {}
+    return float(cost["flops"]) * jax.device_count() if cost.get("flops", 0) > 0 else None
+
+
+def summary(params: Any, compiled: Any, seconds: float, flops: float | None) -> str:
+    """One line: parameters, memory of the step per device, FLOPs, compile time."""
+    count = sum(x.size for x in jax.tree.leaves(params))
+    memory = compiled.memory_analysis()
+    parts = [f"{count:,} parameters"]
+    if memory is not None:
+        total = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+        parts.append(f"{total / 2**30:.2f} GiB per device")
+    if flops:
+        parts.append(f"{flops / 1e9:,.1f} GFLOP per step")
+    return f"update compiled in {seconds:.1f} s: " + ", ".join(parts)
+
+
+@contextlib.contextmanager
+def window(folder: Path, step: int, start: int, steps: int) -> Any:
+    """Traces steps ``start .. start + steps - 1`` into ``folder`` (view with XProf)."""
+    if steps <= 0 or not start <= step < start + steps:
+        yield
+        return
+    if step == start:
+        jax.profiler.start_trace(str(folder))
+        log.info("profiling steps %d to %d into %s", start, start + steps - 1, folder)
+    with jax.profiler.StepTraceAnnotation("train", step_num=step):
+        yield
+    if step == start + steps - 1:
+        jax.block_until_ready(jax.live_arrays())
+        jax.profiler.stop_trace()

@@ -1,0 +1,156 @@
+"""Where arrays live on a device mesh.
+
+``make_mesh`` builds the mesh ``(data, fsdp, model)`` of a run. ``state_shardings`` gives every leaf
+of a train state its place by path rules whose values are tactics:
+
+| tactic | meaning |
+|---|---|
+| ``"replicate"`` | a whole copy on every device |
+| ``"fsdp"`` | split over mesh axis ``fsdp`` along the largest axis that divides evenly; a small tensor, or one without such an axis, is replicated |
+| ``"zero"`` | as ``fsdp`` but over ``data`` and ``fsdp`` together (optimizer state, ZeRO-1) |
+| a tuple | an explicit ``PartitionSpec`` |
+
+``constrain`` names the axes of an activation by meaning; the table below says which mesh axes
+each meaning may use. Only the mesh axes that exist take part, so that one network serves a laptop
+and a pod.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jointseg_jax import rules
+from jointseg_jax.types import UserError
+
+AXES = ("data", "fsdp", "model")
+SMALL = 2**16
+"""Tensors with fewer elements are replicated by the ``fsdp`` and ``zero`` tactics."""
+
+PRESETS: Mapping[str, rules.Rules] = {
+    "replicate": ((r"", "replicate"),),
+    "zero1": ((r"^(opt|ema)/", "zero"), (r"", "replicate")),
+    "fsdp": ((r"^(params|opt|ema)/", "fsdp"), (r"", "replicate")),
+}
+"""Sharding rules by name; a config may also give its own list."""
+
+LOGICAL_AXES: dict[str, tuple[str, ...]] = {
+    "batch": ("data", "fsdp"),
+    "tokens": (),
+    "width": (),
+}
+"""Mesh axes over which an activation axis of this meaning is split."""
+
+
+def constrain(x: jax.Array, *axes: str) -> jax.Array:
+    """Pins the layout of an activation; does nothing outside ``jax.set_mesh``.
+
+    Flax's ``with_logical_constraint`` was rejected: it replicates on a misspelt axis and is
+    silently inert under ``with mesh:``.
+
+    Args:
+      axes: one name of ``LOGICAL_AXES`` per axis of ``x``.
+
+    Raises:
+      ValueError: an unknown name (checked without a mesh too), or not one name per axis.
+    """
+    unknown = [a for a in axes if a not in LOGICAL_AXES]
+    if unknown:
+        raise ValueError(
+            f"constrain: axis {unknown[0]!r} is unknown; "
+            f"the names are {', '.join(LOGICAL_AXES)} (sharding.LOGICAL_AXES)."
+        )
+    if len(axes) != x.ndim:
+        raise ValueError(f"constrain: {len(axes)} names {axes} for an array of shape {x.shape}.")
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    # An axis that shard_map has made manual is already split: the block sees its own part only.
+    free = {n for n, kind in zip(mesh.axis_names, mesh.axis_types) if kind != AxisType.Manual}
+    entries = [tuple(n for n in LOGICAL_AXES[a] if n in free) or None for a in axes]
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*entries))
+
+
+def make_mesh(shape: Sequence[int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh ``(data, fsdp, model)``; one entry may be -1 and takes the devices left over.
+
+    ``jax.make_mesh`` was rejected: its axes are Explicit by default, which refuses activation
+    constraints, and it silently leaves devices unused.
+
+    Raises:
+      UserError: the product of the shape is not the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    shape = tuple(shape)
+    fixed = math.prod(n for n in shape if n != -1)
+    if len(shape) != len(AXES) or shape.count(-1) > 1 or any(n < 1 and n != -1 for n in shape):
+        raise UserError(f"config.mesh = {shape}: give three sizes {AXES}; one of them may be -1.")
+    if -1 in shape and len(devices) % fixed == 0:
+        shape = tuple(len(devices) // fixed if n == -1 else n for n in shape)
+    if math.prod(n if n > 0 else 1 for n in shape) != len(devices):
+        raise UserError(
+            f"config.mesh = {shape} {AXES}: its product must be the number of devices, "
+            f"{len(devices)}; for example ({len(devices)}, 1, 1) or (-1, 1, 1)."
+        )
+    return Mesh(np.array(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows over every data-parallel axis."""
+    return NamedSharding(mesh, PartitionSpec(LOGICAL_AXES["batch"]))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """A whole copy on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def data_parallel(mesh: Mesh) -> int:
+    """Number of shards of a batch."""
+    return math.prod(mesh.shape[a] for a in LOGICAL_AXES["batch"])
+
+
+def state_shardings(shapes: Any, preset: str | rules.Rules, mesh: Mesh) -> Any:
+    """A ``NamedSharding`` per leaf of ``shapes`` (arrays or ``ShapeDtypeStruct``).
+
+    Raises:
+      UserError: an unknown preset or tactic, or rules that do not cover the leaves.
+    """
+    if isinstance(preset, str) and preset not in PRESETS:
+        raise UserError(f"config.sharding = {preset!r} is unknown; one of: {', '.join(PRESETS)}.")
+    chosen = PRESETS[preset] if isinstance(preset, str) else preset
+    tactics = rules.match(shapes, chosen, where="sharding", dead="allow")
+    tactics = jax.tree.leaves(tactics, is_leaf=lambda x: isinstance(x, (str, tuple)))
+    leaves, structure = jax.tree.flatten(shapes)
+    names = rules.paths(shapes)
+    specs = [_spec(*x, mesh) for x in zip(names, leaves, tactics, strict=True)]
+    return jax.tree.unflatten(structure, [NamedSharding(mesh, s) for s in specs])
+
+
+def _spec(path: str, leaf: Any, tactic: Any, mesh: Mesh) -> PartitionSpec:
+    if isinstance(tactic, tuple):
+        return PartitionSpec(*tactic)
+    if tactic == "replicate":
+        return PartitionSpec()
+    if tactic not in ("fsdp", "zero"):
+        raise UserError(
+            f"sharding rules: {path}: tactic {tactic!r} is none of replicate, fsdp, zero."
+        )
+    axes = ("fsdp",) if tactic == "fsdp" else LOGICAL_AXES["batch"]
+    parts = math.prod(mesh.shape[a] for a in axes)
+    # the leading axis of scanned blocks counts layers: splitting it would serialise the scan
+    first = (
+        1
+        if "_blocks/" in path and leaf.ndim > 1 and not path.split("_blocks/")[1][0].isdigit()
+        else 0
+    )
+    divisible = [i for i in range(first, leaf.ndim) if leaf.shape[i] % parts == 0]
+    if parts == 1 or not divisible or math.prod(leaf.shape) < SMALL:
+        return PartitionSpec()
+    largest = max(divisible, key=lambda i: leaf.shape[i])
+    return PartitionSpec(*[axes if i == largest else None for i in range(leaf.ndim)])

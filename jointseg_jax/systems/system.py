@@ -1,0 +1,39 @@
+"""The two protocols that loops know: an objective to train and a generator to sample from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from jointseg_jax.types import Array, Params
+
+Batch = Mapping[str, Array]
+Pairs = dict[str, Array]
+
+
+class Objective(Protocol):
+    """Something with parameters and a loss."""
+
+    def init(self, key: Array) -> Params:
+        """Fresh parameters."""
+        ...
+
+    def loss(
+        self, params: Params, frozen: Params, batch: Batch, keys: Array
+    ) -> tuple[Array, dict[str, Array]]:
+        """The mean loss of a batch and its metrics (``loss`` among them); ``keys``: one per row."""
+        ...
+
+    def preview(self, params: Params, frozen: Params, batch: Batch, keys: Array) -> Pairs:
+        """What a person should see during training: ``image`` uint8 and ``labels`` per row."""
+        ...
+
+
+class Generator(Protocol):
+    """Something that makes pairs."""
+
+    def generate(
+        self, params: Params, frozen: Params, text: Array | None, keys: Array, *, given: Pairs | None
+    ) -> Pairs:
+        """``image`` uint8, ``labels`` int32 and ``confidence`` float32, one row per key."""
+        ...

@@ -1,0 +1,370 @@
+"""Checkpoints that are whole or not used: atomic, asynchronous, verified bit by bit.
+
+A step folder ``N`` holds the arrays (``state``, Orbax) and one JSON object (``meta``): what the
+caller gave (``config`` and so on), the step, and for each array its dtype, shape and 64-bit
+digest, sealed by a SHA-256 of the object itself.
+
+1. Written: a folder counts only with its commit marker, which is written last.
+2. Read: newest first; seal, structure, then the digest of every array as it lies on the devices.
+   Orbax stores arrays without a checksum: without the digest a flipped bit is restored silently.
+3. A folder that fails is named in one warning line with its cause and renamed
+   ``N.damaged-<cause>``; the one before it is tried. If none is left the run stops: it starts
+   afresh only when told to.
+4. An array of another shape, dtype or name than the model wants is refused, never cast: that is
+   not damage but another configuration.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
+from orbax.checkpoint.options import AtomicityMode, AtomicityOptions
+
+from jointseg_jax.rules import path_of
+from jointseg_jax.training import digest, snapshot
+from jointseg_jax.training.snapshot import Damage, first_line
+from jointseg_jax.types import UserError
+
+_MARKER = "commit_success.txt"
+_LISTED = 64
+log = logging.getLogger(__name__)
+
+
+class SaveError(UserError):
+    """A checkpoint that could not be written; the earlier ones are untouched."""
+
+
+class Checkpoints:
+    """The step folders under one folder.
+
+    Args:
+      folder: created if absent (unless ``read_only``); local or ``gs://``.
+      keep: how many of the newest steps stay.
+      keep_every: steps divisible by this stay for good.
+      async_: write in the background; errors surface in ``check``, ``wait`` or the next ``save``.
+      read_only: for samplers and evaluators beside a running trainer; nothing is touched.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        *,
+        keep: int = 3,
+        keep_every: int | None = None,
+        async_: bool = True,
+        read_only: bool = False,
+    ):
+        if keep < 1 or (keep_every is not None and keep_every < 1):
+            raise ValueError(f"checkpoints: keep={keep}, keep_every={keep_every}: must be >= 1.")
+        remote = "://" in os.fspath(folder)
+        self.folder = epath.Path(folder if remote else os.path.abspath(folder))
+        self._read_only = read_only
+        self._manager: ocp.CheckpointManager | None = None
+        self._pending: tuple[int | None, int] = (None, 0)  # step and bytes of the save in flight
+        if not read_only:
+            _require_writable(self.folder)
+            self._sweep(writing=True)
+            self._manager = _manager(self.folder, keep, keep_every, async_)
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def steps(self) -> list[int]:
+        """The committed steps on disk, ascending; the same on every process."""
+        found = [n for n in _numbered(self.folder) if (self.folder / str(n) / _MARKER).exists()]
+        if jax.process_count() == 1:
+            return found
+        row = np.full(_LISTED, -1, np.int32)
+        row[: len(found[-_LISTED:])] = found[-_LISTED:]
+        return [int(n) for n in multihost_utils.broadcast_one_to_all(row) if n >= 0]
+
+    def save(self, step: int, state: Any, meta: Mapping[str, Any]) -> bool:
+        """Writes ``state`` and ``meta``; False if this step is already there.
+
+        Returns once the state has been copied off the devices: it may be donated at once.
+
+        Raises:
+          SaveError: this save, or the one before in the background, failed for want of space,
+            permission or the folder itself.
+        """
+        manager = self._writer()
+        self.wait()  # what went wrong with the last save is told as that save's
+        if step in manager.all_steps():
+            return False
+        leaves = snapshot.leaves(state)
+        content = _sealed(step, meta, leaves, digest.leaf_digests(state))
+        arrays = snapshot.encode(leaves)
+        items = ocp.args.Composite(
+            state=ocp.args.PyTreeSave(arrays), meta=ocp.args.JsonSave(content)
+        )
+        self._pending = (step, sum(x.nbytes for x in jax.tree.leaves(arrays)))
+        with self._explained():
+            return manager.save(step, args=items, force=True)
+
+    def check(self) -> None:
+        """Raises what went wrong in the background, if anything; cheap, for every step."""
+        if self._manager is not None:
+            with self._explained():
+                self._manager.check_for_errors()
+
+    def wait(self) -> None:
+        """Returns when nothing is being written any more."""
+        if self._manager is not None:
+            with self._explained():
+                self._manager.wait_until_finished()
+            self._pending = (None, 0)
+
+    def close(self) -> None:
+        """Waits for the last write and lets go of the folder."""
+        self.wait()
+        if self._manager is not None:
+            self._manager.close()
+
+    def restore_newest(
+        self,
+        abstract_state: Any,
+        *,
+        only: Sequence[str] = (),
+        accept: Callable[[dict[str, Any]], None] | None = None,
+        start_afresh: bool = False,
+    ) -> tuple[Any, dict[str, Any]] | None:
+        """The newest state that verifies, with its meta; None if the folder holds no checkpoint.
+
+        Args:
+          abstract_state: ``ShapeDtypeStruct`` leaves; their shardings say where arrays go.
+          only: path prefixes (``("ema",)``); other leaves are neither read nor allocated and come
+            back as they were given. The tree may also hold those sub-trees alone.
+          accept: called with the meta before any array is read; raises to refuse
+            (``differences.require_same``).
+          start_afresh: return None also when every checkpoint is damaged.
+
+        Raises:
+          UserError: the arrays are not those of this model, or all checkpoints are damaged.
+        """
+        self.wait()
+        self._sweep()
+        for step in reversed(self.steps()):
+            try:
+                meta = _read_sealed(self.folder / str(step))
+                if accept is not None:
+                    accept(meta)
+                return self._restore(step, abstract_state, meta, only), meta
+            except Damage as damage:
+                self._set_aside(step, damage, "; trying the one before")
+        damaged = sorted(name for name in _names(self.folder) if ".damaged-" in name)
+        if damaged and not start_afresh:
+            raise UserError(
+                f"checkpoints {self.folder}: none can be used; damaged: {', '.join(damaged)}. "
+                "The run does not start afresh by itself: put back a good copy, or move these "
+                "folders away, or choose another --workdir."
+            )
+        return None
+
+    def _restore(self, step: int, abstract: Any, meta: dict, only: Sequence[str]) -> Any:
+        rows, leaves = meta["checkpoint"]["leaves"], snapshot.leaves(abstract)
+        saved = {p: rows[p] for p in snapshot.within(rows, only)}
+        wanted = {p: leaves[p] for p in snapshot.within(leaves, only)}
+        folder = self.folder / str(step)
+        snapshot.require_fit(
+            {p: kind for p, (kind, _) in saved.items()},
+            {p: digest.describe(x) for p, (_, x) in wanted.items()},
+            str(folder),
+        )
+        state = snapshot.read(folder / "state", wanted)
+        changed = sorted(p for p, d in digest.leaf_digests(state).items() if d != saved[p][1])
+        if changed:
+            more = f" and {len(changed) - 1} more arrays" if len(changed) > 1 else ""
+            raise Damage("digest", f"{changed[0]}{more}: other bits than were saved")
+        return jax.tree_util.tree_map_with_path(lambda p, x: state.get(path_of(p), x), abstract)
+
+    def _sweep(self, writing: bool = False) -> None:
+        """Sets aside what looks like a step but was never, or is no longer, committed."""
+        if jax.process_index() == 0:
+            for step in _numbered(self.folder):
+                folder = self.folder / str(step)
+                if (folder / _MARKER).exists():
+                    continue
+                if not _names(folder):
+                    self._rename(step, Damage("empty", "the folder is empty"))
+                elif _was_committed(folder):
+                    self._rename(step, Damage("uncommitted", f"{_MARKER} is missing"))
+                elif writing:
+                    log.warning("checkpoint %s: its write was interrupted; removed.", folder)
+        ocp.multihost.sync_global_processes("checkpoints.sweep")
+
+    def _set_aside(self, step: int, damage: Damage, then: str) -> None:
+        if jax.process_index() == 0:
+            self._rename(step, damage, then)
+        ocp.multihost.sync_global_processes("checkpoints.set_aside")
+        if self._manager is not None:
+            self._manager.reload()
+
+    def _rename(self, step: int, damage: Damage, then: str = "") -> None:
+        folder, taken, n = self.folder / str(step), _names(self.folder), 1
+        name = stem = f"{step}.damaged-{damage.cause}"
+        while name in taken:
+            name, n = f"{stem}.{n + 1}", n + 1
+        done = "left as it is" if self._read_only else f"renamed {name}"
+        log.warning("checkpoint %s is damaged (%s): %s%s.", folder, damage, done, then)
+        if not self._read_only:
+            folder.rename(self.folder / name)
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Turns an error of the file system into a message a user can act on."""
+        try:
+            yield
+        except (OSError, ValueError, RuntimeError) as error:
+            step, size = self._pending
+            reason = _reason(error, self.folder, size)
+            if reason is None:
+                raise
+            self._drop_partial()
+            earlier = ", ".join(str(n) for n in _numbered(self.folder)) or "none"
+            raise SaveError(
+                f"checkpoint {step} in {self.folder} was not written: {reason} Earlier checkpoints "
+                f"({earlier}) are untouched; the same command resumes from the newest."
+            ) from error
+
+    def _drop_partial(self) -> None:
+        """Forgets the failed save and removes what it left, which would keep the disk full."""
+        (step, _), self._pending = self._pending, (None, 0)
+        if self._manager is None:
+            return
+        with contextlib.suppress(Exception):
+            self._manager.wait_until_finished()  # tells the same failure once more
+        folder = self.folder / str(step)
+        if jax.process_index() == 0 and folder.exists() and not (folder / _MARKER).exists():
+            shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            self._manager.reload()
+
+    def _writer(self) -> ocp.CheckpointManager:
+        if self._manager is None:
+            raise ValueError(f"checkpoints {self.folder}: opened with read_only=True; cannot save.")
+        return self._manager
+
+
+def read_meta(folder: str | os.PathLike, step: int | None = None) -> dict[str, Any]:
+    """The meta of ``step``, or of the newest step whose meta is whole; reads no arrays."""
+    reader = Checkpoints(folder, read_only=True)
+    problems = []
+    for number in reversed(reader.steps() if step is None else [step]):
+        try:
+            return _read_sealed(reader.folder / str(number))
+        except Damage as damage:
+            problems.append(f"{number}: {damage}")
+    found = "; ".join(problems) or "it holds no checkpoint"
+    raise UserError(
+        f"checkpoints {reader.folder}: {found}. Is this the folder of a run that saved?"
+    )
+
+
+def _manager(
+    folder: epath.Path, keep: int, keep_every: int | None, async_: bool
+) -> ocp.CheckpointManager:
+    policies = ocp.checkpoint_managers
+    preserve: list[Any] = [policies.LatestN(keep)]
+    if keep_every is not None:
+        preserve.append(policies.EveryNSteps(keep_every))
+    options = ocp.CheckpointManagerOptions(
+        preservation_policy=policies.AnyPreservationPolicy(preserve),
+        atomicity_options=AtomicityOptions(mode=AtomicityMode.COMMIT_FILE),
+        cleanup_tmp_directories=True,
+        enable_async_checkpointing=async_,
+    )
+    return ocp.CheckpointManager(folder, options=options)
+
+
+def _sealed(step: int, meta: Mapping[str, Any], leaves: snapshot.Leaves, digests: dict) -> dict:
+    clash = sorted({"step", "checkpoint"} & set(meta))
+    if clash:
+        raise ValueError(f"checkpoints: meta may not hold {clash}: they are written here.")
+    rows = {path: (digest.describe(x), digests[path]) for path, (_, x) in leaves.items()}
+    own = {"format": 1, "digest": digest.tree_digest(rows), "leaves": rows}
+    content = json.loads(json.dumps({**meta, "step": step, "checkpoint": own}))
+    content["checkpoint"]["seal"] = _seal(content)
+    return content
+
+
+def _seal(content: dict[str, Any]) -> str:
+    own = {k: v for k, v in content["checkpoint"].items() if k != "seal"}
+    text = json.dumps({**content, "checkpoint": own}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _read_sealed(folder: epath.Path) -> dict[str, Any]:
+    try:
+        content = json.loads((folder / "meta" / "metadata").read_text())
+        whole = content["checkpoint"]["seal"] == _seal(content)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise Damage("metadata", f"meta/metadata: {first_line(error)}") from error
+    if not whole:
+        raise Damage("metadata", "meta/metadata was changed after it was written")
+    return content
+
+
+def _names(folder: epath.Path) -> set[str]:
+    return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+
+
+def _numbered(folder: epath.Path) -> list[int]:
+    return sorted(int(name) for name in _names(folder) if name.isascii() and name.isdigit())
+
+
+def _was_committed(folder: epath.Path) -> bool:
+    """Whether Orbax had finished this folder, which has since lost its marker (a copy, say)."""
+    try:
+        own = json.loads((folder / "_CHECKPOINT_METADATA").read_text())
+        return bool(own.get("commit_timestamp_nsecs"))
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _require_writable(folder: epath.Path) -> None:
+    probe = folder / f".writable-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"checkpoints {folder}: cannot be written ({error.strerror or error}). "
+            "Choose another --workdir, or mend its permissions."
+        ) from error
+
+
+def _reason(error: BaseException, folder: epath.Path, size: int) -> str | None:
+    """What the file system refused, as a sentence; None if the fault lies elsewhere."""
+    text, cause = "", error
+    while cause is not None:
+        text, cause = f"{text} {cause}".lower(), cause.__cause__ or cause.__context__
+    if "no space left" in text or "disk quota" in text:
+        free = f", {_size(shutil.disk_usage(folder).free)} free" if folder.exists() else ""
+        return f"no space left on the disk ({_size(size)} needed{free}). Free some or lower `keep`."
+    if "file too large" in text:
+        return f"the file system or a limit refuses files of this size ({_size(size)} needed)."
+    if "read-only file system" in text or "permission denied" in text:
+        return "the folder may not be written (read-only file system or permissions)."
+    if not folder.exists():
+        return "the folder is gone."
+    return "the disk reports an error (EIO)." if "input/output error" in text else None
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:.1f} MB"

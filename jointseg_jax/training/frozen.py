@@ -1,0 +1,119 @@
+"""Trained codecs inside another run's workdir.
+
+``codec = {"name": "trained", "workdir": "runs/codec", "scale": "fit"}`` in a stream of a joint
+config takes the codec of that run: its fields from the run's config, its averaged parameters from
+its newest checkpoint. Both are copied into ``WORKDIR/frozen/STREAM.{json,safetensors}`` before the
+first step, so that a workdir can be sampled and moved without the codec's. ``scale`` replaces the
+codec's latent scale; ``"fit"`` sets it to 1 / std of the latents of the first batches.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors.numpy import load_file, save_file
+
+from jointseg_jax import compose
+from jointseg_jax.types import UserError
+
+
+def trained_streams(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The streams of a config whose codec is another run's."""
+    streams = config["system"].get("streams", {})
+    return {k: dict(v["codec"]) for k, v in streams.items() if v["codec"]["name"] == "trained"}
+
+
+def load(workdir: Path, config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Codec specs and parameters by stream, as ``gather`` left them in the workdir."""
+    specs, params = {}, {}
+    for stream in trained_streams(config):
+        path = workdir / "frozen" / f"{stream}.json"
+        if not path.exists():
+            raise UserError(f"{path}: missing; the workdir lost its codec. Copy it back, or train anew.")
+        record = json.loads(path.read_text())
+        file = path.with_suffix(".safetensors")
+        if not file.exists() or _sha256(file) != record["sha256"]:
+            raise UserError(f"{file}: missing or not the file that {path.name} describes (sha256).")
+        specs[stream] = record["codec"]
+        flat = {tuple(k.split("/")): jnp.asarray(v) for k, v in load_file(file).items()}
+        params[stream] = unflatten_dict(flat)
+    return specs, params
+
+
+def gather(
+    workdir: Path,
+    config: Mapping[str, Any],
+    known: compose.Facts,
+    batches: Iterable[Mapping[str, np.ndarray]],
+) -> None:
+    """Copies trained codecs into the workdir, once.
+
+    Args:
+      batches: host batches, read only when a scale is to be fitted.
+    """
+    for stream, spec in trained_streams(config).items():
+        target = workdir / "frozen" / f"{stream}.json"
+        if target.exists():
+            continue
+        codec_spec, params = _of_run(Path(spec["workdir"]), known, stream)
+        scale = spec.get("scale", codec_spec.get("scale"))
+        if scale == "fit":
+            codec = compose.codec({**codec_spec, "scale": 1.0}, known, stream)
+            field = config["system"]["streams"][stream]["field"]
+            scale = _fit(codec, params, field, batches)
+        if scale is not None:
+            codec_spec["scale"] = scale
+        target.parent.mkdir(parents=True, exist_ok=True)
+        file = target.with_suffix(".safetensors")
+        flat = {"/".join(k): np.asarray(v) for k, v in flatten_dict(params).items()}
+        save_file(flat, file)
+        record = {"codec": codec_spec, "from": spec["workdir"], "sha256": _sha256(file)}
+        target.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def _of_run(workdir: Path, known: compose.Facts, stream: str) -> tuple[dict[str, Any], Any]:
+    from jointseg_jax.training.restore import load_run
+
+    run = load_run(workdir)
+    spec = dict(run.config["system"])
+    if spec["name"] != "autoencode":
+        raise UserError(
+            f"config.system.streams.{stream}.codec: {workdir} holds a `{spec['name']}` run; "
+            "a codec comes from an `autoencode` run."
+        )
+    if run.facts.classes.names != known.classes.names:
+        raise UserError(
+            f"config.system.streams.{stream}.codec: {workdir} was trained on "
+            f"{_difference(run.facts.classes.names, known.classes.names)}. Train the codec on this data."
+        )
+    return dict(spec["codec"]), run.params
+
+
+def _difference(there: tuple[str, ...], here: tuple[str, ...]) -> str:
+    if len(there) != len(here):
+        return f"{len(there)} classes, the data has {len(here)}"
+    i = next(i for i, (a, b) in enumerate(zip(there, here)) if a != b)
+    return f"other classes: class {i} is {there[i]!r} there and {here[i]!r} here"
+
+
+def _fit(codec: Any, params: Any, field: str, batches: Iterable[Any], count: int = 8) -> float:
+    """1 / standard deviation of the unscaled latents over the first batches."""
+    unit = replace(codec, latent="mode")
+    encode = jax.jit(lambda values: unit.encode(params, values))
+    found = []
+    for _, batch in zip(range(count), batches):
+        found.append(np.asarray(encode(batch[field]), np.float64).ravel())
+    return float(1.0 / np.concatenate(found).std())
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

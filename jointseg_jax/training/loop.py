@@ -1,0 +1,354 @@
+"""The training loop: any system, one order.
+
+build -> shapes -> match rules -> init into shardings *or* restore -> compile the update ahead of
+time -> for each step {next batch, update, log the window, preview, evaluate, save} -> final save.
+
+Everything random is a function of (seed, step, global row), the data position is the step, so a
+resumed run continues bit for bit. The host reads from the device at log points only.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jointseg_jax import compose, pictures, profiling, rules, sharding
+from jointseg_jax.build import build
+from jointseg_jax.data.pipeline import batches
+from jointseg_jax.systems.keys import sample_keys
+from jointseg_jax.training import frozen as frozen_codecs
+from jointseg_jax.training import state as states
+from jointseg_jax.training.checkpoints import Checkpoints, compare
+from jointseg_jax.training.digest import state_digest
+from jointseg_jax.training.lock import WorkdirLock
+from jointseg_jax.training.optimizer import OPTIMIZERS
+from jointseg_jax.training.preemption import Preemption
+from jointseg_jax.training.step import make_update
+from jointseg_jax.training.telemetry import Telemetry
+from jointseg_jax.training.writers import run_writers
+from jointseg_jax.types import UserError
+
+MAY_CHANGE = (
+    r"^(log|preview|checkpoint|evaluate|profile|finish)/",
+    r"^data/(workers|threads|prefetch|bad|bad_limit)$",
+    r"^(mesh|sharding|nan)$",
+    r"^nan/",
+)
+"""Config paths that a resumed run may change; everything else would change its result."""
+
+PREEMPTED = 75
+"""Exit status after a save on request: run the same command again."""
+
+log = logging.getLogger("jointseg_jax")
+
+
+class NonFinite(UserError):
+    """The loss or a gradient was not finite, and the policy is to stop."""
+
+
+def train(config: Mapping[str, Any], workdir: Path) -> int:
+    """Trains to ``config.steps`` and returns the exit status.
+
+    Args:
+      config: plain nested mapping.
+      workdir: where everything about the run is kept; the same workdir resumes.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    with WorkdirLock(workdir), Preemption() as preemption:
+        return _Run(config, workdir, preemption).train()
+
+
+class _Run:
+    """One process's part of a run, in the fixed order of the module docstring."""
+
+    def __init__(self, config: Mapping[str, Any], workdir: Path, preemption: Preemption):
+        self.config, self.workdir, self.preemption = config, workdir, preemption
+        self.mesh = sharding.make_mesh(config["mesh"])
+        self._check_batch()
+        self.source = compose.source(config, "train")
+        self.facts = self._facts()
+        self.transforms = compose.transforms(config)
+        self.tokenizer = compose.tokenizer(config, self.facts.vocabulary)
+        if frozen_codecs.trained_streams(config):
+            with self._batches(0) as host:
+                frozen_codecs.gather(workdir, config, self.facts, host)
+        specs, self.frozen = frozen_codecs.load(workdir, config)
+        self.system = compose.system(config, self.facts, specs)
+        self.optimizer = build(OPTIMIZERS, config["optimizer"], where="optimizer")
+        self.checkpoints = Checkpoints(
+            workdir / "checkpoints",
+            keep=config["checkpoint"]["keep"],
+        )
+
+    # ------------------------------------------------------------------- set-up
+
+    def _check_batch(self) -> None:
+        batch, shards = self.config["batch"], sharding.data_parallel(self.mesh)
+        parts = shards * self.config.get("accumulate", 1)
+        if batch % parts:
+            nearest = max(round(batch / parts), 1) * parts
+            raise UserError(
+                f"config.batch = {batch}: must be a multiple of data shards x accumulate = "
+                f"{shards} x {parts // shards}; the nearest is {nearest}."
+            )
+
+    def _facts(self) -> compose.Facts:
+        known, path = compose.facts(self.source), self.workdir / "facts.json"
+        if path.exists():
+            saved = compose.Facts.load(path)
+            if saved.classes.names != known.classes.names or saved.vocabulary != known.vocabulary:
+                raise UserError(
+                    f"{path}: this workdir was trained on other classes or words than "
+                    f"config.data.train gives now ({len(saved.classes)} and {len(known.classes)} "
+                    "classes). Use the same data, or another --workdir."
+                )
+        else:
+            known.save(path)
+        return known
+
+    def _batches(self, start: int) -> Any:
+        data = self.config["data"]
+        return batches(
+            self.source,
+            batch=self.config["batch"],
+            seed=self.config["seed"],
+            transforms=self.transforms,
+            tokenizer=self.tokenizer.encode if self.tokenizer else None,
+            start_step=start,
+            workers=data.get("workers", 0),
+            threads=data.get("threads", 2),
+            prefetch=data.get("prefetch", 4),
+            host=jax.process_index(),
+            hosts=jax.process_count(),
+            bad=data.get("bad", "replace"),
+            bad_limit=data.get("bad_limit", 100),
+        )
+
+    def _prepare(self) -> states.TrainState:
+        """Shapes first, then rules, then either fresh parameters or a checkpoint."""
+        shapes = jax.eval_shape(self.system.init, jax.random.key(0))
+        self.trainable = rules.match(
+            shapes, self.config.get("trainable", ((r"", True),)), where="trainable", prefix="params/"
+        )
+        self.transform = self.optimizer.build(self.config["steps"])
+
+        def init(key: jax.Array) -> states.TrainState:
+            return states.create(self.system.init(key), self.trainable, self.transform)
+
+        key = jax.random.key(self.config["seed"])
+        abstract = jax.eval_shape(init, key)
+        self.shardings = sharding.state_shardings(abstract, self.config["sharding"], self.mesh)
+        abstract = jax.tree.map(
+            lambda s, d: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=d), abstract, self.shardings
+        )
+        found = self.checkpoints.restore_newest(abstract)
+        if found is None:
+            (self.workdir / "config.json").write_text(_dump(self.config))
+            return jax.jit(init, out_shardings=self.shardings)(key)
+        restored, meta = found
+        compare(meta["config"], self._meta(), allowed=MAY_CHANGE, where=str(self.workdir))
+        (self.workdir / "config.json").write_text(_dump(self.config))
+        log.info("resumed at step %d from %s", int(restored.step), self.checkpoints.folder)
+        return restored
+
+    def _meta(self) -> dict[str, Any]:
+        return compose.plain(self.config) | {"source": compose.plain(self.source.fingerprint())}
+
+    def _compile(self, state: states.TrainState, batch: Any) -> Callable:
+        update = make_update(
+            self.system,
+            self.transform,
+            self.trainable,
+            seed=self.config["seed"],
+            ema=self.config["ema"],
+            accumulate=self.config.get("accumulate", 1),
+            learning_rate=self.optimizer.learning_rate(self.config["steps"]),
+        )
+        rows = sharding.batch_sharding(self.mesh)
+        everywhere = sharding.replicated(self.mesh)
+        jitted = jax.jit(
+            update,
+            in_shardings=(self.shardings, everywhere, rows),
+            out_shardings=(self.shardings, everywhere),
+            donate_argnums=0,
+        )
+        start = time.perf_counter()
+        compiled = jitted.lower(state, self.frozen, batch).compile()
+        self.flops = profiling.step_flops(self.system, compiled, self.config["batch"])
+        log.info(profiling.summary(state.params, compiled, time.perf_counter() - start, self.flops))
+        return compiled
+
+    def _place(self, host: Mapping[str, np.ndarray]) -> tuple[Any, np.ndarray]:
+        """A global batch from this host's rows, and the record indices of these."""
+        rows = sharding.batch_sharding(self.mesh)
+        indices = host["index"]
+        arrays = {
+            k: jax.make_array_from_process_local_data(rows, v)
+            for k, v in host.items()
+            if k not in ("index", "valid")
+        }
+        return arrays, indices
+
+    # --------------------------------------------------------------------- loop
+
+    def train(self) -> int:
+        with jax.set_mesh(self.mesh):
+            state = self._prepare()
+            self.frozen = jax.device_put(self.frozen, sharding.replicated(self.mesh))
+            self.writers = run_writers(self.workdir, total=self.config["steps"], step=int(state.step))
+            try:
+                state, status = self._steps(state)
+            finally:
+                self.checkpoints.close()
+                self.writers.close()
+        if status == 0:
+            log.info("done: step %d, digest %s, in %s", int(state.step), self.digest, self.workdir)
+        return status
+
+    def _steps(self, state: states.TrainState) -> tuple[states.TrainState, int]:
+        steps, step = self.config["steps"], int(state.step)
+        every = {k: self.config[k]["every"] for k in ("log", "preview", "checkpoint")}
+        host = self._batches(step)
+        compiled = preview = None
+        telemetry = None
+        try:
+            while step < steps:
+                start = time.perf_counter()
+                batch, indices = self._place(next(host))
+                if compiled is None:
+                    compiled, preview = self._compile(state, batch), self._preview()
+                    start = time.perf_counter()
+                    telemetry = Telemetry(
+                        total=steps, batch=self.config["batch"], flops=self.flops
+                    )
+                telemetry.waited(time.perf_counter() - start)
+                with self._profiled(step):
+                    state, metrics = compiled(state, self.frozen, batch)
+                telemetry.add(step, metrics, indices)
+                step += 1
+                if step % every["log"] == 0 or step == steps:
+                    state = self._log(step, state, telemetry, host, leave=int(step < steps))
+                    step = int(state.step) if self._rolled_back else step
+                    if self._rolled_back:
+                        host.close()
+                        host = self._batches(step)
+                        continue
+                self.checkpoints.check()
+                paused = telemetry.pause()
+                if every["preview"] and (step % every["preview"] == 0 or step == steps):
+                    preview(step, state)
+                if step % every["checkpoint"] == 0 or step == steps:
+                    self._save(step, state, wait=step == steps)
+                telemetry.resume(paused)
+                if self.preemption.requested(step):
+                    if step % every["checkpoint"] and step < steps:
+                        self._save(step, state, wait=True)
+                    log.info("stopped on request at step %d; the same command goes on", step)
+                    return state, 0 if step == steps else PREEMPTED
+            self.digest = state_digest(state)
+            return state, 0
+        finally:
+            host.close()
+
+    def _save(self, step: int, state: states.TrainState, *, wait: bool) -> None:
+        self.checkpoints.save(step, state, {"config": self._meta(), "step": step})
+        if wait:
+            self.checkpoints.wait()
+
+    def _log(
+        self, step: int, state: states.TrainState, telemetry: Telemetry, host: Any, *, leave: int
+    ) -> states.TrainState:
+        """Writes the window's scalars; applies the policy for steps that were not finite."""
+        self._rolled_back = False
+        scalars, bad = telemetry.read(leave=leave)
+        for report in host.drain():
+            log.warning("%s", report["error"])
+            with (self.workdir / "data_report.jsonl").open("a") as file:
+                file.write(json.dumps(report) + "\n")
+        self.writers.write(step, scalars)
+        return self._not_finite(state, bad) if bad else state
+
+    def _not_finite(self, state: states.TrainState, bad: list) -> states.TrainState:
+        policy = self.config.get("nan", {"policy": "skip", "limit": 10})
+        step, indices = bad[0]
+        found = (
+            f"step {step}: the loss or a gradient is not finite ({len(bad)} such steps in this "
+            f"window; the update was not applied); records {indices[:16].tolist()} were in the batch; "
+            f"last checkpoint: {self.checkpoints.newest()}"
+        )
+        in_a_row = int(state.skipped)
+        if policy["policy"] == "stop" or in_a_row > policy["limit"]:
+            raise NonFinite(
+                f"ERROR [train] {found}. Lower config.optimizer.schedule.lr, check these records, "
+                "or set config.nan.policy to skip or rollback."
+            )
+        log.warning("%s", found)
+        if policy["policy"] == "rollback" and self.checkpoints.newest() is not None:
+            retries = int(state.retries) + 1
+            abstract = jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+            )
+            self.checkpoints.wait()
+            state, _ = self.checkpoints.restore_newest(abstract)
+            self._rolled_back = True
+            log.warning("rolled back to step %d, retry %d", int(state.step), retries)
+            return state.replace(retries=jnp.full_like(state.retries, retries))
+        return state
+
+    def _profiled(self, step: int) -> Any:
+        window = self.config.get("profile", {"start": -1, "steps": 0})
+        return profiling.window(self.workdir / "profile", step, window["start"], window["steps"])
+
+    # ------------------------------------------------------------------ preview
+
+    def _preview(self) -> Callable[[int, states.TrainState], None]:
+        """Writes a picture of fixed samples; the same seeds and records at every step."""
+        count = sharding.data_parallel(self.mesh) * max(
+            1, self.config["preview"]["count"] // sharding.data_parallel(self.mesh)
+        )
+        held_out = compose.source(self.config, "val")
+        from jointseg_jax.data.pipeline import evaluation_batches
+
+        with evaluation_batches(
+            held_out,
+            batch=count,
+            transforms=self.transforms,
+            tokenizer=self.tokenizer.encode if self.tokenizer else None,
+            host=jax.process_index(),
+            hosts=jax.process_count(),
+        ) as source:
+            batch, _ = self._place(next(source))
+        rows = sharding.batch_sharding(self.mesh)
+
+        def pairs(params: Any, ema: Any, frozen: Any, batch: Any) -> dict[str, jax.Array]:
+            keys = sample_keys(self.config["seed"], jnp.arange(count, dtype=jnp.uint32))
+            averaged = states.averaged(params, ema)
+            made = self.system.preview(averaged, frozen, batch, keys)
+            return jax.lax.with_sharding_constraint(made, rows)
+
+        jitted = jax.jit(pairs)
+
+        def write(step: int, state: states.TrainState) -> None:
+            made = jitted(state.params, state.ema, self.frozen, batch)
+            if jax.process_count() > 1:
+                from jax.experimental import multihost_utils
+
+                made = multihost_utils.process_allgather(made, tiled=True)
+            made = jax.tree.map(np.asarray, made)
+            sheet = pictures.pair_sheet(made["image"], made["labels"], self.facts.classes)
+            pictures.save_png(self.workdir / "samples" / f"{step:08d}.png", sheet)
+            self.writers.images(step, {"samples": sheet})
+
+        return write
+
+
+def _dump(config: Mapping[str, Any]) -> str:
+    return json.dumps(compose.plain(config), indent=1) + "\n"

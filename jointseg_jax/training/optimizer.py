@@ -1,0 +1,113 @@
+"""Optimizers and learning-rate schedules from optax, chosen by name.
+
+``update = clip -> adamw(schedule, decay where the rules say so) -> lr_scale by rules``
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import optax
+
+from jointseg_jax import rules
+from jointseg_jax.build import build
+
+DECAY_MATRICES = ((r"(bias|scale|position|embedding)$", False), (r"", True))
+"""Weight decay on kernels only."""
+
+DECAY_ALL = ((r"", True),)
+"""Weight decay on every parameter, as U-ViT, PDM and JoDiffusion train."""
+
+
+def constant(*, lr: float, steps: int, warmup: int = 0) -> optax.Schedule:
+    """Linear warm-up, then ``lr``."""
+    del steps
+    return optax.join_schedules(
+        [optax.linear_schedule(0.0, lr, warmup), optax.constant_schedule(lr)], [warmup]
+    ) if warmup else optax.constant_schedule(lr)
+
+
+def linear(*, lr: float, steps: int, warmup: int = 0, final: float = 0.0) -> optax.Schedule:
+    """Linear warm-up, then a straight line to ``final * lr`` at the last step."""
+    down = optax.linear_schedule(lr, final * lr, max(steps - warmup, 1))
+    return optax.join_schedules([optax.linear_schedule(0.0, lr, max(warmup, 1)), down], [warmup])
+
+
+def cosine(*, lr: float, steps: int, warmup: int = 0, final: float = 0.0) -> optax.Schedule:
+    """Linear warm-up, then half a cosine to ``final * lr`` at the last step."""
+    return optax.warmup_cosine_decay_schedule(0.0, lr, warmup, max(steps, warmup + 1), final * lr)
+
+
+SCHEDULES: Mapping[str, Callable[..., optax.Schedule]] = {
+    "constant": constant,
+    "linear": linear,
+    "cosine": cosine,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamW:
+    """AdamW with clipping by global norm; ``decay`` and ``lr_scale`` are path rules."""
+
+    schedule: Mapping[str, Any]
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip: float = 0.0  # 0: off
+    decay: rules.Rules = DECAY_MATRICES
+    lr_scale: rules.Rules = ((r"", 1.0),)
+    mu_dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.b1 < 1 or not 0 <= self.b2 < 1:
+            raise ValueError(f"b1, b2 = {self.b1}, {self.b2} must lie in [0, 1).")
+        if self.weight_decay < 0 or self.clip < 0 or self.eps <= 0:
+            raise ValueError(
+                f"weight_decay {self.weight_decay} and clip {self.clip} must be >= 0, eps {self.eps} > 0."
+            )
+        lr, warmup = self.schedule.get("lr", 0.0), self.schedule.get("warmup", 0)
+        if lr <= 0 or warmup < 0:
+            raise ValueError(f"schedule.lr {lr} must be > 0 and schedule.warmup {warmup} >= 0.")
+
+    def learning_rate(self, steps: int) -> optax.Schedule:
+        """The learning rate as a function of the step."""
+        return build(SCHEDULES, self.schedule, where="optimizer.schedule", steps=steps)
+
+    def build(self, steps: int) -> optax.GradientTransformation:
+        """The optax transformation for a run of ``steps`` updates."""
+
+        def decayed(params: Any) -> Any:
+            return rules.match(params, self.decay, where="optimizer.decay", prefix="params/", dead="allow")
+
+        parts = [optax.clip_by_global_norm(self.clip)] if self.clip else []
+        parts += [
+            optax.adamw(
+                self.learning_rate(steps),
+                b1=self.b1,
+                b2=self.b2,
+                eps=self.eps,
+                weight_decay=self.weight_decay,
+                mask=decayed,
+                mu_dtype=self.mu_dtype,
+            ),
+            _scaled(self.lr_scale),
+        ]
+        return optax.chain(*parts)
+
+
+def _scaled(scales: rules.Rules) -> optax.GradientTransformation:
+    """Multiplies each leaf's update by the value its path rule gives."""
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        del params
+        factors = rules.match(updates, scales, where="optimizer.lr_scale", prefix="params/", dead="allow")
+        return jax.tree.map(lambda u, f: u * f, updates, factors), state
+
+    return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
+
+
+OPTIMIZERS = {"adamw": AdamW}

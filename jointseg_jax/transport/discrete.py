@@ -1,0 +1,246 @@
+"""Samplers on the knots of a discrete schedule, in the conventions of diffusers.
+
+A label n in 0 .. N-1 is the knot ``t = (n + 1) / N``, whose alpha^2 is ``alphas_cumprod[n]``; t = 0
+is the clean end. With (a, s) at a step's label and (a', s') at the one it goes to:
+
+1. DDIM: ``x' = a' D + sqrt(s'^2 - v^2) (x - a D) / s + v n``,
+   ``v = eta (s' / s) sqrt(1 - (a / a')^2)``
+2. DDPM: ``x' = (a' b / s^2) D + (a s'^2 / (a' s^2)) x + v n``, ``b = 1 - (a / a')^2``,
+   ``v^2 = b s'^2 / s^2`` (fixed_small) or ``b`` (fixed_large); no noise at label 0
+3. MultistepDPM: the multistep updates of ``exponential`` between chosen labels
+
+with D the data reading and n standard normal. DDIM and DDPM always go N // steps labels down,
+whatever the spacing; past label 0 lies the clean end (or, for DDIM without ``set_alpha_to_one``,
+label 0).
+
+| spacing | labels of DDIM and DDPM | labels of MultistepDPM |
+|---|---|---|
+| linspace | linspace(0, N-1, steps) | linspace(0, N-1, steps + 1) without 0 |
+| leading | (0 .. steps-1) (N // steps) + offset | (1 .. steps) (N // (steps + 1)) + offset |
+| trailing | N - (0 .. steps-1) N / steps - 1 | the same |
+
+all rounded, in falling order.
+
+Source: 1 DDIM (Song et al. 2020) eqs. 12, 16; 2 DDPM (Ho et al. 2020) eqs. 6-7; 3 DPM-Solver++
+(Lu et al. 2022) alg. 2; Karras et al. 2022 eq. 5; spacings, Lin et al. 2023 table 2.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import numpy as np
+
+from jointseg_jax.transport.dpm import CURVATURES, choose
+from jointseg_jax.transport.exponential import Point, multistep, point, span
+from jointseg_jax.transport.integrator import Row
+from jointseg_jax.transport.schedules import ScaledLinear, Schedule
+from jointseg_jax.transport.solvers import Solver
+
+SPACINGS = ("linspace", "leading", "trailing")
+KARRAS_RHO = 7.0
+
+
+def knot(schedule: ScaledLinear, label: int | float) -> float:
+    """The time of a label; below 0 the clean end."""
+    return float(label + 1) / schedule.steps if label >= 0 else 0.0
+
+
+def labels(total: int, steps: int, spacing: str, offset: int, *, skip_last: bool) -> np.ndarray:
+    """The labels of the module's table, ``skip_last`` for the right column."""
+    count = steps + skip_last
+    if spacing == "linspace":
+        chosen = np.linspace(0, total - 1, count)[::-1][:steps]
+    elif spacing == "leading":
+        chosen = (np.arange(count) * (total // count))[::-1][:steps] + offset
+    else:
+        chosen = total - np.arange(steps) * (total / steps)
+        chosen = np.round(chosen) - 1
+    chosen = np.round(chosen).astype(int)
+    if chosen[0] >= total:
+        raise ValueError(
+            f"solver: spacing={spacing!r}, steps_offset={offset}, steps={steps}: the first label "
+            f"is {chosen[0]} and must be below {total}; change `solver.steps_offset`."
+        )
+    return chosen
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Discrete(Solver):
+    """A sampler on the labels of a discrete schedule.
+
+    Attributes:
+      steps: network calls.
+      spacing: which labels; see the module's table.
+      steps_offset: added to the labels of ``leading``.
+    """
+
+    steps: int
+    spacing: str = "leading"
+    steps_offset: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        choose("solver", "spacing", self.spacing, SPACINGS)
+        if self.steps < 1 or self.steps_offset < 0:
+            raise ValueError(
+                f"solver: steps={self.steps}, steps_offset={self.steps_offset}: at least one step "
+                "and an offset of at least 0 are needed; change them in `solver`."
+            )
+
+    def knots(self, schedule: Schedule, *, skip_last: bool = False) -> np.ndarray:
+        """The labels, for a schedule that has them."""
+        if not isinstance(schedule, ScaledLinear):
+            raise ValueError(
+                f"solver: {type(self).__name__} steps on the knots of scaled_linear and the stream "
+                f"has {schedule}; change the stream's schedule, or the solver to dpm_solver_pp, "
+                "euler or heun."
+            )
+        if self.steps + skip_last > schedule.steps:
+            raise ValueError(
+                f"solver: steps={self.steps}: {schedule} has {schedule.steps} labels, too few; "
+                "change `solver.steps`."
+            )
+        return labels(
+            schedule.steps, self.steps, self.spacing, self.steps_offset, skip_last=skip_last
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DDIM(Discrete):
+    """DDIM, deterministic at ``eta = 0`` and as noisy as DDPM at ``eta = 1``.
+
+    Attributes:
+      set_alpha_to_one: whether the last step goes to the clean end rather than to label 0.
+
+    Source: the module's 1.
+    """
+
+    eta: float = 0.0
+    set_alpha_to_one: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"ddim: eta={self.eta}: must be in [0, 1]; change `solver.eta`.")
+
+    def rows(self, schedule: Schedule, t_max: float) -> list[Row]:
+        """One row per label."""
+        chosen, stride = self.knots(schedule), schedule.steps // self.steps
+        last = 0.0 if self.set_alpha_to_one else knot(schedule, 0)
+        ends = [knot(schedule, n - stride) or last for n in chosen]
+        return [
+            ddim_row(point(schedule, knot(schedule, n)), point(schedule, end), self.eta)
+            for n, end in zip(chosen, ends)
+        ]
+
+
+def ddim_row(at: Point, to: Point, eta: float) -> Row:
+    """Source: the module's 1."""
+    noise = eta * (to.sigma / at.sigma) * np.sqrt(1 - (at.alpha / to.alpha) ** 2)
+    keep = np.sqrt(to.sigma**2 - noise**2) / at.sigma
+    return Row(at.time, to.time, keep, (to.alpha - keep * at.alpha,), noise)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DDPM(Discrete):
+    """Ancestral sampling.  Source: the module's 2."""
+
+    variance: str = "fixed_small"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        choose("ddpm", "variance", self.variance, ("fixed_small", "fixed_large"))
+
+    def rows(self, schedule: Schedule, t_max: float) -> list[Row]:
+        """One row per label."""
+        chosen, stride = self.knots(schedule), schedule.steps // self.steps
+        return [ddpm_row(schedule, int(n), int(n) - stride, self.variance) for n in chosen]
+
+
+def ddpm_row(schedule: ScaledLinear, label: int, previous: int, variance: str) -> Row:
+    """From a label to a previous one (below 0: the clean end).  Source: the module's 2."""
+    at, to = (point(schedule, knot(schedule, n)) for n in (label, previous))
+    beta = 1 - (at.alpha / to.alpha) ** 2
+    rest = (to.sigma / at.sigma) ** 2
+    spread = beta * rest if variance == "fixed_small" else beta
+    keep, use = at.alpha / to.alpha * rest, to.alpha * beta / at.sigma**2
+    return Row(at.time, to.time, keep, (use,), np.sqrt(spread) if label > 0 else 0.0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MultistepDPM(Discrete):
+    """Multistep DPM-Solver(++) between labels, order 1, 2, .. up to ``order``.
+
+    Attributes:
+      algorithm: ``"dpmsolver++"`` (data readings) or ``"dpmsolver"`` (noise readings).
+      solver_type: second-order update, ``"midpoint"`` or ``"heun"`` (``exponential``'s variants
+        ``dpm_solver`` and ``taylor``).
+      curvature: see ``DPMSolverPP``.
+      final_sigmas: the last step goes to the clean end (``"zero"``, then at first order) or to
+        label 0 (``"sigma_min"``).
+      karras: steps of equal size in sigma^(1/7); the network sees the nearest label.
+      lower_order_final: below 15 steps, the last two have orders 2 and 1.
+      euler_at_final: the last step has order 1.
+
+    Source: the module's 3.
+    """
+
+    spacing: str = "linspace"
+    order: int = 2
+    algorithm: str = "dpmsolver++"
+    solver_type: str = "midpoint"
+    curvature: str = "published"
+    final_sigmas: str = "zero"
+    karras: bool = False
+    lower_order_final: bool = True
+    euler_at_final: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        choices = {
+            "order": (1, 2, 3),
+            "algorithm": ("dpmsolver++", "dpmsolver"),
+            "solver_type": ("midpoint", "heun"),
+            "curvature": CURVATURES,
+            "final_sigmas": ("zero", "sigma_min"),
+        }
+        for name, allowed in choices.items():
+            choose("multistep_dpm", name, getattr(self, name), allowed)
+
+    def rows(self, schedule: Schedule, t_max: float) -> list[Row]:
+        """One row per step."""
+        chosen = self.knots(schedule, skip_last=True)
+        times, seen = [knot(schedule, n) for n in chosen], [None] * self.steps
+        if self.karras:
+            times, seen = karras_times(schedule, self.steps)
+        end = 0.0 if self.final_sigmas == "zero" else knot(schedule, 0)
+        points = [point(schedule, t) for t in (*times, end)]
+        reading = "data" if self.algorithm == "dpmsolver++" else "noise"
+        variant = "dpm_solver" if self.solver_type == "midpoint" else "taylor"
+        rows = []
+        for i, (at, to) in enumerate(itertools.pairwise(points)):
+            past = points[i + 1 - self._order(i) : i + 1][::-1]
+            use = multistep(reading, variant, past, to, self.curvature)
+            keep = span(reading, at, to).keep
+            rows.append(Row(at.time, to.time, keep, use, reading=reading, seen=seen[i]))
+        return rows
+
+    def _order(self, i: int) -> int:
+        """The order of step i: what earlier readings allow, lowered towards the end."""
+        left = self.steps - i
+        short = self.lower_order_final and self.steps < 15
+        if left == 1 and (short or self.euler_at_final or self.final_sigmas == "zero"):
+            return 1
+        return min(i + 1, self.order, left if short else self.order)
+
+
+def karras_times(schedule: ScaledLinear, steps: int) -> tuple[list[float], list[float]]:
+    """Times at equal distances in sigma^(1/rho), and the nearest knots, which the network sees."""
+    knots = np.arange(1, schedule.steps + 1) / schedule.steps
+    spread = -schedule.log_snr(knots)  # log(sigma / alpha)
+    ends = np.exp(spread[[-1, 0]] / KARRAS_RHO)
+    wanted = KARRAS_RHO * np.log(np.linspace(*ends, steps))
+    nearest = np.round(np.interp(wanted, spread, np.arange(schedule.steps)))
+    return list(schedule.time_of(-wanted)), [knot(schedule, n) for n in nearest]

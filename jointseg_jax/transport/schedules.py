@@ -1,0 +1,350 @@
+"""Noise schedules: how much data and how much source a state holds at a time t in [0, 1].
+
+1. ``x_t = alpha(t) data + sigma(t) source``; t = 0 is the data end, t = 1 the source end.
+2. ``lambda(t) = log(alpha(t) / sigma(t))``, the half log-SNR, falls strictly with t;
+   ``time_of`` is its inverse.
+3. ``velocity = d_data(t) data + d_source(t) source`` is what a velocity network predicts. Every
+   schedule obeys ``alpha d_source - sigma d_data = 1``, so that (x, velocity) gives back
+   ``data = d_source x - sigma velocity`` and ``source = alpha velocity - d_data x``.
+4. Variance preserving (``alpha^2 + sigma^2 = 1``): ``d_data = -sigma``, ``d_source = alpha``;
+   with ``l = log alpha``: ``alpha' = alpha l'`` and ``sigma' = -alpha^2 l' / sigma``.
+
+Every method takes numbers or numpy arrays, and then computes in float64 on the host, or JAX
+arrays, and then computes in their dtype.
+
+A *label* is the number that a network sees in place of t:
+
+| schedule | label | which alpha-bar it stands for |
+|---|---|---|
+| scaled_linear, time_offset 1 | 1000 t, in 1 .. 1000 | abar_n = prod_{i <= n} (1 - beta_i) |
+| scaled_linear, time_offset 0 | 1000 t - 1, in 0 .. 999 | alphas_cumprod[n] = abar_{n+1} |
+| the others | 1000 t | |
+
+Source: DDPM (Ho et al. 2020) eq. 4; DPM-Solver (Lu et al. 2022) app. D; progressive distillation
+(Salimans & Ho 2022) app. D for the velocity; rectified flow (Liu et al. 2022) eq. 1.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import functools
+from types import ModuleType
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Numbers = int | float | np.ndarray | np.generic | jax.Array
+"""A number or a numpy array (computed on the host in float64), or a JAX array (in its dtype)."""
+
+LABELS = 1000
+
+
+@runtime_checkable
+class Schedule(Protocol):
+    """What processes, solvers and systems ask of a schedule."""
+
+    t_max: float
+
+    def log_alpha(self, t: Numbers) -> Numbers: ...
+    def alpha(self, t: Numbers) -> Numbers: ...
+    def sigma(self, t: Numbers) -> Numbers: ...
+    def log_snr(self, t: Numbers) -> Numbers: ...
+    def time_of(self, log_snr: Numbers) -> Numbers: ...
+    def velocity_weights(self, t: Numbers) -> tuple[Numbers, Numbers]: ...
+    def derivative(self, t: Numbers) -> tuple[Numbers, Numbers]: ...
+    def label(self, t: Numbers) -> Numbers: ...
+    def time(self, label: Numbers) -> Numbers: ...
+
+
+def _module(t: Any) -> tuple[ModuleType, Any]:
+    """The array module to compute with, and ``t`` as its array."""
+    return (jnp, t) if isinstance(t, jax.Array) else (np, np.asarray(t, np.float64)[()])
+
+
+def _quiet(method: Any) -> Any:
+    """Lets numpy reach the infinities at the ends (sigma = 0, alpha = 0) without warning."""
+    return functools.wraps(method)(np.errstate(divide="ignore", invalid="ignore")(method))
+
+
+class VariancePreserving(abc.ABC):
+    """Everything that follows from ``log_alpha``, its slope and its inverse."""
+
+    t_max: float
+
+    @abc.abstractmethod
+    def log_alpha(self, t: Numbers) -> Numbers:
+        """log alpha(t)."""
+
+    @abc.abstractmethod
+    def _slope(self, t: Numbers) -> Numbers:
+        """d log alpha / dt."""
+
+    @abc.abstractmethod
+    def _time_at(self, log_alpha: Numbers) -> Numbers:
+        """The time at which log alpha has this value."""
+
+    def alpha(self, t: Numbers) -> Numbers:
+        """Weight of the data."""
+        xp, t = _module(t)
+        return xp.exp(self.log_alpha(t))
+
+    def sigma(self, t: Numbers) -> Numbers:
+        """Weight of the source, sqrt(1 - alpha^2) without cancellation near t = 0."""
+        xp, t = _module(t)
+        return xp.sqrt(0.0 - xp.expm1(2 * self.log_alpha(t)))  # 0.0 - x: never -0.0
+
+    @_quiet
+    def log_snr(self, t: Numbers) -> Numbers:
+        """lambda(t) = log(alpha / sigma)."""
+        xp, t = _module(t)
+        return self.log_alpha(t) - xp.log(self.sigma(t))
+
+    def time_of(self, log_snr: Numbers) -> Numbers:
+        """The time of a lambda: log alpha = -log(1 + exp(-2 lambda)) / 2."""
+        xp, log_snr = _module(log_snr)
+        return self._time_at(-0.5 * xp.logaddexp(0.0, -2 * log_snr))
+
+    def velocity_weights(self, t: Numbers) -> tuple[Numbers, Numbers]:
+        """(d_data, d_source) = (-sigma, alpha)."""
+        return -self.sigma(t), self.alpha(t)
+
+    @_quiet
+    def derivative(self, t: Numbers) -> tuple[Numbers, Numbers]:
+        """(d alpha / dt, d sigma / dt); the second is infinite at t = 0."""
+        slope, alpha = self._slope(t), self.alpha(t)
+        return alpha * slope, -(alpha**2) * slope / self.sigma(t)
+
+    def label(self, t: Numbers) -> Numbers:
+        """The network's number for t."""
+        return LABELS * _module(t)[1]
+
+    def time(self, label: Numbers) -> Numbers:
+        """The time of a network's number."""
+        return _module(label)[1] / LABELS
+
+
+@functools.lru_cache(maxsize=16)
+def _knots(beta_start: float, beta_end: float, steps: int) -> np.ndarray:
+    """log alpha at t = 1/steps .. 1 (read-only)."""
+    betas = np.linspace(beta_start**0.5, beta_end**0.5, steps) ** 2
+    knots = 0.5 * np.cumsum(np.log1p(-betas))
+    knots.flags.writeable = False
+    return knots
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScaledLinear(VariancePreserving):
+    """The latent-diffusion betas, squares of a line, with log alpha linear between their knots.
+
+    Knot i lies at t = i/steps and has alpha^2 = prod_{j <= i} (1 - beta_j). Left of the first knot
+    the line of the next interval goes on, up to log alpha = 0.
+
+    Attributes:
+      time_offset: which label means which knot; see the table of the module.
+
+    Source: Stable Diffusion (Rombach et al. 2022) and U-ViT (Bao et al. 2023), the same betas.
+    """
+
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    steps: int = 1000
+    time_offset: int = 1
+    t_max: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.beta_start <= self.beta_end < 1:
+            raise ValueError(
+                f"scaled_linear: beta_start={self.beta_start}, beta_end={self.beta_end}: "
+                "0 < beta_start <= beta_end < 1 must hold; change them in the schedule's config."
+            )
+        if self.steps < 2:
+            raise ValueError(
+                f"scaled_linear: steps={self.steps}: at least 2 knots are needed to interpolate; "
+                "change steps in the schedule's config."
+            )
+        if self.time_offset not in (0, 1):
+            raise ValueError(
+                f"scaled_linear: time_offset={self.time_offset}: must be 1 (labels 1..steps) or 0 "
+                "(labels 0..steps-1); change time_offset in the schedule's config."
+            )
+
+    @property
+    def betas(self) -> np.ndarray:
+        """beta_1 .. beta_steps."""
+        return np.linspace(self.beta_start**0.5, self.beta_end**0.5, self.steps) ** 2
+
+    def _segment(self, t: Any) -> tuple[Any, Any, Any]:
+        """(left knot's index, log alpha there, rise over the interval)."""
+        xp, t = _module(t)
+        knots = _knots(self.beta_start, self.beta_end, self.steps)
+        index = xp.clip(xp.floor(t * self.steps).astype(int) - 1, 0, self.steps - 2)
+        knots = knots if xp is np else jnp.asarray(knots, t.dtype)
+        return index, knots[index], knots[index + 1] - knots[index]
+
+    def log_alpha(self, t: Numbers) -> Numbers:
+        """Linear between the knots."""
+        xp, t = _module(t)
+        index, left, rise = self._segment(t)
+        return xp.minimum(left + (t * self.steps - (index + 1)) * rise, 0.0)
+
+    def _slope(self, t: Numbers) -> Numbers:
+        return self._segment(t)[2] * self.steps
+
+    def _time_at(self, log_alpha: Numbers) -> Numbers:
+        xp, log_alpha = _module(log_alpha)
+        knots = _knots(self.beta_start, self.beta_end, self.steps)
+        knots = knots if xp is np else jnp.asarray(knots, log_alpha.dtype)
+        index = xp.clip(xp.searchsorted(-knots, -log_alpha) - 1, 0, self.steps - 2)
+        share = (log_alpha - knots[index]) / (knots[index + 1] - knots[index])
+        return (index + 1 + share) / self.steps
+
+    def label(self, t: Numbers) -> Numbers:
+        """steps t, or max(steps t - 1, 0) where labels start at 0."""
+        xp, t = _module(t)
+        return t * self.steps if self.time_offset else xp.maximum(t * self.steps - 1, 0.0)
+
+    def time(self, label: Numbers) -> Numbers:
+        """The time of a label; the inverse of ``label`` on the knots and between them."""
+        return (_module(label)[1] + (1 - self.time_offset)) / self.steps
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BetaLinear(VariancePreserving):
+    """The continuous schedule with beta(t) linear: log alpha = -(b1 - b0) t^2 / 4 - b0 t / 2.
+
+    Source: score SDE (Song et al. 2021) eq. 33; DPM-Solver app. D.
+    """
+
+    beta_min: float = 0.1
+    beta_max: float = 20.0
+    t_max: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.beta_min < self.beta_max:
+            raise ValueError(
+                f"beta_linear: beta_min={self.beta_min}, beta_max={self.beta_max}: "
+                "0 < beta_min < beta_max must hold; change them in the schedule's config."
+            )
+
+    def log_alpha(self, t: Numbers) -> Numbers:
+        """A falling parabola."""
+        _, t = _module(t)
+        return -0.25 * (self.beta_max - self.beta_min) * t**2 - 0.5 * self.beta_min * t
+
+    def _slope(self, t: Numbers) -> Numbers:
+        _, t = _module(t)
+        return -0.5 * (self.beta_max - self.beta_min) * t - 0.5 * self.beta_min
+
+    def _time_at(self, log_alpha: Numbers) -> Numbers:
+        xp, log_alpha = _module(log_alpha)
+        root = xp.sqrt(self.beta_min**2 - 4 * (self.beta_max - self.beta_min) * log_alpha)
+        return -4 * log_alpha / (self.beta_min + root)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cosine(VariancePreserving):
+    """alpha = cos(pi/2 (t + shift) / (1 + shift)), scaled to 1 at t = 0.
+
+    Source: improved DDPM (Nichol & Dhariwal 2021) eq. 17; t_max as in DPM-Solver.
+    """
+
+    shift: float = 0.008
+    t_max: float = 0.9946
+
+    def __post_init__(self) -> None:
+        if self.shift < 0 or not 0 < self.t_max < 1:
+            raise ValueError(
+                f"cosine: shift={self.shift}, t_max={self.t_max}: shift >= 0 and 0 < t_max < 1 "
+                "must hold (alpha is 0 at t = 1); change them in the schedule's config."
+            )
+
+    def _angle(self, t: Any) -> Any:
+        return (t + self.shift) / (1 + self.shift) * (np.pi / 2)
+
+    def log_alpha(self, t: Numbers) -> Numbers:
+        """log cos of the angle at t, less that at 0."""
+        xp, t = _module(t)
+        return xp.log(xp.cos(self._angle(t))) - float(np.log(np.cos(self._angle(0.0))))
+
+    def _slope(self, t: Numbers) -> Numbers:
+        xp, t = _module(t)
+        return -xp.tan(self._angle(t)) * (np.pi / 2 / (1 + self.shift))
+
+    def _time_at(self, log_alpha: Numbers) -> Numbers:
+        xp, log_alpha = _module(log_alpha)
+        cosine = xp.exp(log_alpha) * float(np.cos(self._angle(0.0)))
+        return xp.arccos(cosine) * (2 / np.pi * (1 + self.shift)) - self.shift
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Linear:
+    """Rectified flow: a straight line between data and source, alpha = 1 - t, sigma = t.
+
+    Attributes:
+      t_max: where solvers start; less than 1 keeps some data in the start, which a network that
+        predicts noise needs (see ``Process``).
+
+    Source: rectified flow (Liu et al. 2022) eq. 1.
+    """
+
+    t_max: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.t_max <= 1:
+            raise ValueError(
+                f"linear: t_max={self.t_max}: 0 < t_max <= 1 must hold; change it in the "
+                "schedule's config."
+            )
+
+    def alpha(self, t: Numbers) -> Numbers:
+        """Weight of the data."""
+        return 1 - _module(t)[1]
+
+    def sigma(self, t: Numbers) -> Numbers:
+        """Weight of the source."""
+        return _module(t)[1] + 0.0
+
+    @_quiet
+    def log_alpha(self, t: Numbers) -> Numbers:
+        """log(1 - t), -inf at t = 1."""
+        xp, t = _module(t)
+        return xp.log1p(-t)
+
+    @_quiet
+    def log_snr(self, t: Numbers) -> Numbers:
+        """lambda(t) = log((1 - t) / t)."""
+        xp, t = _module(t)
+        return xp.log1p(-t) - xp.log(t)
+
+    def time_of(self, log_snr: Numbers) -> Numbers:
+        """t = 1 / (1 + exp(lambda)), without overflow."""
+        xp, log_snr = _module(log_snr)
+        return xp.exp(-xp.logaddexp(0.0, log_snr))
+
+    def velocity_weights(self, t: Numbers) -> tuple[Numbers, Numbers]:
+        """(-1, 1): the velocity is source - data."""
+        xp, t = _module(t)
+        return -xp.ones_like(t), xp.ones_like(t)
+
+    def derivative(self, t: Numbers) -> tuple[Numbers, Numbers]:
+        """The same as ``velocity_weights``: the predicted velocity is dx/dt."""
+        return self.velocity_weights(t)
+
+    def label(self, t: Numbers) -> Numbers:
+        """1000 t."""
+        return LABELS * _module(t)[1]
+
+    def time(self, label: Numbers) -> Numbers:
+        """The time of a network's number."""
+        return _module(label)[1] / LABELS
+
+
+SCHEDULES = {
+    "scaled_linear": ScaledLinear,
+    "beta_linear": BetaLinear,
+    "cosine": Cosine,
+    "linear": Linear,
+}

@@ -1,0 +1,156 @@
+"""Solvers: what every method shares, and the two plainest, Euler and Heun.
+
+1. ``Euler``: ``x_{i+1} = x_i + (t_{i+1} - t_i) v(x_i, t_i)``.
+2. ``Heun``: ``x' = x_i + (t_{i+1} - t_i) v(x_i, t_i)``, then
+   ``x_{i+1} = x_i + (t_{i+1} - t_i) (v(x_i, t_i) + v(x', t_{i+1})) / 2``.
+
+Both run from any time to any other, in either direction. A solver only lays out rows; the loop
+is in ``integrator``.
+
+Source: 1 SemFlow sec. 3.2 (eqs. 11-13), rectified flow (Liu et al. 2022) alg. 1; 2 Karras et al.
+2022 alg. 1 in the variable t.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import itertools
+from collections.abc import Mapping
+
+import numpy as np
+from jaxtyping import Array
+
+from jointseg_jax.transport.integrator import Noise, Predict, Row, Table, integrate, tabulate
+from jointseg_jax.transport.keys import Keys
+from jointseg_jax.transport.process import Process
+from jointseg_jax.transport.schedules import Schedule
+from jointseg_jax.types import Streams
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Solver(abc.ABC):
+    """Moves states from one end of their processes to the other.
+
+    Attributes:
+      final: ``"state"`` returns the state at the end time; ``"evaluate"`` asks the network once
+        more there and returns its data reading.
+    """
+
+    final: str = "state"
+
+    def __post_init__(self) -> None:
+        if self.final not in ("state", "evaluate"):
+            raise ValueError(
+                f"solver: final={self.final!r}: must be 'state' or 'evaluate'; change "
+                "`solver.final`."
+            )
+
+    @abc.abstractmethod
+    def rows(self, schedule: Schedule, t_max: float) -> list[Row]:
+        """The method on one schedule; ``t_max`` is the latest time common to all streams."""
+
+    def table(self, processes: Mapping[str, Process]) -> Table:
+        """The method's numbers for these streams."""
+        t_max = min(p.schedule.t_max for p in processes.values())
+        rows = {name: self.rows(p.schedule, t_max) for name, p in processes.items()}
+        if self.final == "evaluate":
+            rows = {k: [*r, Row(r[-1].to, r[-1].to, 0.0, (1.0,))] for k, r in rows.items()}
+        return tabulate(rows, processes)
+
+    def __call__(
+        self,
+        predict: Predict,
+        processes: Mapping[str, Process],
+        x: Streams,
+        *,
+        keys: Keys | None = None,
+        given: Streams | None = None,
+        trajectory: bool = False,
+        noise: Noise | None = None,
+    ) -> dict[str, Array] | tuple[dict[str, Array], dict[str, Array]]:
+        """Integrates ``x``; the arguments are those of ``integrate``.
+
+        Raises:
+          ValueError: no state, a state without a process, or one that is also ``given``.
+        """
+        missing, twice = sorted(set(x) - set(processes)), sorted(set(x) & set(given or {}))
+        if not x or missing or twice:
+            raise ValueError(
+                f"solver: got states {sorted(x)}, processes {sorted(processes)}, given "
+                f"{sorted(given or {})}; every state needs a process (lacking: {missing}) and "
+                f"must not also be given (both: {twice})."
+            )
+        processes = {name: processes[name] for name in x}
+        table = self.table(processes)
+        return integrate(
+            table, predict, processes, x, keys=keys, given=given, trajectory=trajectory, noise=noise
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Continuous(Solver):
+    """A solver on a grid of its own between two times.
+
+    Attributes:
+      steps: network calls for which the grid is laid out.
+      start: where it begins; None is the schedules' ``t_max``.
+      end: where it stops.
+    """
+
+    steps: int
+    start: float | None = None
+    end: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.steps < 1:
+            raise ValueError(
+                f"solver: steps={self.steps}: at least one is needed; change `solver.steps`."
+            )
+        start = 1.0 if self.start is None else self.start
+        if not (0 <= start <= 1 and 0 <= self.end <= 1 and start != self.end):
+            raise ValueError(
+                f"solver: start={self.start}, end={self.end}: two different times in [0, 1] are "
+                "needed (0 is the data end); change `solver.start` or `solver.end`."
+            )
+
+    def span(self, t_max: float) -> tuple[float, float]:
+        """(start, end), checked against the schedules' range."""
+        start = t_max if self.start is None else self.start
+        if max(start, self.end) > t_max:
+            raise ValueError(
+                f"solver: start={start}, end={self.end}: a schedule of these streams ends at "
+                f"t_max={t_max}; change `solver.start` or `solver.end`."
+            )
+        return start, self.end
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Euler(Continuous):
+    """Explicit Euler on the velocity, ``steps`` network calls.  Source: the module's 1."""
+
+    def rows(self, schedule: Schedule, t_max: float) -> list[Row]:
+        """One row per step."""
+        grid = np.linspace(*self.span(t_max), self.steps + 1)
+        return [Row(t, u, 1.0, (u - t,), reading="velocity") for t, u in itertools.pairwise(grid)]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Heun(Continuous):
+    """Heun's second-order method on the velocity, two network calls per step.
+
+    It evaluates at the end time too, so a variance-preserving process, whose velocity is infinite
+    at t = 0, needs ``end`` above 0.
+
+    Source: the module's 2.
+    """
+
+    def rows(self, schedule: Schedule, t_max: float) -> list[Row]:
+        """Two rows per step: to the far end, and again from the start with both velocities."""
+        grid = np.linspace(*self.span(t_max), self.steps + 1)
+        rows = []
+        for t, u in itertools.pairwise(grid):
+            rows.append(Row(t, u, 1.0, (u - t,), commit=False, reading="velocity"))
+            rows.append(Row(u, u, 1.0, ((u - t) / 2,) * 2, reading="velocity"))
+        return rows

@@ -1,0 +1,198 @@
+"""Reference weights to our parameters and back, by a table, with every tensor accounted for.
+
+1. A table is a list of ``Entry``: some reference tensors, some of ours, and the change of layout
+   between them. Layouts only move numbers, so that both directions are exact.
+2. Before anything is moved, names and shapes are compared with what the model needs, in the
+   reference's own words. Anything missing, left over or of another shape is an error; tensors the
+   table names as ``idle`` (present in reference files, used by nothing) are left out.
+3. Numpy arrays in, numpy float32 arrays out. Files are safetensors only: a pickle can run code.
+
+``stack_blocks`` and ``unstack_blocks`` turn the parameters of an unrolled ``UViT`` into those of a
+scanned one and back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from jointseg_jax.types import UserError
+
+PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
+PICKLE_STARTS = (b"PK\x03\x04", b"\x80")  # zip (torch.save), and pickle protocol 2 or later
+SHOWN = 4
+"""How many tensors of each kind an error names."""
+
+Weights = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How a group of reference arrays turns into a group of ours, and back."""
+
+    ours: Callable[..., Sequence[Any]]
+    theirs: Callable[..., Sequence[Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """Reference tensors ``theirs`` <-> our parameter paths ``ours``."""
+
+    theirs: tuple[str, ...]
+    ours: tuple[str, ...]
+    layout: Layout
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """All entries of one model in one reference layout.
+
+    Args:
+      idle: reference tensors that a file may hold and that nothing uses.
+      shapes: our parameters' shapes by path, blocks unrolled.
+    """
+
+    name: str
+    entries: tuple[Entry, ...]
+    shapes: Mapping[str, tuple[int, ...]]
+    idle: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        ours = [path for entry in self.entries for path in entry.ours]
+        theirs = [key for entry in self.entries for key in entry.theirs]
+        wrong = set(ours) ^ set(self.shapes)
+        if wrong or len(set(ours)) != len(ours) or len(set(theirs)) != len(theirs):
+            raise ValueError(
+                f"Table {self.name!r} does not cover the model's parameters once each: "
+                f"{sorted(wrong)[:SHOWN]}; mend the table (weights/tables.py)."
+            )
+
+    def reference_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the reference tensors that this model would have."""
+        ours = {p: jax.ShapeDtypeStruct(s, np.float32) for p, s in self.shapes.items()}
+        theirs = jax.eval_shape(lambda flat: _apply(self, flat, "theirs"), ours)
+        return {key: value.shape for key, value in theirs.items()}
+
+
+def to_ours(weights: Weights, table: Table) -> dict[str, Any]:
+    """Our parameters (nested, blocks unrolled) from a reference state dict.
+
+    Raises:
+      UserError: tensors missing, left over, or of another shape.
+    """
+    weights = _without_prefix(weights, "module.")
+    _compare(weights, table.reference_shapes(), table.idle, where=f"{table.name} weights")
+    flat = _apply(table, weights, "ours")
+    flat = {p: np.ascontiguousarray(a, dtype=np.float32) for p, a in flat.items()}
+    return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def to_theirs(params: Mapping[str, Any], table: Table) -> dict[str, np.ndarray]:
+    """A reference state dict from our parameters (blocks unrolled), without the idle tensors.
+
+    Raises:
+      UserError: parameters missing, left over, or of another shape.
+    """
+    flat = {p: np.asarray(a) for p, a in traverse_util.flatten_dict(params, sep="/").items()}
+    _compare(flat, table.shapes, (), where=f"parameters to write as {table.name}")
+    flat = _apply(table, flat, "theirs")
+    return {key: np.ascontiguousarray(a, dtype=np.float32) for key, a in flat.items()}
+
+
+def read_safetensors(path: str | Path) -> dict[str, np.ndarray]:
+    """The tensors of one file as float32 (integers as they are).
+
+    Raises:
+      UserError: no such file, a pickle, or not a safetensors file.
+    """
+    import safetensors
+    from safetensors.numpy import load_file
+
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"weights: there is no file {path}.")
+    with path.open("rb") as file:
+        start = file.read(4)
+    if path.suffix in PICKLE_SUFFIXES or start.startswith(PICKLE_STARTS):
+        raise UserError(
+            f"weights: {path} is a pickle (torch.save) file, which can run code when it is read; "
+            "it is refused. Save its tensors as .safetensors where you trust it, and give that."
+        )
+    try:
+        tensors = load_file(path)
+    except safetensors.SafetensorError as error:
+        raise UserError(f"weights: {path} is not a whole safetensors file: {error}.") from error
+    return {k: a if a.dtype.kind in "iub" else a.astype(np.float32) for k, a in tensors.items()}
+
+
+def stack_blocks(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters of an unrolled ``UViT`` as those of one with ``scan=True``."""
+    params = dict(params)
+    for name in ("in_blocks", "out_blocks"):
+        if name in params:
+            layers = [params[name][str(i)] for i in range(len(params[name]))]
+            layers = layers[::-1] if name == "out_blocks" else layers
+            params[name] = jax.tree.map(lambda *leaves: _stack(leaves), *layers)
+    return params
+
+
+def unstack_blocks(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters of a ``UViT`` with ``scan=True`` as those of an unrolled one."""
+    params = dict(params)
+    for name in ("in_blocks", "out_blocks"):
+        if name in params:
+            length = len(jax.tree.leaves(params[name])[0])
+            order = range(length)[::-1] if name == "out_blocks" else range(length)
+            params[name] = {
+                str(i): jax.tree.map(lambda leaf, j=j: leaf[j], params[name])
+                for i, j in enumerate(order)
+            }
+    return params
+
+
+def _stack(leaves: Sequence[Any]) -> Any:
+    return (np if isinstance(leaves[0], np.ndarray) else jnp).stack(leaves)
+
+
+def _apply(table: Table, flat: Mapping[str, Any], to: str) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for entry in table.entries:
+        given, wanted = (entry.theirs, entry.ours) if to == "ours" else (entry.ours, entry.theirs)
+        moved = getattr(entry.layout, to)(*(flat[name] for name in given))
+        out |= dict(zip(wanted, moved, strict=True))
+    return out
+
+
+def _without_prefix(weights: Weights, prefix: str) -> Weights:
+    """Drops what data-parallel wrappers put before every name."""
+    if not all(key.startswith(prefix) for key in weights):
+        return weights
+    return {key.removeprefix(prefix): a for key, a in weights.items()}
+
+
+def _compare(given: Weights, wanted: Mapping[str, tuple], idle: Sequence[str], *, where: str):
+    missing = [f"{k} {wanted[k]}" for k in sorted(set(wanted) - set(given))]
+    unused = [f"{k} {given[k].shape}" for k in sorted(set(given) - set(wanted) - set(idle))]
+    differ = [
+        f"{k}: given {given[k].shape}, the model has {tuple(wanted[k])}"
+        for k in sorted(set(given) & set(wanted))
+        if given[k].shape != tuple(wanted[k])
+    ]
+    kinds = {"missing": missing, "left over": unused, "of another shape": differ}
+    found = [
+        f"{len(names)} {kind} ({'; '.join(names[:SHOWN])}{'; ...' if len(names) > SHOWN else ''})"
+        for kind, names in kinds.items()
+        if names
+    ]
+    if found:
+        raise UserError(
+            f"{where}: {', '.join(found)}. Change the model's config to the one of these weights "
+            "(depth, width, streams), or choose the layout they are in."
+        )

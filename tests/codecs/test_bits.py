@@ -1,0 +1,161 @@
+"""Every id returns, noise below the threshold changes nothing, pooling and snapping keep their rules."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jointseg_jax.codecs import chunks
+from jointseg_jax.codecs.bits import Bits, analog, bits_for, integers, pooled
+from jointseg_jax.types import VOID, UserError
+
+SPECIALS = [("code", "code"), ("zero", "code"), ("forbid", "code"), ("code", "zero")]
+SPECIALS += [("forbid", "zero")]
+OPTIONS = list(itertools.product(SPECIALS, ("lsb", "msb"), ("threshold", "snap"), (1, 2)))
+
+
+def every_id(codec):
+    ids = np.arange(-1 if codec.void != "forbid" else 0, codec.classes)
+    return np.kron(ids.reshape(1, 1, -1), np.ones((1, codec.pool, codec.pool), int))
+
+
+@pytest.mark.parametrize("classes", [2, 11, 16, 17, 133, 256])
+@pytest.mark.parametrize("special", SPECIALS)
+def test_every_id_returns_exactly(classes, special):
+    for order, decoding in itertools.product(("lsb", "msb"), ("threshold", "snap")):
+        codec = Bits(
+            classes=classes,
+            void=special[0],
+            background=special[1],
+            order=order,
+            decoding=decoding,
+            scale=0.3,
+        )
+        ids = every_id(codec)
+        latents = codec.encode(codec.init(jax.random.key(0)), ids)
+        labels, confidence = codec.decode_with_confidence({}, latents)
+        np.testing.assert_array_equal(labels, ids)
+        assert latents.dtype == jnp.float32 and labels.dtype == jnp.int32
+        # the nearest other codeword is one bit away (exp(-8) at noise 1/2), the origin at most
+        # half the bits (exp(-2 bits)): an exact codeword is always the likely one
+        assert float(confidence.min()) > 0.5 and float(confidence.max()) <= 1 + 1e-6
+
+
+@pytest.mark.parametrize(("special", "order", "decoding", "pool"), OPTIONS)
+def test_noise_below_the_threshold_changes_nothing(special, order, decoding, pool):
+    codec = Bits(
+        classes=21,
+        void=special[0],
+        background=special[1],
+        order=order,
+        decoding=decoding,
+        pool=pool,
+        scale=2.0,
+    )
+    ids = every_id(codec)
+    latents = codec.encode({}, ids)
+    assert latents.shape[1:] == codec.latent_shape(ids.shape[1:])
+    # The bound holds at codewords one bit apart; half of it where the origin is a codeword, and
+    # for snap, where noise in all channels together may point at a neighbour beyond it.
+    reach = codec.scale if "zero" not in special and decoding == "threshold" else codec.scale / 2
+    for seed in range(4):
+        sign = np.random.default_rng(seed).choice([-1, 1], latents.shape)
+        noisy = latents + 0.999 * reach * sign
+        np.testing.assert_array_equal(codec.decode({}, noisy), ids)
+
+
+def test_the_table_of_specials():
+    ids = np.array([[[VOID, 0, 1, 3]]])
+    words = {s: Bits(classes=4, void=s[0], background=s[1]).encode({}, ids)[0, 0] for s in SPECIALS}
+    np.testing.assert_array_equal(
+        words["code", "code"], [[-1, -1, -1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]]
+    )
+    np.testing.assert_array_equal(words["zero", "code"], [[0, 0], [-1, -1], [1, -1], [1, 1]])
+    np.testing.assert_array_equal(words["forbid", "code"][1:], [[-1, -1], [1, -1], [1, 1]])
+    np.testing.assert_array_equal(words["code", "zero"], [[-1, -1], [0, 0], [1, -1], [1, 1]])
+    np.testing.assert_array_equal(words["forbid", "zero"][1:], [[0, 0], [1, -1], [1, 1]])
+    assert np.isnan(words["forbid", "code"][0]).all()
+
+
+def test_bits_are_ordered_as_said():
+    six = np.array([6])
+    np.testing.assert_array_equal(analog(six, 8, "msb")[0] > 0, [0, 0, 0, 0, 0, 1, 1, 0])
+    np.testing.assert_array_equal(analog(six, 8, "lsb")[0] > 0, [0, 1, 1, 0, 0, 0, 0, 0])
+    assert integers(analog(six, 8, "msb"), "msb") == 6
+    assert [bits_for(n) for n in (1, 2, 3, 4, 5, 256, 257)] == [1, 1, 2, 2, 3, 8, 9]
+
+
+def test_bits_that_spell_nothing_become_void_with_no_confidence():
+    codec = Bits(classes=11)
+    beyond = analog(np.arange(12, 16).reshape(1, 1, 4), 4)
+    labels, confidence = codec.decode_with_confidence({}, beyond)
+    assert (labels == VOID).all() and (confidence == 0).all()
+
+
+def test_snap_is_the_nearest_valid_codeword():
+    codec = Bits(classes=133, decoding="snap", bits=8)
+    x = jax.random.normal(jax.random.key(0), (2, 9, 7, 8))
+    ids = np.append(np.arange(133), VOID)
+    words = np.asarray(codec.encode({}, ids.reshape(1, 1, -1)))[0, 0]
+    distances = np.square(np.asarray(x)[..., None, :] - words).sum(-1)
+    labels, confidence = codec.decode_with_confidence({}, x)
+    np.testing.assert_array_equal(labels, ids[distances.argmin(-1)])
+    likelihood = np.exp(-distances / (2 * 0.25))
+    # float32 sums of 8 products through exp: a few units of 1e-7, times the exponent's size
+    np.testing.assert_allclose(confidence, likelihood.max(-1) / likelihood.sum(-1), rtol=1e-4)
+
+
+@pytest.mark.parametrize("void", ["forbid", "zero"])
+def test_threshold_confidence_is_that_of_snap_when_all_codes_are_used(void):
+    x = 1.3 * jax.random.normal(jax.random.key(1), (2, 8, 8, 4))
+    threshold = Bits(classes=16, void=void).decode_with_confidence({}, x)
+    snap = Bits(classes=16, void=void, decoding="snap").decode_with_confidence({}, x)
+    np.testing.assert_array_equal(threshold[0], snap[0])
+    # two float32 ways to one number; exponents reach about 16
+    np.testing.assert_allclose(threshold[1], snap[1], rtol=1e-5)
+
+
+def test_pooling_rules():
+    v = VOID
+    windows = np.array([[[v, v, v, 3, 5, 5, 9, 1], [v, v, 7, 7, 5, 2, 1, 9]]], np.int32)
+    expected = {"min": [v, 3, 2, 1], "mode": [v, 7, 5, 1], "parity_min": [v, v, 2, 1]}
+    for rule, want in expected.items():
+        np.testing.assert_array_equal(pooled(jnp.asarray(windows), 2, rule)[0, 0], want)
+
+
+@pytest.mark.parametrize("pooling", ["min", "mode", "parity_min"])
+@pytest.mark.parametrize("pool", [2, 4])
+def test_pooled_maps_are_fixed_points(pool, pooling):
+    codec = Bits(classes=9, pool=pool, pooling=pooling)
+    raw = np.random.default_rng(0).integers(-1, 9, (2, 16, 24))
+    there_and_back = jax.jit(lambda x: codec.decode({}, codec.encode({}, x)))
+    once = there_and_back(raw)
+    assert once.shape == raw.shape
+    np.testing.assert_array_equal(there_and_back(once), once)
+    np.testing.assert_array_equal(once[:, ::pool, ::pool], once[:, pool - 1 :: pool, ::pool])
+
+
+def test_snapping_in_parts_changes_nothing(monkeypatch):
+    codec = Bits(classes=20, decoding="snap")
+    x = jax.random.normal(jax.random.key(2), (16, 4, 4, 5))
+    whole = codec.decode_with_confidence({}, x)
+    monkeypatch.setattr(chunks, "LIVE_VALUES", 4 * 4 * 21)
+    parts = codec.decode_with_confidence({}, x)
+    np.testing.assert_array_equal(whole[0], parts[0])
+    # the same sums in another blocking
+    np.testing.assert_allclose(whole[1], parts[1], rtol=1e-6)
+
+
+def test_wrong_fields_are_refused():
+    with pytest.raises(ValueError, match="could not be told apart"):
+        Bits(classes=4, void="zero", background="zero")
+    with pytest.raises(ValueError, match="large enough for 12 codes"):
+        Bits(classes=11, bits=3)
+    with pytest.raises(ValueError, match="classes = 0"):
+        Bits(classes=0)
+    with pytest.raises(ValueError, match="scale = -1"):
+        Bits(classes=4, scale=-1.0)
+    with pytest.raises(UserError, match="multiples of 4"):
+        Bits(classes=4, pool=4).encode({}, np.zeros((1, 8, 6), int))

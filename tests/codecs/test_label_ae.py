@@ -1,0 +1,202 @@
+"""The label autoencoder: published sizes, exact shapes, masked loss, and that it learns."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jointseg_jax.codecs import chunks
+from jointseg_jax.codecs.label_ae import LabelAE, cross_entropy, unit_scale
+from jointseg_jax.codecs.label_net import Double
+from jointseg_jax.types import VOID, UserError
+
+SMALL = dict(widths=(8, 16), up_widths=(16,), middle_width=16, groups=4, latent_channels=3)
+
+
+def small(**fields):
+    return LabelAE(**({"classes": 5} | SMALL | fields))
+
+
+def maps(batch=2, size=8, classes=5, seed=0):
+    coarse = np.random.default_rng(seed).integers(0, classes, (batch, size // 4, size // 4))
+    return jnp.asarray(np.kron(coarse, np.ones((1, 4, 4), int)))
+
+
+@pytest.mark.parametrize(
+    ("classes", "parameters"), [(21, 14_815_517), (81, 15_094_361), (151, 15_418_143)]
+)
+def test_published_parameter_counts(classes, parameters):
+    for background in ("code", "zero"):
+        codec = LabelAE(classes=classes, background=background)
+        shapes = jax.eval_shape(codec.init, jax.random.key(0))
+        assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == parameters
+    assert codec.latent_shape((512, 384)) == (64, 48, 4)
+    latents = jax.ShapeDtypeStruct((1, 64, 48, 4), jnp.float32)
+    assert jax.eval_shape(codec.logits, shapes, latents).shape == (1, 512, 384, classes)
+
+
+def test_doubling_is_a_transposed_convolution():
+    module = Double(5)
+    x = jax.random.normal(jax.random.key(0), (2, 3, 4, 7))
+    params = module.init(jax.random.key(1), x)["params"]
+    want = nn.ConvTranspose(5, (2, 2), strides=(2, 2), padding="VALID").apply(
+        {"params": {"kernel": params["kernel"][::-1, ::-1], "bias": params["bias"]}}, x
+    )
+    # 7 products of order 1 in float32
+    np.testing.assert_allclose(module.apply({"params": params}, x), want, atol=1e-5)
+
+
+def test_initial_weights_fill_their_interval():
+    params = LabelAE(classes=5).init(jax.random.key(0))
+    for path, fan_in in (
+        (("encoder", "widen_0"), 9 * 128),
+        (("decoder", "double_0"), 4 * 512),
+        (("decoder", "conv_in"), 9 * 4),
+    ):
+        layer = params[path[0]][path[1]]
+        bound = fan_in**-0.5
+        for leaf in (layer["kernel"], layer["bias"]):
+            # the largest of n uniform draws is within 10/n of the bound (probability 1 - e^-5)
+            size = float(jnp.abs(leaf).max()) / bound
+            assert 1 - 10 / leaf.size < size <= 1 + 1e-6
+            assert float(jnp.std(leaf)) == pytest.approx(bound / 3**0.5, rel=0.1)
+
+
+def test_what_the_encoder_sees():
+    labels = jnp.array([[[VOID, 0, 1, 4]]])
+    ours = small().analog(labels)[0, 0]
+    np.testing.assert_array_equal(ours, [[0, 0, 0], [-1, -1, -1], [1, -1, -1], [-1, -1, 1]])
+    original = small(background="zero", void="low_bits").analog(labels)[0, 0]
+    # 4 foreground classes in 2 bits: 4 is code 0, and 255 is its two low bits
+    np.testing.assert_array_equal(original, [[1, 1], [0, 0], [1, -1], [-1, -1]])
+
+
+@pytest.mark.parametrize("fields", [{}, {"patch": 2}, {"middle_blocks": 1}, {"up_widths": ()}])
+def test_shapes_and_scale(fields):
+    codec, labels = small(**fields), maps()
+    params = codec.init(jax.random.key(0))
+    latents = codec.encode(params, labels)
+    assert latents.shape[1:] == codec.latent_shape(labels.shape[1:])
+    assert codec.logits(params, latents).shape == (*labels.shape, 5)
+    mean, _ = codec.moments(params, labels)
+    np.testing.assert_allclose(latents, 0.2 * mean, rtol=1e-6)  # one rounding
+    unit = small(**fields, scale=float(unit_scale(mean)))
+    assert float(jnp.std(unit.encode(params, labels))) == pytest.approx(1, rel=1e-5)
+    np.testing.assert_allclose(  # the scale cancels, up to rounding through the network
+        unit.logits(params, unit.encode(params, labels)),
+        codec.logits(params, latents),
+        atol=1e-4,
+    )
+
+
+def test_samples_follow_their_own_keys():
+    codec, labels = small(latent="sample"), maps()
+    params = codec.init(jax.random.key(0))
+    keys = jax.random.split(jax.random.key(1), 2)
+    sample, mode = codec.encode(params, labels, keys=keys), codec.encode(params, labels)
+    assert float(jnp.abs(sample - mode).max()) > 0.01
+    alone = codec.encode(params, labels[1:], keys=keys[1:])
+    # another batch size may block the convolution's sums differently
+    np.testing.assert_allclose(sample[1:], alone, atol=1e-6)
+    np.testing.assert_array_equal(small().encode(params, labels, keys=keys), mode)
+
+
+def test_void_pixels_neither_cost_nor_teach():
+    logits = jax.random.normal(jax.random.key(0), (1, 4, 4, 5))
+    labels = jnp.arange(16).reshape(1, 4, 4) % 5
+    half = labels.at[:, 2:].set(VOID)
+    want = -jax.nn.log_softmax(logits)[0, :2].reshape(-1, 5)[jnp.arange(8), labels[0, :2].ravel()]
+    assert float(cross_entropy(logits, half)) == pytest.approx(float(want.mean()), rel=1e-6)
+    gradient = jax.grad(cross_entropy)(logits, half)
+    assert bool((gradient[:, 2:] == 0).all()) and bool((gradient[:, :2] != 0).all())
+    assert float(cross_entropy(logits, jnp.full_like(labels, VOID))) == 0
+
+
+def test_low_probabilities_fall_back():
+    logits = jnp.log(jnp.array([[[[0.1, 0.6, 0.3], [0.3, 0.4, 0.3]]]]))
+    for fields, want in (
+        ({}, [1, 1]),
+        ({"prob_threshold": 0.5}, [1, 0]),
+        ({"prob_threshold": 0.5, "threshold_to": "void"}, [1, VOID]),
+    ):
+        labels, confidence = small(classes=3, **fields).read(logits)
+        np.testing.assert_array_equal(labels[0, 0], want)
+        np.testing.assert_allclose(confidence[0, 0], [0.6, 0.4], rtol=1e-6)
+
+
+def test_decoding_in_parts_changes_nothing(monkeypatch):
+    codec, labels = small(), maps(batch=16)
+    params = codec.init(jax.random.key(0))
+    latents = codec.encode(params, labels)
+    whole = codec.decode_with_confidence(params, latents)
+    monkeypatch.setattr(chunks, "LIVE_VALUES", 1)
+    parts = jax.jit(codec.decode_with_confidence)(params, latents)
+    np.testing.assert_array_equal(whole[0], parts[0])
+    np.testing.assert_allclose(whole[1], parts[1], rtol=1e-5)  # the same sums, blocked otherwise
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"latent": "sample", "patch": 2}, {"point_loss": {"points": 32}, "middle_blocks": 1}],
+)
+def test_it_learns_to_return_its_input(fields):
+    codec, labels = small(**fields), maps(size=16).at[0, :2].set(VOID)
+    params = codec.init(jax.random.key(0))
+    optimizer = optax.adam(3e-3)
+    grad = jax.value_and_grad(codec.loss, has_aux=True)
+
+    def step(carry, key):
+        params, state = carry
+        (loss, _), gradients = grad(params, labels, jax.random.split(key, len(labels)))
+        updates, state = optimizer.update(gradients, state)
+        return (optax.apply_updates(params, updates), state), loss
+
+    @jax.jit
+    def train(params, keys):
+        carry = (params, optimizer.init(params))
+        (params, _), losses = jax.lax.scan(step, carry, keys)
+        return losses, codec.decode(params, codec.encode(params, labels))
+
+    losses, back = train(params, jax.random.split(jax.random.key(1), 200))
+    seen = np.asarray(labels != VOID)
+    # five blocks' worth of labels by a network of 20 thousand weights: chance is 1 in 5
+    assert np.mean(np.asarray(back == labels)[seen]) > 0.95
+    assert float(losses[-5:].mean()) < 0.5 * float(losses[:5].mean())
+
+
+def test_every_parameter_gets_a_gradient():
+    codec, labels = small(latent="sample", middle_blocks=1), maps()
+    params = codec.init(jax.random.key(0))
+    keys = jax.random.split(jax.random.key(1), 2)
+    (_, metrics), gradients = jax.value_and_grad(codec.loss, has_aux=True)(params, labels, keys)
+    assert all(float(jnp.abs(g).max()) > 0 for g in jax.tree.leaves(gradients))
+    assert set(metrics) == {"loss", "loss/cross_entropy", "latent/std", "latent/noise"}
+
+
+def test_bfloat16_activations_keep_float32_ends():
+    codec, labels = small(dtype="bfloat16"), maps()
+    params = codec.init(jax.random.key(0))
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
+    latents = codec.encode(params, labels)
+    logits = codec.logits(params, latents)
+    assert latents.dtype == logits.dtype == jnp.float32
+    exact = small().logits(params, small().encode(params, labels))
+    # bfloat16 keeps 8 bits: about 1 percent after a dozen layers
+    assert float(jnp.abs(logits - exact).max()) < 0.05 * float(jnp.abs(exact).max())
+
+
+def test_wrong_fields_are_refused():
+    for fields, text in (
+        ({"groups": 5}, "divisor of the normalised widths"),
+        ({"up_widths": (16, 16)}, "shorter than widths"),
+        ({"classes": 9, "bits": 3}, "enough for 9 codes"),
+        ({"prob_threshold": 1.0}, r"in \[0, 1\)"),
+        ({"scale": 0.0}, "positive"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            small(**fields)
+    codec = small(patch=2)
+    with pytest.raises(UserError, match="multiples of 4"):
+        codec.encode(codec.init(jax.random.key(0)), maps()[:, :6])
