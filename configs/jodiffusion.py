@@ -69,7 +69,7 @@ def small(data: dict, size: tuple[int, int], *, patch: int, steps: int) -> dict:
             },
             label_patch=1,
             denoiser={"name": "uvit", "width": 256, "depth": 6, "heads": 4, "norm": "post"},
-            text={"name": "words", "width": 64, "length": 20, "trainable": False},
+            text={"name": "words", "width": 64, "length": 24, "trainable": False},
         ),
         optimizer={
             "name": "adamw",
@@ -81,7 +81,13 @@ def small(data: dict, size: tuple[int, int], *, patch: int, steps: int) -> dict:
 
 
 def joint(
-    size: tuple[int, int], *, image: dict, label_patch: int, denoiser: dict, text: dict, **streams: dict
+    size: tuple[int, int],
+    *,
+    image: dict,
+    label_patch: int,
+    denoiser: dict,
+    text: dict,
+    **streams: dict,
 ) -> dict:
     """The system that both sizes share; streams in the published token order."""
     return {
@@ -90,7 +96,6 @@ def joint(
         "streams": {
             "text": {
                 "field": "text",
-                "codec": {"name": "latents"},
                 "process": NOISE,
                 "tokens": {"inner": 64},
             },
@@ -136,9 +141,9 @@ def paper(name: str) -> dict:
             text={"name": "features", "width": 768, "length": 77},
             clip={
                 "field": "clip",
-                "codec": {"name": "vector", "width": 512},
+                "codec": {"name": "latents", "shape": (1, 512)},
                 "process": NOISE,
-                "tokens": {"kind": "tokens"},
+                "tokens": {},
                 "guidance": 8.0,
             },
         ),

@@ -70,7 +70,7 @@ def small(data: dict, size: tuple[int, int], *, patch: int, bits: dict, steps: i
             bits=bits,
             map_patch=patch // bits.get("pool", 1),
             denoiser={"name": "uvit", "width": 256, "depth": 6, "heads": 4},
-            text={"name": "words", "width": 128, "length": 20},
+            text={"name": "words", "width": 128, "length": 24},
         ),
         optimizer={
             "name": "adamw",

@@ -48,7 +48,7 @@ def get_config(arg: str = "") -> ConfigDict:
                 "time_tokens": ("image",),
                 "time_mlp": True,
             },
-            "text": {"name": "words", "width": 128, "length": 20},
+            "text": {"name": "words", "width": 128, "length": 24},
             "times": {"name": "shared", "distribution": {"name": "uniform"}},
             "solver": {"name": "dpm_solver_pp", "steps": 25, "order": 2, "method": "multistep"},
         },
@@ -66,7 +66,12 @@ def get_config(arg: str = "") -> ConfigDict:
         finish={"num": 256},
     )
     if a["smoke"]:
-        config |= {"steps": 4, "batch": 8, "log": {"every": 2}, "checkpoint": {"every": 2, "keep": 2}}
+        config |= {
+            "steps": 4,
+            "batch": 8,
+            "log": {"every": 2},
+            "checkpoint": {"every": 2, "keep": 2},
+        }
         config["system"]["denoiser"] |= {"width": 32, "depth": 2, "heads": 2}
         config["system"]["solver"]["steps"] = 2
         config["finish"]["num"] = 16

@@ -14,7 +14,9 @@ from typing import Any
 from jointseg_jax.types import UserError
 
 
-def build(table: Mapping[str, Callable[..., Any]], spec: Mapping[str, Any], *, where: str, **extra: Any) -> Any:
+def build(
+    table: Mapping[str, Callable[..., Any]], spec: Mapping[str, Any], *, where: str, **extra: Any
+) -> Any:
     """Returns ``table[spec["name"]](**rest_of_spec, **extra)``.
 
     Args:
@@ -31,12 +33,16 @@ def build(table: Mapping[str, Callable[..., Any]], spec: Mapping[str, Any], *, w
         raise UserError(f"config.{where}: needs a `name`, one of: {', '.join(sorted(table))}.")
     name = arguments.pop("name")
     if name not in table:
-        raise UserError(f"config.{where}.name: {name!r} is unknown{_closest(name, table)}; one of: {', '.join(sorted(table))}.")
+        raise UserError(
+            f"config.{where}.name: {name!r} is unknown{_closest(name, table)}; one of: {', '.join(sorted(table))}."
+        )
     constructor = table[name]
     accepted = [
         p.name
         for p in inspect.signature(constructor).parameters.values()
-        if p.kind is not p.VAR_KEYWORD and p.name not in ("self", "parent") and p.name not in extra
+        if p.kind is not p.VAR_KEYWORD
+        and p.name not in ("self", "parent", "name")
+        and p.name not in extra
     ]
     unknown = sorted(set(arguments) - set(accepted))
     if unknown:

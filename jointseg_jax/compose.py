@@ -19,7 +19,7 @@ from jointseg_jax.data import text as data_text
 from jointseg_jax.data.classes import Classes
 from jointseg_jax.data.records import Source
 from jointseg_jax.data.table import SOURCES, TRANSFORMS
-from jointseg_jax.models.uvit import uvit
+from jointseg_jax.models.uvit import UViT
 from jointseg_jax.systems.autoencode import Autoencode
 from jointseg_jax.systems.joint import TEXT_STREAM, Joint
 from jointseg_jax.systems.stream import Stream
@@ -29,7 +29,7 @@ from jointseg_jax.transport.schedules import SCHEDULES
 from jointseg_jax.transport.table import DISTRIBUTIONS, SOLVERS, TIMES
 from jointseg_jax.types import UserError
 
-DENOISERS = {"uvit": uvit}
+DENOISERS = {"uvit": UViT}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,17 +126,16 @@ def joint(spec: dict[str, Any], known: Facts, codecs: Mapping[str, Any]) -> Join
     for name, entry in entries.items():
         where = f"system.streams.{name}"
         look = dict(entry.pop("tokens"))
+        if name == TEXT_STREAM:
+            entry["codec"] = {"name": "latents", "shape": (text.length, text.width)}
         entry["codec"] = codec(codecs.get(name, entry["codec"]), known, where + ".codec")
         entry["process"] = _process(entry["process"], where)
         streams[name] = build({"stream": Stream}, {"name": "stream", **entry}, where=where)
-        if name == TEXT_STREAM:
-            tokens[name] = look | {"kind": "tokens", "count": text.length, "width": text.width}
-            continue
         shape = streams[name].codec.latent_shape(size)
-        if look.get("kind", "patches") == "tokens":
-            tokens[name] = look | {"count": shape[0], "width": shape[1]}
+        if len(shape) == 2:
+            tokens[name] = {"kind": "tokens", "count": shape[0], "width": shape[1]} | look
         else:
-            tokens[name] = {"kind": "patches"} | look | {"grid": shape[:2], "channels": shape[2]}
+            tokens[name] = {"kind": "patches", "grid": shape[:2], "channels": shape[2]} | look
     denoiser = dict(spec["denoiser"])
     if text is not None and TEXT_STREAM not in streams:
         denoiser["context"] = {"kind": "tokens", "count": text.length, "width": text.width}

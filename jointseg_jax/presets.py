@@ -60,7 +60,9 @@ def run(**changes: Any) -> dict[str, Any]:
         "finish": {"num": 0},  # pairs generated and judged after the last step
         "evaluate": {"judge": ""},  # "oracle" where the data knows its own labels from pixels
     }
-    unknown = sorted(set(changes) - set(settings) - {"steps", "batch", "data", "system", "optimizer"})
+    unknown = sorted(
+        set(changes) - set(settings) - {"steps", "batch", "data", "system", "optimizer"}
+    )
     if unknown:
         raise ValueError(f"presets.run: unknown settings {unknown}.")
     return settings | changes

@@ -21,7 +21,9 @@ Rules = Sequence[tuple[str, Any]]
 
 def path_of(key_path: Sequence[Any]) -> str:
     """The slash-joined name of one ``jax.tree_util`` key path."""
-    return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in key_path)
+    return "/".join(
+        str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in key_path
+    )
 
 
 def paths(tree: Any) -> list[str]:
@@ -47,7 +49,9 @@ def match(tree: Any, rules: Rules, *, where: str, prefix: str = "", dead: str = 
         try:
             compiled.append((re.compile(pattern), value))
         except re.error as error:
-            raise UserError(f"{where} rules: {pattern!r} is not a regular expression: {error}.") from error
+            raise UserError(
+                f"{where} rules: {pattern!r} is not a regular expression: {error}."
+            ) from error
     used = [False] * len(compiled)
     unmatched: list[str] = []
 
@@ -63,8 +67,12 @@ def match(tree: Any, rules: Rules, *, where: str, prefix: str = "", dead: str = 
     values = jax.tree_util.tree_map_with_path(assign, tree)
     if unmatched:
         shown = ", ".join(unmatched[:5])
-        raise UserError(f"{where} rules: {len(unmatched)} leaves match no rule, first: {shown}. Add a rule for them.")
+        raise UserError(
+            f"{where} rules: {len(unmatched)} leaves match no rule, first: {shown}. Add a rule for them."
+        )
     unused = [rules[i][0] for i, u in enumerate(used) if not u]
     if unused and dead == "raise":
-        raise UserError(f"{where} rules: no leaf matches {', '.join(map(repr, unused))}. Remove or mend the rule (see rules.paths).")
+        raise UserError(
+            f"{where} rules: no leaf matches {', '.join(map(repr, unused))}. Remove or mend the rule (see rules.paths)."
+        )
     return values

@@ -6,9 +6,11 @@ of a train state its place by path rules whose values are tactics:
 | tactic | meaning |
 |---|---|
 | ``"replicate"`` | a whole copy on every device |
-| ``"fsdp"`` | split over mesh axis ``fsdp`` along the largest axis that divides evenly; a small tensor, or one without such an axis, is replicated |
+| ``"fsdp"`` | split over mesh axis ``fsdp`` along the largest axis that divides evenly |
 | ``"zero"`` | as ``fsdp`` but over ``data`` and ``fsdp`` together (optimizer state, ZeRO-1) |
 | a tuple | an explicit ``PartitionSpec`` |
+
+Small tensors, and those without an axis that divides evenly, are replicated by every tactic.
 
 ``constrain`` names the axes of an activation by meaning; the table below says which mesh axes
 each meaning may use. Only the mesh axes that exist take part, so that one network serves a laptop
@@ -124,17 +126,17 @@ def state_shardings(shapes: Any, preset: str | rules.Rules, mesh: Mesh) -> Any:
     if isinstance(preset, str) and preset not in PRESETS:
         raise UserError(f"config.sharding = {preset!r} is unknown; one of: {', '.join(PRESETS)}.")
     chosen = PRESETS[preset] if isinstance(preset, str) else preset
-    tactics = rules.match(shapes, chosen, where="sharding", dead="allow")
-    tactics = jax.tree.leaves(tactics, is_leaf=lambda x: isinstance(x, (str, tuple)))
     leaves, structure = jax.tree.flatten(shapes)
-    names = rules.paths(shapes)
+    # tactics may be tuples, and so may the state's own nodes (optax): only its structure can tell
+    matched = rules.match(shapes, chosen, where="sharding", dead="allow")
+    names, tactics = rules.paths(shapes), structure.flatten_up_to(matched)
     specs = [_spec(*x, mesh) for x in zip(names, leaves, tactics, strict=True)]
     return jax.tree.unflatten(structure, [NamedSharding(mesh, s) for s in specs])
 
 
 def _spec(path: str, leaf: Any, tactic: Any, mesh: Mesh) -> PartitionSpec:
-    if isinstance(tactic, tuple):
-        return PartitionSpec(*tactic)
+    if isinstance(tactic, tuple | list):  # a list where the config went through JSON
+        return PartitionSpec(*(tuple(a) if isinstance(a, list) else a for a in tactic))
     if tactic == "replicate":
         return PartitionSpec()
     if tactic not in ("fsdp", "zero"):

@@ -22,14 +22,22 @@ from jointseg_jax.types import UserError
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a trained `joint` run.")
 OUT = flags.DEFINE_string("out", None, "Folder for the pairs.")
 NUM = flags.DEFINE_integer("num", 64, "How many pairs.", lower_bound=1)
-PROMPTS = flags.DEFINE_string("prompts", None, "Text file, one prompt a line; default: captions of the training data.")
+PROMPTS = flags.DEFINE_string(
+    "prompts", None, "Text file, one prompt a line; default: captions of the training data."
+)
 SEED = flags.DEFINE_integer("seed", 0, "Seed of the noise.", lower_bound=0)
 STEPS = flags.DEFINE_integer("steps", None, "Solver steps; default: the config's.", lower_bound=1)
 GUIDANCE = flags.DEFINE_float(
-    "guidance", None, "Scale s of uncond + s (cond - uncond) for every stream; 1 is off.", lower_bound=0.0
+    "guidance",
+    None,
+    "Scale s of uncond + s (cond - uncond) for every stream; 1 is off.",
+    lower_bound=0.0,
 )
 ABSORB = flags.DEFINE_integer(
-    "absorb", 0, "Merge label regions of fewer pixels into their surroundings; 0 is off.", lower_bound=0
+    "absorb",
+    0,
+    "Merge label regions of fewer pixels into their surroundings; 0 is off.",
+    lower_bound=0,
 )
 PER_DEVICE = flags.DEFINE_integer("per_device", 16, "Pairs per device and batch.", lower_bound=1)
 flags.mark_flags_as_required(["workdir", "out"])
@@ -58,7 +66,9 @@ def _prompts(path: str | None) -> list[str] | None:
     if path is None:
         return None
     if not Path(path).is_file():
-        raise UserError(f"ERROR [flags] --prompts={path}: no such file; give a text file, one prompt a line.")
+        raise UserError(
+            f"ERROR [flags] --prompts={path}: no such file; give a text file, one prompt a line."
+        )
     lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
     prompts = [line for line in lines if line]
     if not prompts:

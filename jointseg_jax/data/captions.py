@@ -83,7 +83,8 @@ def gather(entries: Iterable[object]) -> tuple[Captions, list[BadSample]]:
             if isinstance(entry, BadSample):
                 raise entry
             key, text, where = entry
-            found.setdefault(key, []).append(clean(text, where))
+            cleaned = clean(text, where)
+            found.setdefault(key, []).append(cleaned)
         except BadSample as error:
             problems.append(error)
     return {key: tuple(texts) for key, texts in found.items()}, problems

@@ -9,17 +9,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Int16, Int32
 
 from jointseg_jax.data import captions, files
 from jointseg_jax.data.class_file import read_classes
 from jointseg_jax.data.class_lists import CLASS_LISTS
 from jointseg_jax.data.classes import Classes, Colour
-from jointseg_jax.data.images import Decoding, decode_image, decode_segment_ids
+from jointseg_jax.data.images import PIXEL_LIMIT, Decoding, decode_image, decode_segment_ids
 from jointseg_jax.data.labels import LabelRule
 from jointseg_jax.data.layouts import LAYOUTS, Entry, Listing
 from jointseg_jax.data.records import BadSample, Record, check_record
-from jointseg_jax.types import VOID, UserError
+from jointseg_jax.data.segments import labels_of_segments
+from jointseg_jax.types import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +32,8 @@ class Folders:
       void: file values without annotation, instead of the layout's.
       label_map: pairs (file value, class), instead of the layout's rule; class -1 is void.
       colour_map: pairs (RGB colour, file value), for labels painted in colours.
+      orientation: what to do with pictures that EXIF says are turned: refuse, apply or ignore.
+      pixel_limit: most pixels an image may have.
       strict: refuses to start while any id has a problem; otherwise such ids are bad samples.
     """
 
@@ -42,8 +44,10 @@ class Folders:
     void: tuple[int, ...] | None = None
     label_map: tuple[tuple[int, int], ...] = ()
     colour_map: tuple[tuple[Colour, int], ...] = ()
-    decoding: Decoding = Decoding()
+    orientation: str = "refuse"
+    pixel_limit: int = PIXEL_LIMIT
     strict: bool = True
+    decoding: Decoding = field(init=False, repr=False)
     rule: LabelRule | None = field(init=False, repr=False)
     entries: tuple[Entry, ...] = field(init=False, repr=False, compare=False)
     problems: tuple[BadSample, ...] = field(init=False, repr=False, compare=False)
@@ -51,6 +55,7 @@ class Folders:
     def __post_init__(self) -> None:
         if self.layout not in LAYOUTS:
             raise ValueError(f"layout={self.layout!r} given; one of: {', '.join(LAYOUTS)}.")
+        self._set("decoding", Decoding(orientation=self.orientation, pixel_limit=self.pixel_limit))
         listing = list_split(Path(self.root), self.split, self.layout)
         self._set("classes", self._classes(listing))
         self._set("rule", self._rule(listing))
@@ -122,7 +127,7 @@ class Folders:
 
     def _labels(self, entry: Entry) -> tuple[np.ndarray, np.ndarray | None]:
         path = self.path(entry.labels)
-        data, limit = files.read(path), self.decoding.pixel_limit
+        data, limit = files.read(path), self.pixel_limit
         if self.rule is not None:
             return self.rule.read(data, str(path), self.classes, pixel_limit=limit), None
         ids = decode_segment_ids(data, str(path), pixel_limit=limit)
@@ -138,7 +143,7 @@ class Folders:
     def fingerprint(self) -> dict[str, object]:
         """Returns the plain values that must match when a run resumes."""
         rows = [(e.id, e.image, e.labels, e.captions, e.problem is None) for e in self.entries]
-        rules = repr((self.rule, self.decoding))
+        rules = repr((self.rule, self.orientation))
         return {
             "name": "folders",
             "layout": self.layout,
@@ -175,38 +180,3 @@ def refuse(problems: list[BadSample], name: str) -> None:
             f"{listed}{more}\nERROR [data] {name}: {len(problems)} problems in its listing. Mend "
             "them, or set config.data.strict=False to train on the rest."
         )
-
-
-def labels_of_segments(
-    ids: Int32[np.ndarray, "height width"], segments: Int32[np.ndarray, "segments 4"], path: str
-) -> tuple[Int16[np.ndarray, "height width"], Int32[np.ndarray, "height width"]]:
-    """Returns class and segment id per pixel; refuses a PNG and a JSON that disagree."""
-    found, inverse, areas = np.unique(ids, return_inverse=True, return_counts=True)
-    rows = {int(row[0]): row for row in segments}
-    problems = [*_unlisted(found, areas, rows), *_disagreeing(found, areas, rows)]
-    if problems:
-        raise BadSample(
-            path,
-            "; ".join(problems[:5]) + (f" and {len(problems) - 5} more" if problems[5:] else ""),
-            "the PNG and the segments_info of the JSON agree",
-            "Take both from the same release.",
-        )
-    kinds = np.array([VOID if i == 0 else rows[int(i)][1] for i in found], np.int16)
-    kept = np.array([i if i and not rows[int(i)][2] else 0 for i in found], np.int32)
-    return kinds[inverse].reshape(ids.shape), kept[inverse].reshape(ids.shape)
-
-
-def _unlisted(found: np.ndarray, areas: np.ndarray, rows: dict[int, np.ndarray]) -> list[str]:
-    pairs = zip(found.tolist(), areas.tolist())
-    return [f"segment {i} ({n} px) is not in the JSON" for i, n in pairs if i and i not in rows]
-
-
-def _disagreeing(found: np.ndarray, areas: np.ndarray, rows: dict[int, np.ndarray]) -> list[str]:
-    area = dict(zip(found.tolist(), areas.tolist()))
-    problems = []
-    for key, row in rows.items():
-        if key not in area:
-            problems.append(f"segment {key} of the JSON has no pixels")
-        elif row[3] >= 0 and row[3] != area[key]:
-            problems.append(f"segment {key} has {area[key]} px, the JSON says {row[3]}")
-    return problems

@@ -29,12 +29,24 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Int32, UInt8
-from PIL import ExifTags, Image, ImageFile, ImageOps
+from PIL import (
+    BmpImagePlugin,
+    ExifTags,
+    Image,
+    ImageFile,
+    ImageOps,
+    JpegImagePlugin,
+    PngImagePlugin,
+    UnidentifiedImageError,
+    WebPImagePlugin,
+)
 
 from jointseg_jax.data.records import BadSample
 from jointseg_jax.types import UserError
 
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP")
+# Imported so that Pillow knows the formats; several pictures in one JPEG ("MPO") come with JPEG.
+PLUGINS = (BmpImagePlugin, JpegImagePlugin, PngImagePlugin, WebPImagePlugin)
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 LOSSY = {"JPEG", "MPO", "WEBP"}
 ORIENTATIONS = ("refuse", "apply", "ignore")
 PIXEL_LIMIT = 64_000_000
@@ -144,13 +156,12 @@ def open_picture(data: bytes, path: str, pixel_limit: int) -> Image.Image:
         picture = Image.open(io.BytesIO(data), formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise _too_large(path, str(error), pixel_limit) from None
-    except Exception as error:
+    except UnidentifiedImageError as error:
         raise BadSample(
-            path,
-            f"not an image that can be opened ({type(error).__name__})",
-            f"files are {', '.join(FORMATS)}",
-            "Replace the file.",
+            path, "not an image", f"files are {', '.join(FORMATS)}", "Replace the file."
         ) from error
+    except Exception as error:
+        raise truncated(path, str(error)) from error
     if picture.width * picture.height > pixel_limit:
         size = f"{picture.width}x{picture.height} = {picture.width * picture.height} pixels"
         raise _too_large(path, size, pixel_limit)

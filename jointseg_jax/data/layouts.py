@@ -73,7 +73,7 @@ def list_folders(root: Path, split: str, *, images: str, labels: str) -> Listing
     pictures = find(root, f"{images}/{split}")
     masks = find(root, f"{labels}/{split}")
     texts, problems = optional(root / f"captions/{split}.jsonl", captions.read_lines)
-    entries = pair(root, sorted({*pictures, *masks}), pictures, masks, texts)
+    entries = pair(root, {*pictures, *masks}, pictures, masks, texts)
     path = root / "classes.json"
     classes, rule = read_classes(path) if path.exists() else (None, LabelRule())
     return Listing(entries, problems, classes, rule)
@@ -96,7 +96,7 @@ def list_ade20k(root: Path, split: str, *, other: bool) -> Listing:
     pictures = find(root, f"images/{folder}")
     masks = find(root, f"annotations/{folder}")
     texts, problems = optional(root / f"annotations_caption/{folder}.json", captions.read_mapping)
-    entries = pair(root, sorted({*pictures, *masks}), pictures, masks, texts)
+    entries = pair(root, {*pictures, *masks}, pictures, masks, texts)
     classes, rule = CLASS_LISTS["ade20k"], LabelRule(void=(0, 255), shift=1)
     if other:
         names, things = ("other", *classes.names), (False, *classes.isthing)
@@ -111,28 +111,24 @@ def list_coco_panoptic(root: Path, split: str) -> Listing:
     try:
         categories = sorted(content["categories"], key=lambda c: c["id"])
         order = {category["id"]: i for i, category in enumerate(categories)}
-        names = {image["id"]: image["file_name"] for image in content["images"]}
-        segments = {
-            PurePosixPath(a["file_name"]).stem: (a["image_id"], segment_rows(a, order))
+        rows = [
+            (PurePosixPath(a["file_name"]).stem, str(a["image_id"]), segment_rows(a, order))
             for a in content["annotations"]
-        }
+        ]
     except (TypeError, KeyError) as error:
         raise UserError(
-            f"ERROR [data] {path}: no {error} in it; a COCO panoptic JSON has images, annotations "
+            f"ERROR [data] {path}: no {error} in it; a COCO panoptic JSON has annotations "
             "(image_id, file_name, segments_info) and categories. Check config.data.root."
         ) from None
     texts, problems = optional(root / f"annotations/captions_{split}.json", captions.read_coco)
     if texts is not None:
-        by_image = {str(image): texts.get(str(image), ()) for image in names}
-        texts = {stem: by_image.get(str(image), ()) for stem, (image, _) in segments.items()}
-    entries = pair(
-        root,
-        sorted(segments),
-        find(root, split),
-        find(root, f"annotations/panoptic_{split}"),
-        texts,
+        texts = {key: texts.get(image, ()) for key, image, _ in rows}
+    pictures, masks = find(root, split), find(root, f"annotations/panoptic_{split}")
+    segments = {key: row for key, _, row in rows}
+    entries = tuple(
+        entry._replace(segments=segments[entry.id])
+        for entry in pair(root, [key for key, _, _ in rows], pictures, masks, texts)
     )
-    entries = tuple(entry._replace(segments=segments[entry.id][1]) for entry in entries)
     return Listing(entries, problems, class_list(coco_names(categories)), None)
 
 

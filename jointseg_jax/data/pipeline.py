@@ -9,14 +9,17 @@
 So the position is the whole state: resuming is ``start_step=k``, whatever the number of hosts,
 workers or threads. Bad samples cannot be dropped (that would shift all later positions); they are
 replaced by the next good record of the source and reported with the batch they would have been in.
+
+A batch has image (uint8), labels (int16), index (int64) and, with a tokenizer, text (int32). Arrays
+that a source adds beyond the schema (latents or features computed before) pass through untouched.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import grain
 import numpy as np
@@ -27,16 +30,9 @@ from jointseg_jax.data.workers import Reading
 from jointseg_jax.types import UserError
 
 Batch = dict[str, np.ndarray]
+Tokenizer = Callable[[str], np.ndarray]
 POLICIES = ("replace", "stop")
-
-
-@runtime_checkable
-class Tokenizer(Protocol):
-    """Turns a caption into a fixed number of token ids."""
-
-    def encode(self, caption: str) -> np.ndarray:
-        """Returns the ids of one caption."""
-        ...
+SCHEMA = set(Record.__annotations__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,14 +65,15 @@ class Rows:
         caption = choose_caption(record["captions"], rng, self.train)
         for transform in self.transforms:
             record = transform(record, rng, self.train)
-        out = {
+        out = {key: value for key, value in record.items() if key not in SCHEMA}
+        out |= {
             "image": np.asarray(record["image"], np.uint8),
             "labels": np.asarray(record["labels"], np.int16),
             "index": np.int64(used),
             "bad": reports,
         }
         if self.tokenizer is not None:
-            out["text"] = np.asarray(self.tokenizer.encode(caption), np.int32)
+            out["text"] = np.asarray(self.tokenizer(caption), np.int32)
         if self.mark:
             out["valid"] = np.bool_(position == index == used)
         return out
@@ -225,7 +222,8 @@ def batches(
 
     Args:
       batch: rows of the global batch, over all hosts.
-      tokenizer: from a caption to its token ids; without one there is no ``text``.
+      tokenizer: from a caption to its token ids, such as ``Words.encode``; without one there is
+        no ``text``.
       train: ``False`` keeps the order of training but switches augmentation off.
       bad: ``replace`` puts the next good record in place of a bad one, ``stop`` raises.
       bad_limit: how many different bad samples a run may meet before it stops.

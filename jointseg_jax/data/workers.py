@@ -1,4 +1,4 @@
-"""Threads and processes that make batches ahead of their use, and do not outlive the run.
+"""Threads and processes that work ahead of their use, and do not outlive the run.
 
 A SIGKILLed run cannot tell its workers to stop, and a worker blocked on a full queue never looks.
 So every worker waits, in a thread of its own, for the end of the process that started it.
@@ -13,7 +13,11 @@ import multiprocessing.connection
 import os
 import signal
 import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import grain
 from absl import flags
@@ -73,3 +77,21 @@ def parse_flags() -> None:
     """Marks absl's flags as parsed: Grain reads them, and outside ``app.run`` nobody has."""
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
+
+
+def in_order(function: Callable[[Any], Any], items: Iterable[Any], threads: int) -> Iterator[Any]:
+    """Yields ``function(item)`` for every item, in order, with a few results made ahead.
+
+    ``ThreadPoolExecutor.map`` was rejected: it keeps every result that nobody has taken yet.
+    """
+    ahead: deque[Any] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            for item in items:
+                ahead.append(pool.submit(function, item))
+                if len(ahead) > 2 * threads:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)

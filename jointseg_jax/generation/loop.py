@@ -37,9 +37,7 @@ def with_options(system: Joint, *, steps: int | None, guidance: float | None) ->
     if steps is not None:
         system = dataclasses.replace(system, solver=dataclasses.replace(system.solver, steps=steps))
     if guidance is not None:
-        streams = {
-            k: dataclasses.replace(s, guidance=guidance) for k, s in system.streams.items()
-        }
+        streams = {k: dataclasses.replace(s, guidance=guidance) for k, s in system.streams.items()}
         system = dataclasses.replace(system, streams=streams)
     return system
 
@@ -138,7 +136,12 @@ def sample(
                 bar.update()
     writer.close()
     grid = contact_sheet(out, writer, run)
-    return {"pairs": writer.done, "made_now": writer.done - start, "out": str(out), "grid": str(grid)}
+    return {
+        "pairs": writer.done,
+        "made_now": writer.done - start,
+        "out": str(out),
+        "grid": str(grid),
+    }
 
 
 def contact_sheet(out: Path, writer: PairWriter, run: Run, count: int = 32) -> Path:

@@ -44,7 +44,12 @@ class PairWriter:
         return len(self.lines)
 
     def write(
-        self, index: int, prompt: str, image: np.ndarray, labels: np.ndarray, facts: Mapping[str, Any]
+        self,
+        index: int,
+        prompt: str,
+        image: np.ndarray,
+        labels: np.ndarray,
+        facts: Mapping[str, Any],
     ) -> None:
         """Writes pair ``index``, the next one in order."""
         if index != self.done:
@@ -52,7 +57,10 @@ class PairWriter:
         name = f"{index:08d}"
         files = {
             "image": (f"images/{name}.png", pictures.png_bytes(image)),
-            "annotation": (f"annotations/{name}.png", pictures.palette_png_bytes(labels, self.classes)),
+            "annotation": (
+                f"annotations/{name}.png",
+                pictures.palette_png_bytes(labels, self.classes),
+            ),
         }
         line: dict[str, Any] = {"id": name, "index": index, "prompt": prompt, **facts}
         line |= {"height": int(labels.shape[0]), "width": int(labels.shape[1])}
@@ -125,4 +133,3 @@ def _publish(path: Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     draft.replace(path)
-

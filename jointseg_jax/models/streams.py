@@ -15,7 +15,7 @@ Source: U-ViT (arXiv 2209.12152) section 3; UniDiffuser (arXiv 2303.06555) appen
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,7 +51,7 @@ class Patches:
       tanh: squashes the output into (-1, 1).
     """
 
-    grid: tuple[int, int]
+    grid: Sequence[int]
     channels: int
     patch: int
     conv: bool = False

@@ -1,7 +1,7 @@
 """Any set of streams denoised together by one network.
 
 1. ``z_k = encode_k(batch[field_k])`` for every stream ``k``
-2. ``t = times.draw``;  ``x_k = alpha_k(t_k) z_k + sigma_k(t_k) n_k`` with ``n_k = process_k.source``
+2. ``t = times.draw``, ``n_k = process_k.source``, ``x_k = alpha_k(t_k) z_k + sigma_k(t_k) n_k``
 3. ``loss = sum_k w_k mean((network(x, t, text)_k - process_k.target(z_k, n_k, t_k))^2)``
 
 Text reaches the network as context (dropped to the empty prompt with probability ``text_drop``)
@@ -63,16 +63,36 @@ class Joint:
 
     def __post_init__(self) -> None:
         if self.weights not in ("explicit", "elements"):
-            raise ValueError(f"weights={self.weights!r} given; one of: explicit, elements.")
+            raise ValueError(
+                f"joint: weights={self.weights!r}: must be one of explicit, elements; change "
+                "`system.weights`."
+            )
         if not 0 <= self.text_drop < 1:
-            raise ValueError(f"text_drop={self.text_drop} given; must lie in [0, 1).")
+            raise ValueError(
+                f"joint: text_drop={self.text_drop}: must lie in [0, 1); change `system.text_drop`."
+            )
         strangers = sorted(set(self.known) - set(self.streams))
         if strangers:
-            raise ValueError(f"known={strangers} are no streams; streams: {list(self.streams)}.")
+            raise ValueError(
+                f"joint: known names {', '.join(strangers)} and the streams are "
+                f"{', '.join(self.streams)}; change `system.known`."
+            )
         if not any(s.weight > 0 for k, s in self.streams.items() if k not in self.known):
-            raise ValueError("every stream is known or has weight 0: nothing would be learnt.")
+            raise ValueError(
+                "joint: every stream is known or has weight 0, so nothing would be learnt; change "
+                "`system.known` or the streams' weights."
+            )
         if TEXT_STREAM in self.streams and self.text is None:
-            raise ValueError("a `text` stream needs system.text to make its features.")
+            raise ValueError(
+                "joint: a `text` stream needs the encoder that makes its features; give "
+                "`system.text`."
+            )
+        guided_streams = [k for k, s in self.streams.items() if s.guidance != 1]
+        if guided_streams and self.text is None:
+            raise ValueError(
+                f"joint: {', '.join(guided_streams)} ask for guidance and there is no text to be "
+                "guided by; set their `guidance` to 1, or give `system.text`."
+            )
 
     # ------------------------------------------------------------------ training
 
@@ -98,10 +118,10 @@ class Joint:
             if name in self.known:
                 noised[name], times[name] = clean[name], jnp.zeros_like(times[name])
                 continue
-            noise = stream.process.source(fold(keys, "noise/" + name), clean[name])
+            noise = self.source(name, keys)
             noised[name] = stream.process.at(clean[name], noise, times[name])
             targets[name] = stream.process.target(clean[name], noise, times[name])
-        outputs = self._denoise(params, noised, times, context)
+        outputs = self.denoise(params, noised, times, context)
         errors = {k: jnp.mean(jnp.square(outputs[k] - targets[k])) for k in targets}
         weights = self._weights({k: clean[k] for k in targets})
         total = sum(weights[k] * errors[k] for k in targets if weights[k])
@@ -120,8 +140,10 @@ class Joint:
         return clean
 
     def preview(self, params: Params, frozen: Params, batch: Batch, keys: Array) -> Pairs:
-        """Pairs generated from the batch's text."""
-        return self.generate(params, frozen, batch.get("text"), keys)
+        """Pairs generated from the batch's text, and from its maps where the network needs them."""
+        needed = [self.streams[k].field for k in self.known if k != TEXT_STREAM]
+        given = {field: batch[field] for field in needed}
+        return self.generate(params, frozen, batch.get("text"), keys, given=given)
 
     # ---------------------------------------------------------------- generation
 
@@ -139,16 +161,17 @@ class Joint:
         Args:
           text: token ids or features, one row per key; None is the empty prompt.
           given: batch fields that are known (``{"labels": ...}``): their streams stay as they are.
+
+        Raises:
+          ValueError: a given field that is no stream's, or one of ``known`` that is not given.
         """
         batch = keys.shape[0]
         known = self._known(params, frozen, text, batch, given or {}, keys)
         free = [k for k in self.streams if k not in known]
-        start = {k: self._source(k, fold(keys, "noise/" + k)) for k in free}
-        predict = self._guided(params, text, keys, batch)
+        start = {k: self.source(k, keys) for k in free}
+        predict = self._guided(params, text, keys, free)
         processes = {k: s.process for k, s in self.streams.items()}
-        latents = self.solver(
-            predict, processes, start, keys=fold(keys, "solver"), given=known
-        )
+        latents = self.solver(predict, processes, start, keys=fold(keys, "solver"), given=known)
         return self.decode(frozen, latents)
 
     def decode(self, frozen: Params, latents: Streams) -> Pairs:
@@ -168,20 +191,34 @@ class Joint:
 
     def latent_shape(self, name: str) -> tuple[int, ...]:
         """Shape of one row of a stream's latents."""
-        if name == TEXT_STREAM:
-            return (self.text.length, self.text.width)
         return tuple(self.streams[name].codec.latent_shape(self.size))
 
-    # ------------------------------------------------------------------- details
-
-    def _source(self, name: str, keys: Array) -> Array:
+    def source(self, name: str, keys: Array, step: Array | None = None) -> Array:
+        """Noise where a stream begins or, at a solver's step, where text is to say nothing."""
+        keys = fold(keys, "noise/" + name) if step is None else fold(fold(keys, "no text"), step)
         like = jnp.zeros((keys.shape[0], *self.latent_shape(name)), jnp.float32)
         return self.streams[name].process.source(keys, like)
+
+    def denoise(
+        self, params: Params, latents: Streams, times: Streams, context: Array | None
+    ) -> Streams:
+        """Network outputs in float32; the network sees time labels, not times."""
+        rows = next(iter(latents.values())).shape[0]
+        labels = {
+            k: jnp.broadcast_to(s.process.schedule.label(times[k]), (rows,))
+            for k, s in self.streams.items()
+        }
+        variables = {"params": params["denoiser"]}
+        outputs, _ = self.denoiser.apply(variables, latents, labels, context)
+        return {k: v.astype(jnp.float32) for k, v in outputs.items()}
+
+    # ------------------------------------------------------------------- details
 
     def _known(
         self, params: Params, frozen: Params, text: Any, batch: int, given: Pairs, keys: Array
     ) -> Streams:
         """Clean latents of the streams that are not generated."""
+        self._check_given(given)
         known = {}
         for name, stream in self.streams.items():
             if name == TEXT_STREAM:
@@ -194,46 +231,42 @@ class Joint:
                 )
         return known
 
-    def _guided(self, params: Params, text: Array | None, keys: Array, batch: int) -> Any:
-        """The network as the solver calls it, with guidance where a stream asks for it."""
+    def _check_given(self, given: Pairs) -> None:
+        fields = {k: s.field for k, s in self.streams.items() if k != TEXT_STREAM}
+        strangers = sorted(set(given) - set(fields.values()))
+        if strangers:
+            raise ValueError(
+                f"joint: given has {', '.join(strangers)} and the streams' fields are "
+                f"{', '.join(fields.values())}; change `given`."
+            )
+        missing = [fields[k] for k in self.known if k in fields and fields[k] not in given]
+        if missing:
+            raise ValueError(
+                f"joint: the network was trained to see {', '.join(missing)}, and given has "
+                f"{', '.join(given) or 'nothing'}; add them to `given`."
+            )
+
+    def _guided(self, params: Params, text: Array | None, keys: Array, free: list[str]) -> Any:
+        """The network as the solver calls it, with guidance where a free stream asks for it."""
 
         def denoise(latents: Streams, times: Streams, context: Array | None) -> Streams:
-            return self._denoise(params, latents, times, context)
+            return self.denoise(params, latents, times, context)
 
-        scales = {k: s.guidance for k, s in self.streams.items() if k != TEXT_STREAM}
-        words = params.get("text", {})
+        scales = {k: self.streams[k].guidance for k in free}
+        words, batch = params.get("text", {}), keys.shape[0]
         if self.text is None:
             return guided(denoise, Branch(), [])
         if TEXT_STREAM in self.streams:
             conditional = Branch()
             unconditional = Branch(
-                latents={
-                    TEXT_STREAM: lambda step: self._source(
-                        TEXT_STREAM, fold(fold(keys, "no text"), step)
-                    )
-                },
+                latents={TEXT_STREAM: lambda step: self.source(TEXT_STREAM, keys, step)},
                 times={TEXT_STREAM: self.unconditional_time},
             )
         else:
             ids = self.text.empty(batch) if text is None else text
             conditional = Branch(text=self._context(words, ids))
             unconditional = Branch(text=self._context(words, self.text.empty(batch)))
-        if all(scale == 1.0 for scale in scales.values()):
-            return guided(denoise, conditional, [])
         return guided(denoise, conditional, [(unconditional, scales)])
-
-    def _denoise(
-        self, params: Params, latents: Streams, times: Streams, context: Array | None
-    ) -> Streams:
-        """Network outputs in float32; the network sees time labels, not times."""
-        rows = next(iter(latents.values())).shape[0]
-        labels = {
-            k: jnp.broadcast_to(s.process.schedule.label(times[k]), (rows,))
-            for k, s in self.streams.items()
-        }
-        variables = {"params": params["denoiser"]}
-        outputs, _ = self.denoiser.apply(variables, latents, labels, context)
-        return {k: v.astype(jnp.float32) for k, v in outputs.items()}
 
     def _context(self, words: Params, text: Array) -> Array | None:
         """Text features for the network's context tokens; None when text is a stream."""

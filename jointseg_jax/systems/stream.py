@@ -30,5 +30,6 @@ class Stream:
     def __post_init__(self) -> None:
         if self.weight < 0 or self.guidance < 0:
             raise ValueError(
-                f"stream {self.field!r}: weight {self.weight} and guidance {self.guidance} must be >= 0."
+                f"stream {self.field!r}: weight={self.weight}, guidance={self.guidance}: must both "
+                "be at least 0; change them in the stream's config."
             )

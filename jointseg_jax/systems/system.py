@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
 from jointseg_jax.types import Array, Params
 
@@ -33,7 +33,13 @@ class Generator(Protocol):
     """Something that makes pairs."""
 
     def generate(
-        self, params: Params, frozen: Params, text: Array | None, keys: Array, *, given: Pairs | None
+        self,
+        params: Params,
+        frozen: Params,
+        text: Array | None,
+        keys: Array,
+        *,
+        given: Pairs | None,
     ) -> Pairs:
         """``image`` uint8, ``labels`` int32 and ``confidence`` float32, one row per key."""
         ...

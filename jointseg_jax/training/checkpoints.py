@@ -17,7 +17,6 @@ digest, sealed by a SHA-256 of the object itself.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 import os
@@ -34,7 +33,7 @@ from orbax.checkpoint.options import AtomicityMode, AtomicityOptions
 
 from jointseg_jax.rules import path_of
 from jointseg_jax.training import digest, snapshot
-from jointseg_jax.training.snapshot import Damage, first_line
+from jointseg_jax.training.snapshot import Damage
 from jointseg_jax.types import UserError
 
 _MARKER = "commit_success.txt"
@@ -93,6 +92,10 @@ class Checkpoints:
         row[: len(found[-_LISTED:])] = found[-_LISTED:]
         return [int(n) for n in multihost_utils.broadcast_one_to_all(row) if n >= 0]
 
+    def newest(self) -> int | None:
+        """The newest committed step; not yet verified."""
+        return max(self.steps(), default=None)
+
     def save(self, step: int, state: Any, meta: Mapping[str, Any]) -> bool:
         """Writes ``state`` and ``meta``; False if this step is already there.
 
@@ -107,13 +110,15 @@ class Checkpoints:
         if step in manager.all_steps():
             return False
         leaves = snapshot.leaves(state)
-        content = _sealed(step, meta, leaves, digest.leaf_digests(state))
+        content = snapshot.sealed(step, meta, leaves, digest.leaf_digests(state))
         arrays = snapshot.encode(leaves)
         items = ocp.args.Composite(
             state=ocp.args.PyTreeSave(arrays), meta=ocp.args.JsonSave(content)
         )
         self._pending = (step, sum(x.nbytes for x in jax.tree.leaves(arrays)))
         with self._explained():
+            if not self.folder.is_dir():  # Orbax would leave threads waiting for it
+                raise FileNotFoundError(f"{self.folder} is gone")
             return manager.save(step, args=items, force=True)
 
     def check(self) -> None:
@@ -121,6 +126,9 @@ class Checkpoints:
         if self._manager is not None:
             with self._explained():
                 self._manager.check_for_errors()
+            # Orbax keeps a failure to itself until the next save: ask as soon as the write is over
+            if self._pending[0] is not None and not self._manager.is_saving_in_progress():
+                self.wait()
 
     def wait(self) -> None:
         """Returns when nothing is being written any more."""
@@ -160,7 +168,7 @@ class Checkpoints:
         self._sweep()
         for step in reversed(self.steps()):
             try:
-                meta = _read_sealed(self.folder / str(step))
+                meta = snapshot.read_sealed(self.folder / str(step))
                 if accept is not None:
                     accept(meta)
                 return self._restore(step, abstract_state, meta, only), meta
@@ -193,7 +201,7 @@ class Checkpoints:
         return jax.tree_util.tree_map_with_path(lambda p, x: state.get(path_of(p), x), abstract)
 
     def _sweep(self, writing: bool = False) -> None:
-        """Sets aside what looks like a step but was never, or is no longer, committed."""
+        """Sets aside what looks like a step without a marker; removes interrupted writes."""
         if jax.process_index() == 0:
             for step in _numbered(self.folder):
                 folder = self.folder / str(step)
@@ -205,6 +213,7 @@ class Checkpoints:
                     self._rename(step, Damage("uncommitted", f"{_MARKER} is missing"))
                 elif writing:
                     log.warning("checkpoint %s: its write was interrupted; removed.", folder)
+                    folder.rmtree()
         ocp.multihost.sync_global_processes("checkpoints.sweep")
 
     def _set_aside(self, step: int, damage: Damage, then: str) -> None:
@@ -250,7 +259,8 @@ class Checkpoints:
             self._manager.wait_until_finished()  # tells the same failure once more
         folder = self.folder / str(step)
         if jax.process_index() == 0 and folder.exists() and not (folder / _MARKER).exists():
-            shutil.rmtree(folder, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                folder.rmtree()
         with contextlib.suppress(OSError):
             self._manager.reload()
 
@@ -266,7 +276,7 @@ def read_meta(folder: str | os.PathLike, step: int | None = None) -> dict[str, A
     problems = []
     for number in reversed(reader.steps() if step is None else [step]):
         try:
-            return _read_sealed(reader.folder / str(number))
+            return snapshot.read_sealed(reader.folder / str(number))
         except Damage as damage:
             problems.append(f"{number}: {damage}")
     found = "; ".join(problems) or "it holds no checkpoint"
@@ -278,6 +288,7 @@ def read_meta(folder: str | os.PathLike, step: int | None = None) -> dict[str, A
 def _manager(
     folder: epath.Path, keep: int, keep_every: int | None, async_: bool
 ) -> ocp.CheckpointManager:
+    logging.getLogger("absl").addFilter(_without_orbax)
     policies = ocp.checkpoint_managers
     preserve: list[Any] = [policies.LatestN(keep)]
     if keep_every is not None:
@@ -285,38 +296,15 @@ def _manager(
     options = ocp.CheckpointManagerOptions(
         preservation_policy=policies.AnyPreservationPolicy(preserve),
         atomicity_options=AtomicityOptions(mode=AtomicityMode.COMMIT_FILE),
-        cleanup_tmp_directories=True,
+        cleanup_tmp_directories=False,  # would delete every folder without a marker; see _sweep
         enable_async_checkpointing=async_,
     )
     return ocp.CheckpointManager(folder, options=options)
 
 
-def _sealed(step: int, meta: Mapping[str, Any], leaves: snapshot.Leaves, digests: dict) -> dict:
-    clash = sorted({"step", "checkpoint"} & set(meta))
-    if clash:
-        raise ValueError(f"checkpoints: meta may not hold {clash}: they are written here.")
-    rows = {path: (digest.describe(x), digests[path]) for path, (_, x) in leaves.items()}
-    own = {"format": 1, "digest": digest.tree_digest(rows), "leaves": rows}
-    content = json.loads(json.dumps({**meta, "step": step, "checkpoint": own}))
-    content["checkpoint"]["seal"] = _seal(content)
-    return content
-
-
-def _seal(content: dict[str, Any]) -> str:
-    own = {k: v for k, v in content["checkpoint"].items() if k != "seal"}
-    text = json.dumps({**content, "checkpoint": own}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _read_sealed(folder: epath.Path) -> dict[str, Any]:
-    try:
-        content = json.loads((folder / "meta" / "metadata").read_text())
-        whole = content["checkpoint"]["seal"] == _seal(content)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise Damage("metadata", f"meta/metadata: {first_line(error)}") from error
-    if not whole:
-        raise Damage("metadata", "meta/metadata was changed after it was written")
-    return content
+def _without_orbax(record: logging.LogRecord) -> bool:
+    """Drops Orbax's own log: dozens of lines per save, and tracebacks of errors that we tell."""
+    return f"{os.sep}orbax{os.sep}" not in record.pathname
 
 
 def _names(folder: epath.Path) -> set[str]:
@@ -355,13 +343,13 @@ def _reason(error: BaseException, folder: epath.Path, size: int) -> str | None:
     while cause is not None:
         text, cause = f"{text} {cause}".lower(), cause.__cause__ or cause.__context__
     if "no space left" in text or "disk quota" in text:
-        free = f", {_size(shutil.disk_usage(folder).free)} free" if folder.exists() else ""
+        free = f", {_size(shutil.disk_usage(folder).free)} free" if folder.is_dir() else ""
         return f"no space left on the disk ({_size(size)} needed{free}). Free some or lower `keep`."
     if "file too large" in text:
         return f"the file system or a limit refuses files of this size ({_size(size)} needed)."
     if "read-only file system" in text or "permission denied" in text:
         return "the folder may not be written (read-only file system or permissions)."
-    if not folder.exists():
+    if not folder.is_dir():
         return "the folder is gone."
     return "the disk reports an error (EIO)." if "input/output error" in text else None
 

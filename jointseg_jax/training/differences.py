@@ -1,8 +1,8 @@
 """What changed between the settings a checkpoint was made with and those of this run.
 
-Nested settings are read as flat keys, ``data.batch_size``. A run may continue only when the two
-agree outside the keys the caller allows to change (number of steps, logging, ...): each as a
-regular expression for the whole key.
+Nested settings are read as flat keys, ``data/batch_size``, as in ``rules``. A run may continue
+only when the two agree outside the keys the caller allows to change (number of steps, logging,
+...): regular expressions, each searched for in the key.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ class Difference:
 
 
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Each value as JSON text under its dotted key; an empty mapping is a value."""
+    """Each value as JSON text under its slash-joined key; an empty mapping is a value."""
     flat: dict[str, str] = {}
     for name, value in settings.items():
         key = f"{prefix}{name}"
         if isinstance(value, Mapping) and value:
-            flat.update(flatten(value, f"{key}."))
+            flat.update(flatten(value, f"{key}/"))
         else:
             flat[key] = json.dumps(value, sort_keys=True)
     return flat
@@ -56,7 +56,7 @@ def compare(
     return [
         Difference(key=key, saved=old.get(key, _ABSENT), current=new.get(key, _ABSENT))
         for key in sorted({*old, *new})
-        if old.get(key) != new.get(key) and not any(pattern.fullmatch(key) for pattern in free)
+        if old.get(key) != new.get(key) and not any(pattern.search(key) for pattern in free)
     ]
 
 

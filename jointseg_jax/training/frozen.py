@@ -38,7 +38,9 @@ def load(workdir: Path, config: Mapping[str, Any]) -> tuple[dict[str, Any], dict
     for stream in trained_streams(config):
         path = workdir / "frozen" / f"{stream}.json"
         if not path.exists():
-            raise UserError(f"{path}: missing; the workdir lost its codec. Copy it back, or train anew.")
+            raise UserError(
+                f"{path}: missing; the workdir lost its codec. Copy it back, or train anew."
+            )
         record = json.loads(path.read_text())
         file = path.with_suffix(".safetensors")
         if not file.exists() or _sha256(file) != record["sha256"]:

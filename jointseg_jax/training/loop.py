@@ -26,7 +26,8 @@ from jointseg_jax.data.pipeline import batches
 from jointseg_jax.systems.keys import sample_keys
 from jointseg_jax.training import frozen as frozen_codecs
 from jointseg_jax.training import state as states
-from jointseg_jax.training.checkpoints import Checkpoints, compare
+from jointseg_jax.training.checkpoints import Checkpoints
+from jointseg_jax.training.differences import require_same
 from jointseg_jax.training.digest import state_digest
 from jointseg_jax.training.lock import WorkdirLock
 from jointseg_jax.training.optimizer import OPTIMIZERS
@@ -37,10 +38,8 @@ from jointseg_jax.training.writers import run_writers
 from jointseg_jax.types import UserError
 
 MAY_CHANGE = (
-    r"^(log|preview|checkpoint|evaluate|profile|finish)/",
-    r"^data/(workers|threads|prefetch|bad|bad_limit)$",
-    r"^(mesh|sharding|nan)$",
-    r"^nan/",
+    r"(log|preview|checkpoint|evaluate|profile|finish|mesh|sharding|nan)(\..*)?",
+    r"data\.(workers|threads|prefetch|bad|bad_limit)",
 )
 """Config paths that a resumed run may change; everything else would change its result."""
 
@@ -136,7 +135,10 @@ class _Run:
         """Shapes first, then rules, then either fresh parameters or a checkpoint."""
         shapes = jax.eval_shape(self.system.init, jax.random.key(0))
         self.trainable = rules.match(
-            shapes, self.config.get("trainable", ((r"", True),)), where="trainable", prefix="params/"
+            shapes,
+            self.config.get("trainable", ((r"", True),)),
+            where="trainable",
+            prefix="params/",
         )
         self.transform = self.optimizer.build(self.config["steps"])
 
@@ -147,17 +149,21 @@ class _Run:
         abstract = jax.eval_shape(init, key)
         self.shardings = sharding.state_shardings(abstract, self.config["sharding"], self.mesh)
         abstract = jax.tree.map(
-            lambda s, d: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=d), abstract, self.shardings
+            lambda s, d: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=d),
+            abstract,
+            self.shardings,
         )
-        found = self.checkpoints.restore_newest(abstract)
-        if found is None:
-            (self.workdir / "config.json").write_text(_dump(self.config))
-            return jax.jit(init, out_shardings=self.shardings)(key)
-        restored, meta = found
-        compare(meta["config"], self._meta(), allowed=MAY_CHANGE, where=str(self.workdir))
+        found = self.checkpoints.restore_newest(abstract, accept=self._accept)
         (self.workdir / "config.json").write_text(_dump(self.config))
+        if found is None:
+            return jax.jit(init, out_shardings=self.shardings)(key)
+        restored, _ = found
         log.info("resumed at step %d from %s", int(restored.step), self.checkpoints.folder)
         return restored
+
+    def _accept(self, meta: Mapping[str, Any]) -> None:
+        where = f"the checkpoint of step {meta['step']} in {self.workdir}"
+        require_same(meta["config"], self._meta(), MAY_CHANGE, where=where)
 
     def _meta(self) -> dict[str, Any]:
         return compose.plain(self.config) | {"source": compose.plain(self.source.fingerprint())}
@@ -203,7 +209,9 @@ class _Run:
         with jax.set_mesh(self.mesh):
             state = self._prepare()
             self.frozen = jax.device_put(self.frozen, sharding.replicated(self.mesh))
-            self.writers = run_writers(self.workdir, total=self.config["steps"], step=int(state.step))
+            self.writers = run_writers(
+                self.workdir, total=self.config["steps"], step=int(state.step)
+            )
             try:
                 state, status = self._steps(state)
             finally:
@@ -226,9 +234,7 @@ class _Run:
                 if compiled is None:
                     compiled, preview = self._compile(state, batch), self._preview()
                     start = time.perf_counter()
-                    telemetry = Telemetry(
-                        total=steps, batch=self.config["batch"], flops=self.flops
-                    )
+                    telemetry = Telemetry(total=steps, batch=self.config["batch"], flops=self.flops)
                 telemetry.waited(time.perf_counter() - start)
                 with self._profiled(step):
                     state, metrics = compiled(state, self.frozen, batch)
@@ -259,7 +265,7 @@ class _Run:
             host.close()
 
     def _save(self, step: int, state: states.TrainState, *, wait: bool) -> None:
-        self.checkpoints.save(step, state, {"config": self._meta(), "step": step})
+        self.checkpoints.save(step, state, {"config": self._meta()})
         if wait:
             self.checkpoints.wait()
 
@@ -282,7 +288,7 @@ class _Run:
         found = (
             f"step {step}: the loss or a gradient is not finite ({len(bad)} such steps in this "
             f"window; the update was not applied); records {indices[:16].tolist()} were in the batch; "
-            f"last checkpoint: {self.checkpoints.newest()}"
+            f"last checkpoint: {self._last_saved()}"
         )
         in_a_row = int(state.skipped)
         if policy["policy"] == "stop" or in_a_row > policy["limit"]:
@@ -291,7 +297,7 @@ class _Run:
                 "or set config.nan.policy to skip or rollback."
             )
         log.warning("%s", found)
-        if policy["policy"] == "rollback" and self.checkpoints.newest() is not None:
+        if policy["policy"] == "rollback" and self._last_saved() is not None:
             retries = int(state.retries) + 1
             abstract = jax.tree.map(
                 lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
@@ -302,6 +308,9 @@ class _Run:
             log.warning("rolled back to step %d, retry %d", int(state.step), retries)
             return state.replace(retries=jnp.full_like(state.retries, retries))
         return state
+
+    def _last_saved(self) -> int | None:
+        return max(self.checkpoints.steps(), default=None)
 
     def _profiled(self, step: int) -> Any:
         window = self.config.get("profile", {"start": -1, "steps": 0})
@@ -344,7 +353,9 @@ class _Run:
                 made = multihost_utils.process_allgather(made, tiled=True)
             made = jax.tree.map(np.asarray, made)
             sheet = pictures.pair_sheet(made["image"], made["labels"], self.facts.classes)
-            pictures.save_png(self.workdir / "samples" / f"{step:08d}.png", sheet)
+            folder = self.workdir / "samples"
+            folder.mkdir(exist_ok=True)
+            pictures.save_png(folder / f"{step:08d}.png", sheet)
             self.writers.images(step, {"samples": sheet})
 
         return write

@@ -25,9 +25,13 @@ DECAY_ALL = ((r"", True),)
 def constant(*, lr: float, steps: int, warmup: int = 0) -> optax.Schedule:
     """Linear warm-up, then ``lr``."""
     del steps
-    return optax.join_schedules(
-        [optax.linear_schedule(0.0, lr, warmup), optax.constant_schedule(lr)], [warmup]
-    ) if warmup else optax.constant_schedule(lr)
+    return (
+        optax.join_schedules(
+            [optax.linear_schedule(0.0, lr, warmup), optax.constant_schedule(lr)], [warmup]
+        )
+        if warmup
+        else optax.constant_schedule(lr)
+    )
 
 
 def linear(*, lr: float, steps: int, warmup: int = 0, final: float = 0.0) -> optax.Schedule:
@@ -81,7 +85,9 @@ class AdamW:
         """The optax transformation for a run of ``steps`` updates."""
 
         def decayed(params: Any) -> Any:
-            return rules.match(params, self.decay, where="optimizer.decay", prefix="params/", dead="allow")
+            return rules.match(
+                params, self.decay, where="optimizer.decay", prefix="params/", dead="allow"
+            )
 
         parts = [optax.clip_by_global_norm(self.clip)] if self.clip else []
         parts += [
@@ -104,10 +110,42 @@ def _scaled(scales: rules.Rules) -> optax.GradientTransformation:
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         del params
-        factors = rules.match(updates, scales, where="optimizer.lr_scale", prefix="params/", dead="allow")
+        factors = rules.match(
+            updates, scales, where="optimizer.lr_scale", prefix="params/", dead="allow"
+        )
         return jax.tree.map(lambda u, f: u * f, updates, factors), state
 
     return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
 
 
-OPTIMIZERS = {"adamw": AdamW}
+@dataclass(frozen=True, kw_only=True)
+class Muon(AdamW):
+    """Muon on matrices, AdamW on the rest: orthogonalised momentum, far fewer steps when small.
+
+    Attributes:
+      beta: momentum of the matrices; ``b1``, ``b2`` and ``eps`` are those of the AdamW part.
+      lr_ratio: AdamW's learning rate as a part of Muon's.
+
+    Source: Jordan et al. 2024, as in optax.contrib.muon.
+    """
+
+    beta: float = 0.95
+    lr_ratio: float = 1.0
+
+    def _update(self, steps: int) -> optax.GradientTransformation:
+        schedule = self.learning_rate(steps)
+        return optax.contrib.muon(
+            schedule,
+            beta=self.beta,
+            weight_decay=self.weight_decay,
+            weight_decay_mask=self._decayed,
+            mu_dtype=self.mu_dtype,
+            adam_b1=self.b1,
+            adam_b2=self.b2,
+            adam_eps_root=0.0,
+            adam_weight_decay=0.0,
+            adam_learning_rate=lambda step: self.lr_ratio * schedule(step),
+        )
+
+
+OPTIMIZERS = {"adamw": AdamW, "muon": Muon}

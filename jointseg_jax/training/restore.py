@@ -54,7 +54,9 @@ def load_run(workdir: Path | str) -> Run:
     only = ("ema", *("params/" + path for path in rules.paths(fixed)))
     found = Checkpoints(workdir / "checkpoints", read_only=True).restore_newest(wanted, only=only)
     if found is None:
-        raise UserError(f"{workdir}: the run has no checkpoint yet; let it train to its first save.")
+        raise UserError(
+            f"{workdir}: the run has no checkpoint yet; let it train to its first save."
+        )
     restored, meta = found
     params = states.merge(restored["ema"], restored["params"])
     digest = meta["checkpoint"]["digest"]

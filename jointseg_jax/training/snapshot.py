@@ -2,11 +2,17 @@
 
 Orbax stores numbers only. A typed PRNG key is stored as its key data, an empty array not at all;
 both come back from the abstract leaf. Every path is a chain of names, so the file reads as a
-nested dict in any Orbax program.
+nested dict in any Orbax program. Beside the arrays lies one JSON object, sealed by its SHA-256,
+with the dtype, shape and digest of every leaf.
 """
 
 from __future__ import annotations
 
+import gc
+import hashlib
+import json
+import sys
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -26,13 +32,13 @@ Leaves = dict[str, tuple[tuple[str, ...], Any]]
 
 _SHOWN = 10
 _PASSING = (
-    "out of memory",
-    "resource_exhausted",
-    "unavailable",
-    "deadline_exceeded",
-    "permission",
-    "unauthenticated",
-    "too many open files",
+    "RESOURCE_EXHAUSTED",
+    "Out of memory",
+    "Too many open files",
+    "UNAVAILABLE",
+    "DEADLINE_EXCEEDED",
+    "PERMISSION_DENIED",
+    "UNAUTHENTICATED",
 )
 
 
@@ -102,9 +108,42 @@ def require_fit(saved: Mapping[str, str], wanted: Mapping[str, str], where: str)
         shown = "\n".join(lines[:_SHOWN])
         more = f"\n  ... and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
         raise UserError(
-            f"checkpoint {where} does not fit this model, {len(lines)} arrays differ:\n{shown}{more}\n"
-            "Restore the settings it was made with, or choose another --workdir."
+            f"checkpoint {where} does not fit this model, {len(lines)} arrays differ:\n{shown}"
+            f"{more}\nRestore the settings it was made with, or choose another --workdir."
         )
+
+
+def sealed(step: int, meta: Mapping[str, Any], leaves: Leaves, digests: dict) -> dict:
+    """What the caller says about a state and what identifies each of its arrays, signed."""
+    if "checkpoint" in meta or meta.get("step", step) != step:
+        raise ValueError("checkpoints: meta may not hold `checkpoint` or another `step`.")
+    rows = {path: (digest.describe(x), digests[path]) for path, (_, x) in leaves.items()}
+    own = {"format": 1, "digest": digest.tree_digest(rows), "leaves": rows}
+    content = json.loads(json.dumps({**meta, "step": step, "checkpoint": own}))
+    content["checkpoint"]["seal"] = _seal(content)
+    return content
+
+
+def _seal(content: dict[str, Any]) -> str:
+    own = {k: v for k, v in content["checkpoint"].items() if k != "seal"}
+    text = json.dumps({**content, "checkpoint": own}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_sealed(folder: epath.Path) -> dict[str, Any]:
+    """The JSON object of one step folder, as it was written.
+
+    Raises:
+      Damage: it is missing, no JSON, or not what was written.
+    """
+    try:
+        content = json.loads((folder / "meta" / "metadata").read_text())
+        whole = content["checkpoint"]["seal"] == _seal(content)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise Damage("metadata", f"meta/metadata: {first_line(error)}") from error
+    if not whole:
+        raise Damage("metadata", "meta/metadata was changed after it was written")
+    return content
 
 
 def _nest(items: Iterable[tuple[tuple[str, ...], Any]]) -> dict[str, Any]:
@@ -146,25 +185,43 @@ def _key_impl(leaf: Any) -> Any:
 
 def _agreed(action: Callable[[], Any]) -> Any:
     """The result of ``action``; damage in the files seen by one process is damage for all."""
-    result, failure = None, None
+    result, found, passing = None, "", None
     try:
         result = action()
     except Exception as error:
-        failure = error
-    failed = failure is not None
+        found, passing = first_line(_root(error)), error if _is_passing(error) else None
+    failed = bool(found)
     if jax.process_count() > 1:
         failed = bool(np.any(multihost_utils.process_allgather(np.asarray(failed))))
-    if failure is not None and _is_passing(failure):
-        raise failure  # the checkpoint may be whole: memory, permission or network are at fault
+    if passing is not None:
+        raise passing  # the checkpoint may be whole: memory, permission or network are at fault
     if failed:
-        raise Damage("unreadable", first_line(failure or "another process could not read it"))
+        _collect_quietly()
+        raise Damage("unreadable", found or "another process could not read it")
     return result
 
 
+def _collect_quietly() -> None:
+    """Drops the reads that were never awaited; each would print its 60 lines when collected."""
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ResourceWarning)
+            gc.collect()
+    finally:
+        sys.unraisablehook = hook
+
+
+def _root(error: BaseException) -> BaseException:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
 def _is_passing(error: Exception) -> bool:
-    text = str(error).lower()
+    root = _root(error)
     kinds = (MemoryError, PermissionError, TypeError, AttributeError, NotImplementedError)
-    return isinstance(error, kinds) or any(word in text for word in _PASSING)
+    return isinstance(root, kinds) or any(word in str(root) for word in _PASSING)
 
 
 def first_line(error: object) -> str:

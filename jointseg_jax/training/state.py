@@ -37,7 +37,9 @@ def split(params: Any, trainable: Any) -> tuple[Any, Any]:
 
 def merge(chosen: Any, rest: Any) -> Any:
     """The inverse of ``split``."""
-    return jax.tree.map(lambda c, r: r if c is None else c, chosen, rest, is_leaf=lambda x: x is None)
+    return jax.tree.map(
+        lambda c, r: r if c is None else c, chosen, rest, is_leaf=lambda x: x is None
+    )
 
 
 def create(params: Any, trainable: Any, optimizer: optax.GradientTransformation) -> TrainState:

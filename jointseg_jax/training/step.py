@@ -61,7 +61,9 @@ def make_update(
         moved = optax.apply_updates(chosen, updates)
         step = state.step.astype(jnp.float32)
         decay = jnp.minimum(ema, (1.0 + step) / (10.0 + step))
-        average = jax.tree.map(lambda e, p: (decay * e + (1.0 - decay) * p).astype(e.dtype), state.ema, moved)
+        average = jax.tree.map(
+            lambda e, p: (decay * e + (1.0 - decay) * p).astype(e.dtype), state.ema, moved
+        )
 
         def kept(new: Any, old: Any) -> Any:
             return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
@@ -81,7 +83,9 @@ def make_update(
     return update
 
 
-def _accumulated(loss: Callable, chosen: Any, batch: Any, keys: Array, parts: int) -> tuple[Any, Any]:
+def _accumulated(
+    loss: Callable, chosen: Any, batch: Any, keys: Array, parts: int
+) -> tuple[Any, Any]:
     """Mean loss, metrics and gradient over strided micro-batches."""
     gradient = jax.value_and_grad(loss, has_aux=True)
     if parts == 1:

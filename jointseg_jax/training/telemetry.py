@@ -80,10 +80,10 @@ class Telemetry:
         seconds = max(time.perf_counter() - self._since, 1e-9)
         per_step = seconds / max(self._steps, 1)
         out = {
-            "img_per_s": self._batch / per_step,
+            "images_per_second": self._batch / per_step,
             "step_ms": 1e3 * per_step,
             "data_wait": self._wait / seconds,
-            "eta_s": per_step * (self._total - step - 1),
+            "eta_seconds": per_step * (self._total - step - 1),
         }
         if self._flops:
             rate = self._flops / per_step / jax.device_count()

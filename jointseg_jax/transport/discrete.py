@@ -32,7 +32,7 @@ import itertools
 
 import numpy as np
 
-from jointseg_jax.transport.dpm import CURVATURES, choose
+from jointseg_jax.transport.dpm import choose
 from jointseg_jax.transport.exponential import Point, multistep, point, span
 from jointseg_jax.transport.integrator import Row
 from jointseg_jax.transport.schedules import ScaledLinear, Schedule
@@ -42,12 +42,12 @@ SPACINGS = ("linspace", "leading", "trailing")
 KARRAS_RHO = 7.0
 
 
-def knot(schedule: ScaledLinear, label: int | float) -> float:
+def knot(schedule: ScaledLinear, label: int) -> float:
     """The time of a label; below 0 the clean end."""
-    return float(label + 1) / schedule.steps if label >= 0 else 0.0
+    return (label + 1) / schedule.steps if label >= 0 else 0.0
 
 
-def labels(total: int, steps: int, spacing: str, offset: int, *, skip_last: bool) -> np.ndarray:
+def labels(total: int, steps: int, spacing: str, offset: int, *, skip_last: bool) -> list[int]:
     """The labels of the module's table, ``skip_last`` for the right column."""
     count = steps + skip_last
     if spacing == "linspace":
@@ -57,7 +57,7 @@ def labels(total: int, steps: int, spacing: str, offset: int, *, skip_last: bool
     else:
         chosen = total - np.arange(steps) * (total / steps)
         chosen = np.round(chosen) - 1
-    chosen = np.round(chosen).astype(int)
+    chosen = np.round(chosen).astype(int).tolist()
     if chosen[0] >= total:
         raise ValueError(
             f"solver: spacing={spacing!r}, steps_offset={offset}, steps={steps}: the first label "
@@ -89,7 +89,7 @@ class Discrete(Solver):
                 "and an offset of at least 0 are needed; change them in `solver`."
             )
 
-    def knots(self, schedule: Schedule, *, skip_last: bool = False) -> np.ndarray:
+    def knots(self, schedule: Schedule, *, skip_last: bool = False) -> list[int]:
         """The labels, for a schedule that has them."""
         if not isinstance(schedule, ScaledLinear):
             raise ValueError(
@@ -156,7 +156,7 @@ class DDPM(Discrete):
     def rows(self, schedule: Schedule, t_max: float) -> list[Row]:
         """One row per label."""
         chosen, stride = self.knots(schedule), schedule.steps // self.steps
-        return [ddpm_row(schedule, int(n), int(n) - stride, self.variance) for n in chosen]
+        return [ddpm_row(schedule, n, n - stride, self.variance) for n in chosen]
 
 
 def ddpm_row(schedule: ScaledLinear, label: int, previous: int, variance: str) -> Row:
@@ -177,7 +177,6 @@ class MultistepDPM(Discrete):
       algorithm: ``"dpmsolver++"`` (data readings) or ``"dpmsolver"`` (noise readings).
       solver_type: second-order update, ``"midpoint"`` or ``"heun"`` (``exponential``'s variants
         ``dpm_solver`` and ``taylor``).
-      curvature: see ``DPMSolverPP``.
       final_sigmas: the last step goes to the clean end (``"zero"``, then at first order) or to
         label 0 (``"sigma_min"``).
       karras: steps of equal size in sigma^(1/7); the network sees the nearest label.
@@ -191,7 +190,6 @@ class MultistepDPM(Discrete):
     order: int = 2
     algorithm: str = "dpmsolver++"
     solver_type: str = "midpoint"
-    curvature: str = "published"
     final_sigmas: str = "zero"
     karras: bool = False
     lower_order_final: bool = True
@@ -203,7 +201,6 @@ class MultistepDPM(Discrete):
             "order": (1, 2, 3),
             "algorithm": ("dpmsolver++", "dpmsolver"),
             "solver_type": ("midpoint", "heun"),
-            "curvature": CURVATURES,
             "final_sigmas": ("zero", "sigma_min"),
         }
         for name, allowed in choices.items():
@@ -222,7 +219,7 @@ class MultistepDPM(Discrete):
         rows = []
         for i, (at, to) in enumerate(itertools.pairwise(points)):
             past = points[i + 1 - self._order(i) : i + 1][::-1]
-            use = multistep(reading, variant, past, to, self.curvature)
+            use = multistep(reading, variant, past, to)
             keep = span(reading, at, to).keep
             rows.append(Row(at.time, to.time, keep, use, reading=reading, seen=seen[i]))
         return rows
@@ -242,5 +239,5 @@ def karras_times(schedule: ScaledLinear, steps: int) -> tuple[list[float], list[
     spread = -schedule.log_snr(knots)  # log(sigma / alpha)
     ends = np.exp(spread[[-1, 0]] / KARRAS_RHO)
     wanted = KARRAS_RHO * np.log(np.linspace(*ends, steps))
-    nearest = np.round(np.interp(wanted, spread, np.arange(schedule.steps)))
-    return list(schedule.time_of(-wanted)), [knot(schedule, n) for n in nearest]
+    nearest = np.round(np.interp(wanted, spread, np.arange(schedule.steps))).astype(int).tolist()
+    return schedule.time_of(-wanted).tolist(), [knot(schedule, n) for n in nearest]

@@ -43,10 +43,10 @@ class DPMSolverPP(Continuous):
 
     Attributes:
       steps: network calls.
-      variant: ``"dpm_solver"`` or ``"taylor"``; the equation 4 of ``exponential``.
+      variant: ``"dpm_solver"`` or ``"taylor"``; equation 4 of ``exponential``.
       reading: ``"data"`` or ``"noise"``.
-      curvature: D2 of third-order multistep, ``"published"`` (as in the released code, with an error
-        of second order) or ``"exact"``.
+      curvature: D2 of third-order multistep, ``"published"`` (as in the released code, second
+        order in effect) or ``"exact"``, which pays on the ``log_snr`` grid and not on uneven ones.
       lower_order_final: whether multistep ends with lower orders (.., 2, 1).
       singular: a step of order above 1 next to an end with alpha or sigma 0 is an error
         (``"raise"``) or is done at first order (``"lower"``).

@@ -28,6 +28,7 @@ from jointseg_jax.transport.integrator import Predict
 from jointseg_jax.types import Streams
 
 Step = Int[Array, ""]
+Scale = int | float | Float[Array, ""]
 Denoise = Callable[[Streams, Mapping[str, Float[Array, " rows"]], Any], Streams]
 """(latents, times per row, text) -> a prediction for each stream."""
 
@@ -75,7 +76,7 @@ def _at(value: Any, step: Step) -> Any:
 def guided(
     denoise: Denoise,
     conditional: Branch,
-    unconditional: Sequence[tuple[Branch, Mapping[str, float]]] = (),
+    unconditional: Sequence[tuple[Branch, Mapping[str, Scale]]] = (),
 ) -> Predict:
     """The guided network, as a solver calls it.
 
@@ -100,20 +101,18 @@ def guided(
         asked = [branch.inputs(x, t, step) for branch in branches]
         latents, times, text = jax.tree.map(lambda *parts: interleave(parts), *asked)
         answers = denoise(latents, times, text)
-        split = [
-            {k: part(v, i, len(branches)) for k, v in answers.items()} for i in range(len(branches))
-        ]
+        split = [{k: part(v, i, len(asked)) for k, v in answers.items()} for i in range(len(asked))]
         return _combine(split, [scales for _, scales in active])
 
     return predict
 
 
-def _on(scale: Any) -> bool:
+def _on(scale: Scale) -> bool:
     """Whether a scale does anything (one that is only known inside the program counts)."""
     return not (isinstance(scale, int | float) and scale == 1)
 
 
-def _combine(answers: Sequence[Streams], scales: Sequence[Mapping[str, Any]]) -> Streams:
+def _combine(answers: Sequence[Streams], scales: Sequence[Mapping[str, Scale]]) -> Streams:
     """Source: the module's 1."""
     out = dict(answers[0])
     for other, served in zip(answers[1:], scales):
@@ -124,7 +123,7 @@ def _combine(answers: Sequence[Streams], scales: Sequence[Mapping[str, Any]]) ->
 
 
 def interleave(parts: Sequence[Array]) -> Array:
-    """``[batch, ...]`` of every branch as ``[batch * branches, ...]``, an example's rows together."""
+    """``[batch, ...]`` of each branch as ``[batch * branches, ...]``, example by example."""
     if len(parts) == 1:
         return parts[0]
     stacked = jnp.stack(parts, axis=1)

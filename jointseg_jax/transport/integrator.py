@@ -165,9 +165,9 @@ def integrate(
     given = dict(given or {})
     if table.noisy and noise is None:
         noise = _draws(keys)
-    step = _step(table, predict, processes, given, noise if table.noisy else None)
+    step = _step(table, predict, processes, given, noise if table.noisy else None, trajectory)
     past = {k: (jnp.zeros_like(v),) * (table.streams[k].use.shape[1] - 1) for k, v in x.items()}
-    (last, _, _), states = jax.lax.scan(step(trajectory), (x, x, past), _scanned(table, x))
+    (last, _, _), states = jax.lax.scan(step, (x, x, past), _scanned(table, x))
     result = {**last, **given}
     if not trajectory:
         return result
@@ -203,11 +203,12 @@ def _step(
     processes: Mapping[str, Process],
     given: Streams,
     noise: Noise | None,
-) -> Callable[[bool], Callable[[Any, Any], tuple[Any, Any]]]:
-    """The body of the loop, as a function of whether it reports its states."""
+    trajectory: bool,
+) -> Callable[[Any, Any], tuple[Any, Any]]:
+    """The body of the loop, over (states, committed states, earlier readings)."""
     steady = bool(np.all(table.commit))
 
-    def body(carry: Any, row: Any) -> Any:
+    def step(carry: Any, row: Any) -> tuple[Any, Any]:
         x, kept, past = carry
         times = {**dict.fromkeys(x, row["time"]), **dict.fromkeys(given, 0 * row["time"])}
         outputs = predict({**x, **given}, times, row["row"])
@@ -217,15 +218,14 @@ def _step(
             reading = _reading(processes[name], columns, x[name], _output(outputs, name, x))
             readings[name] = (reading, *past[name])
             new[name] = _update(columns, kept[name], readings[name], drawn.get(name))
-        commit = lambda n, k: n if steady else jnp.where(row["commit"], n, k)  # noqa: E731
-        kept = {name: commit(new[name], kept[name]) for name in new}
-        return new, kept, {name: r[:-1] for name, r in readings.items()}
+        if steady:
+            kept = new
+        else:
+            kept = {k: jnp.where(row["commit"], v, kept[k]) for k, v in new.items()}
+        past = {name: r[:-1] for name, r in readings.items()}
+        return (new, kept, past), new if trajectory else None
 
-    def reporting(carry: Any, row: Any) -> tuple[Any, Any]:
-        carry = body(carry, row)
-        return carry, carry[0]
-
-    return lambda report: reporting if report else lambda carry, row: (body(carry, row), None)
+    return step
 
 
 def _output(outputs: Streams, name: str, x: Streams) -> Array:

@@ -29,7 +29,7 @@ def test_quantise_clips():
 def test_pixels_take_bytes_or_floats():
     codec = Pixels(channels=1)
     encoded = codec.encode(codec.init(jax.random.key(0)), VALUES)
-    np.testing.assert_array_equal(encoded, codec.encode({}, normalise(VALUES)))
+    np.testing.assert_array_equal(encoded, codec.encode({}, normalise(jnp.asarray(VALUES))))
     np.testing.assert_array_equal(codec.decode({}, encoded), encoded)
     assert codec.decode({}, 3 * encoded).max() == 1
     assert codec.latent_shape((16, 16)) == encoded.shape[1:]

@@ -33,7 +33,9 @@ class Case:
 
     def arrays(self, prefix: str) -> dict[str, np.ndarray]:
         with np.load(self.folder / "io.npz", allow_pickle=False) as archive:
-            return {k.removeprefix(prefix): archive[k] for k in archive.files if k.startswith(prefix)}
+            return {
+                k.removeprefix(prefix): archive[k] for k in archive.files if k.startswith(prefix)
+            }
 
     @property
     def inputs(self) -> dict[str, np.ndarray]:
@@ -71,7 +73,9 @@ def fixtures_folder(config) -> Path:
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "cases(pattern, ...): the fixture folders this test runs over")
+    config.addinivalue_line(
+        "markers", "cases(pattern, ...): the fixture folders this test runs over"
+    )
 
 
 def pytest_generate_tests(metafunc):

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jointseg_jax.transport.discrete import DDIM, MultistepDPM, ddpm_row
 from jointseg_jax.transport.dpm import DPMSolverPP
-from jointseg_jax.transport.integrator import integrate
+from jointseg_jax.transport.integrator import integrate, tabulate
 from jointseg_jax.transport.process import Process
 from jointseg_jax.transport.schedules import BetaLinear, Cosine, Linear, ScaledLinear
 from jointseg_jax.transport.solvers import Euler
@@ -60,14 +61,11 @@ def test_noise_schedules(case):
             case.check(f"{name}_sigma", schedule.sigma(xp(t)))
             case.check(f"{name}_lambda", schedule.log_snr(xp(t)))
             case.check(f"{name}_inverse_lambda", schedule.time_of(xp(inputs["lam"])))
-    single = np.cumprod(1 - betas_in_float32(discrete), dtype=np.float32)
-    # the reference itself in float32: a product of 1000 factors, each rounded
-    np.testing.assert_allclose(outputs["alphas_cumprod_float32"], single, rtol=1e-4)
+    single = diffusers.alpha(diffusers.time(jnp.asarray(labels, jnp.float32))) ** 2
+    assert single.dtype == jnp.float32
+    # the reference multiplies up to 1000 factors in float32, each rounded by 6e-8
+    np.testing.assert_allclose(single, outputs["alphas_cumprod_float32"], rtol=1e-4)
     report(case, len(schedules))
-
-
-def betas_in_float32(schedule):
-    return schedule.betas.astype(np.float32)
 
 
 def check_skips(case, outputs, log_alpha):
@@ -127,31 +125,51 @@ def test_dpm_solver(case):
     report(case, len(case.config["cases"]))
 
 
-@pytest.mark.cases("dpm_solver_pp_joint")
-def test_joint_dpm_solver(case):
-    inputs = {k: jnp.asarray(v) for k, v in case.inputs.items()}
-    start = {"image": inputs["x_init"], "map": inputs["map_init"]}
+def joint_start_and_network(case, dtype):
+    inputs = {k: jnp.asarray(v, dtype) for k, v in case.inputs.items()}
+    image = {"A": inputs["A_image"], "b": inputs["b_image"]}
+    labels = {"C": inputs["C_map"], "d": inputs["d_map"]}
 
     def predict(x, t, step):
-        both = jnp.concatenate([x["image"], x["map"]], axis=-1)
-        image = {"A": inputs["A_image"], "b": inputs["b_image"]}
-        labels = {"C": inputs["C_map"], "d": inputs["d_map"]}
-        label = t["image"] * LABELS
+        both, label = jnp.concatenate([x["image"], x["map"]], axis=-1), t["image"] * LABELS
         return {"image": eps_model(image, both, label), "map": data_model(labels, both, label)}
 
+    return {"image": inputs["x_init"], "map": inputs["map_init"]}, predict
+
+
+def joint_processes(case, spec):
+    schedule = dpm_process(spec).schedule
+    return {
+        "image": Process(schedule=schedule, predicts="noise"),
+        "map": Process(schedule=schedule, predicts="data", scale=case.config["map_std"]),
+    }
+
+
+@pytest.mark.cases("dpm_solver_pp_joint")
+def test_joint_dpm_solver(case):
+    start, predict = joint_start_and_network(case, jnp.float64)
     for spec in case.config["cases"]:
-        name, schedule = spec["name"], dpm_process(spec).schedule
-        processes = {
-            "image": Process(schedule=schedule, predicts="noise"),
-            "map": Process(schedule=schedule, predicts="data", scale=case.config["map_std"]),
-        }
-        solver = dpm_solver(spec)
+        name, solver, processes = spec["name"], dpm_solver(spec), joint_processes(case, spec)
         final, states = solver(predict, processes, start, trajectory=True)
         check_times(case, name, solver.table(processes))
         for stream in start:
             case.check(f"{name}__xs_{stream}", states[stream])
             case.check(f"{name}__final_{stream}", final[stream])
     report(case, len(case.config["cases"]))
+
+
+@pytest.mark.cases("dpm_solver_pp_joint")
+def test_joint_dpm_solver_in_float32(case):
+    start, predict = joint_start_and_network(case, jnp.float32)
+    cases = [spec for spec in case.config["cases"] if spec["method"] == "fast"]
+    for spec in cases:
+        final = dpm_solver(spec)(predict, joint_processes(case, spec), start)
+        for stream, got in final.items():
+            want = case.outputs[f"{spec['name']}__final_{stream}"]
+            assert got.dtype == jnp.float32
+            # the reference's own float32 run is off by 4e-5
+            np.testing.assert_allclose(got, want, rtol=0, atol=1e-4 * np.abs(want).max())
+    report(case, len(cases))
 
 
 # ---------------------------------------------------------------------------- rectified flow
@@ -185,3 +203,108 @@ def test_semflow_sampler(case):
     case.check("interpolated", process.at(data, source, inputs["t"]))
     case.check("velocity_target", process.target(data, source, inputs["t"]))
     report(case, checked)
+
+
+# -------------------------------------------------------------------------------- diffusers
+
+PREDICTIONS = {"epsilon": "noise", "sample": "data", "v_prediction": "velocity"}
+
+
+def diffusers_process(prediction):
+    """The stream's process, and the model the fixture used for such a prediction."""
+    process = Process(schedule=ScaledLinear(time_offset=0), predicts=PREDICTIONS[prediction])
+    return process, data_model if prediction == "sample" else eps_model
+
+
+def answering(model, inputs, process):
+    """A predict function with the labels of the process's schedule."""
+    return lambda x, t, step: {"x": model(inputs, x["x"], process.schedule.label(t["x"]))}
+
+
+def check_run(case, name, solver, prediction, inputs):
+    process, model = diffusers_process(prediction)
+    final, states = solver(
+        answering(model, inputs, process),
+        {"x": process},
+        {"x": inputs["x_init"]},
+        trajectory=True,
+        noise=lambda row, like: {"x": inputs["noise"][row]},
+    )
+    table = solver.table({"x": process})
+    np.testing.assert_allclose(
+        process.schedule.label(table.times),
+        case.outputs[f"{name}__timesteps"],
+        atol=1e-9,  # whole numbers up to 999, through a division by 1000
+    )
+    case.check(f"{name}__xs", states["x"])
+    case.check(f"{name}__final", final["x"])
+    return process, table
+
+
+@pytest.mark.cases("diffusers_samplers")
+def test_ddpm_steps(case):
+    inputs = {k: jnp.asarray(v) for k, v in case.inputs.items()}
+    for spec in case.config["ddpm"]:
+        process, model = diffusers_process(spec["prediction_type"])
+        schedule, name = process.schedule, spec["name"]
+        previous = spec["t"] - schedule.steps // spec["n"]
+        row = ddpm_row(schedule, spec["t"], previous, spec["variance_type"])
+        table = tabulate({"x": [row]}, {"x": process})
+        predict, start = answering(model, inputs, process), {"x": inputs["x_t"]}
+        noise = lambda row, like: {"x": inputs["noise"][row]}  # noqa: E731
+        after = integrate(table, predict, {"x": process}, start, noise=noise)
+        case.check(f"{name}__prev", after["x"])
+        output = model(inputs, inputs["x_t"], float(spec["t"]))
+        case.check(f"{name}__x0", process.data(output, inputs["x_t"], row.time))
+        assert case.outputs[f"{name}__prev_t"] == previous
+    report(case, len(case.config["ddpm"]))
+
+
+@pytest.mark.cases("diffusers_samplers")
+def test_ddim(case):
+    inputs = {k: jnp.asarray(v) for k, v in case.inputs.items()}
+    for spec in case.config["ddim"]:
+        knobs = {k: spec[k] for k in ("set_alpha_to_one", "steps_offset", "spacing", "eta")}
+        solver = DDIM(steps=spec["n"], **knobs)
+        check_run(case, spec["name"], solver, spec["prediction_type"], inputs)
+    report(case, len(case.config["ddim"]))
+
+
+DIFFUSERS_NAMES = {
+    "solver_order": "order",
+    "timestep_spacing": "spacing",
+    "steps_offset": "steps_offset",
+    "solver_type": "solver_type",
+    "final_sigmas_type": "final_sigmas",
+    "algorithm_type": "algorithm",
+    "use_karras_sigmas": "karras",
+    "euler_at_final": "euler_at_final",
+    "lower_order_final": "lower_order_final",
+}
+
+
+@pytest.mark.cases("diffusers_samplers")
+def test_multistep_dpm(case):
+    inputs = {k: jnp.asarray(v) for k, v in case.inputs.items()}
+    for spec in case.config["dpm"]:
+        knobs = dict(spec["kw"])
+        prediction = knobs.pop("prediction_type", "epsilon")
+        solver = MultistepDPM(steps=spec["n"], **{DIFFUSERS_NAMES[k]: v for k, v in knobs.items()})
+        process, table = check_run(case, spec["name"], solver, prediction, inputs)
+        rows = solver.rows(process.schedule, 1.0)
+        times = np.array([rows[0].time, *table.reached])
+        ratio = process.schedule.sigma(times) / process.schedule.alpha(times)
+        case.check(f"{spec['name']}__sigmas", ratio)
+    report(case, len(case.config["dpm"]))
+
+
+@pytest.mark.cases("diffusers_samplers")
+def test_add_noise_and_velocity(case):
+    inputs = {k: jnp.asarray(v) for k, v in case.inputs.items()}
+    process, _ = diffusers_process("v_prediction")
+    data, source = inputs["x_init"], inputs["noise"][1]
+    for spec in case.config["add_noise"]:
+        t = process.schedule.time(spec["t"])
+        case.check(f"add_noise_{spec['t']}", process.at(data, source, t))
+        case.check(f"velocity_{spec['t']}", process.target(data, source, t))
+    report(case, len(case.config["add_noise"]))

@@ -56,7 +56,13 @@ WORDS = Words(vocabulary=tuple(sorted({*SOURCE.words(), "first", "second", "thir
 
 
 def read(steps, source=SOURCE, **options):
-    options = {"batch": 4, "seed": 1, "transforms": TRANSFORMS, "tokenizer": WORDS, **options}
+    options = {
+        "batch": 4,
+        "seed": 1,
+        "transforms": TRANSFORMS,
+        "tokenizer": WORDS.encode,
+        **options,
+    }
     with batches(source, **options) as stream:
         return list(itertools.islice(stream, steps))
 
@@ -137,7 +143,7 @@ def test_without_training_there_is_no_augmentation():
 def test_captions_are_drawn_in_training_and_first_otherwise():
     drawn = {WORDS.decode(t) for b in read(6, Spoilt(())) for t in b["text"]}
     assert drawn == {"first", "second", "third"}
-    options = {"batch": 4, "transforms": TRANSFORMS, "tokenizer": WORDS}
+    options = {"batch": 4, "transforms": TRANSFORMS, "tokenizer": WORDS.encode}
     with evaluation_batches(Spoilt(()), **options) as stream:
         texts = {WORDS.decode(t) for b in stream for t in b["text"]}
     assert texts == {"first"}
@@ -243,9 +249,7 @@ def test_too_many_bad_samples_stop():
 
 
 def test_nothing_but_bad_samples():
-    with pytest.raises(
-        UserError, match="none of its 10 samples can be used; the first: ERR"
-    ):
+    with pytest.raises(UserError, match="none of its 10 samples can be used; the first: ERR"):
         read(1, Spoilt(range(10)), transforms=())
 
 
@@ -258,7 +262,7 @@ def test_labels_out_of_range_are_bad_samples():
 
 
 def test_evaluation_sees_every_record_once_in_order():
-    options = {"batch": 4, "transforms": (Resize(size=24),), "tokenizer": WORDS}
+    options = {"batch": 4, "transforms": (Resize(size=24),), "tokenizer": WORDS.encode}
     with evaluation_batches(SOURCE, **options) as stream:
         seen = list(stream)
     assert [b["index"].tolist() for b in seen] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 9, 9]]

@@ -72,7 +72,7 @@ def test_join_is_one_linear_of_the_concatenation(join_norm):
     params = module.init(jax.random.key(2), x, skip)["params"]
     params["join"]["bias"] = normal(3, 8)
     kernel = np.concatenate([params["join"]["kernel"], params["join_skip"]["kernel"]])
-    joined = np.concatenate([x, skip], -1) @ kernel + params["join"]["bias"]
+    joined = np.concatenate([x, skip], -1) @ kernel + np.asarray(params["join"]["bias"])
     if join_norm:
         joined = (joined - joined.mean(-1, keepdims=True)) / joined.std(-1, keepdims=True)
     plain = Block(heads=2)

@@ -11,8 +11,8 @@ from jointseg_jax.models.streams import Patches, Tokens
 from jointseg_jax.models.uvit import REMAT, UViT, forward_flops, uvit
 from jointseg_jax.weights.convert import stack_blocks, unstack_blocks
 
-# float32 sums in another order, through five blocks
-REORDERED = 2e-6
+# float32 sums in another order (2^-24 each), grown through five blocks with kernels of size 0.3
+REORDERED = 1e-4
 
 IMAGE = Patches(grid=(4, 4), channels=2, patch=2, conv=True)
 MASK = Patches(grid=(4, 4), channels=3, patch=2, conv=True, tanh=True)
@@ -37,84 +37,98 @@ def build(fields=PDM, **changes):
 
 def inputs(module, batch=2, seed=0):
     """Standard normal latents and text, times within 0..1000, the lowest class and type."""
-    shapes = module.input_shapes(batch)
-    leaves, treedef = jax.tree.flatten(shapes)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    rng = np.random.default_rng(seed)
 
-    def draw(key, s):
+    def draw(s):
         if s.dtype == jnp.int32:
             return jnp.zeros(s.shape, jnp.int32)
-        if len(s.shape) == 1:
-            return jax.random.uniform(key, s.shape, maxval=1000.0)
-        return jax.random.normal(key, s.shape)
+        values = rng.uniform(0, 1000, s.shape) if len(s.shape) == 1 else rng.normal(size=s.shape)
+        return jnp.asarray(values, jnp.float32)
 
-    return jax.tree.unflatten(treedef, [draw(k, s) for k, s in zip(keys, leaves)])
+    return jax.tree.map(draw, module.input_shapes(batch))
 
 
-def randomised(params, seed=1):
-    """Every parameter away from its special initial value (0 or 1), at a visible size."""
-    leaves, treedef = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    noisy = [p + 0.2 * jax.random.normal(k, p.shape) for k, p in zip(keys, leaves)]
-    return jax.tree.unflatten(treedef, noisy)
+def random_params(module, seed=1):
+    """Parameters away from their initial values 0 and 1, drawn by numpy: no compilation."""
+    shapes = jax.eval_shape(module.init, jax.random.key(0), **module.input_shapes())["params"]
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda s: jnp.asarray(rng.normal(0, 0.3, s.shape), jnp.float32), shapes)
 
 
 @functools.cache
 def prepared(fields):
-    """A module, inputs and random parameters; made once per kind of module."""
+    """A module, random parameters and inputs; made once per kind of module."""
     module = build({"pdm": PDM, "joint": JOINT}[fields])
-    given = inputs(module)
-    return module, given, randomised(jax.jit(module.init)(jax.random.key(2), **given)["params"])
+    return module, random_params(module), inputs(module)
 
 
-def loss_and_outputs(module, given):
+quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+"""Compiler options for code that runs once: half the compile time."""
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3), compiler_options=quick)
+def apply(module, params, given, taps=()):
+    return module.apply({"params": params}, **given, taps=taps)
+
+
+def forward(module, params, given):
+    return apply(module, params, given)[0]
+
+
+@functools.partial(jax.jit, static_argnums=0, compiler_options=quick)
+def slopes(module, params, given):
+    """Outputs, and gradients of a sum that no symmetry makes vanish."""
+
     def loss(params):
         outputs, _ = module.apply({"params": params}, **given)
         return sum(jnp.sum(jnp.sin(3 * y)) for y in outputs.values()), outputs
 
-    return jax.jit(jax.value_and_grad(loss, has_aux=True))
+    (_, outputs), gradients = jax.value_and_grad(loss, has_aux=True)(params)
+    return outputs, gradients
 
 
 @functools.cache
 def reference(fields):
-    module, given, params = prepared(fields)
-    (_, outputs), gradients = loss_and_outputs(module, given)(params)
-    return outputs, gradients
+    return slopes(*prepared(fields))
 
 
-def assert_trees_close(got, want, atol):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=atol), got, want)
+def assert_trees_close(got, want, tolerance):
+    """Each leaf within ``tolerance`` of the wanted one, relative to its largest value."""
+
+    def check(path, a, b):
+        scale = max(1.0, float(np.abs(b).max()))
+        where = jax.tree_util.keystr(path)
+        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * scale, err_msg=where)
+
+    jax.tree_util.tree_map_with_path(check, got, want)
 
 
 # --- scan, remat, taps ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("remat", REMAT)
-@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("scan,remat", [(False, "attn_out"), *((True, r) for r in REMAT)])
 @pytest.mark.parametrize("fields", ["pdm", "joint"])  # pre-norm and post-norm
 def test_scan_and_remat_change_no_output_and_no_gradient(fields, scan, remat):
-    module, given, params = prepared(fields)
+    module, params, given = prepared(fields)
     outputs, gradients = reference(fields)
     other = module.clone(scan=scan, remat=remat)
-    params = stack_blocks(params) if scan else params
-    (_, got), slopes = loss_and_outputs(other, given)(params)
-    slopes = unstack_blocks(slopes) if scan else slopes
+    got, got_gradients = slopes(other, stack_blocks(params) if scan else params, given)
     assert_trees_close(got, outputs, REORDERED)
-    # gradients are sums over 32 outputs and 11 tokens of numbers of order 10
-    assert_trees_close(slopes, gradients, 1e-4)
+    got_gradients = unstack_blocks(got_gradients) if scan else got_gradients
+    assert_trees_close(got_gradients, gradients, REORDERED)
 
 
 def test_scan_makes_the_stacked_tree():
-    module, given, params = prepared("joint")
+    module, params, given = prepared("joint")
     init = functools.partial(module.clone(scan=True).init, **given)
     scanned = jax.eval_shape(init, jax.random.key(0))["params"]
     assert jax.tree.map(jnp.shape, scanned) == jax.tree.map(jnp.shape, stack_blocks(params))
     assert scanned["in_blocks"]["attn"]["qkv"]["kernel"].shape == (2, 16, 3, 2, 8)
 
 
-@pytest.mark.parametrize("convert", [lambda p: p, lambda p: jax.tree.map(np.asarray, p)])
-def test_stack_and_unstack_are_inverse(convert):
-    params = convert(prepared("joint")[2])
+@pytest.mark.parametrize("kind", [jnp.asarray, np.asarray])
+def test_stack_and_unstack_are_inverse(kind):
+    params = jax.tree.map(kind, prepared("joint")[1])
     back = unstack_blocks(stack_blocks(params))
     assert jax.tree.structure(back) == jax.tree.structure(params)
     jax.tree.map(np.testing.assert_array_equal, back, params)
@@ -123,135 +137,126 @@ def test_stack_and_unstack_are_inverse(convert):
 
 @pytest.mark.parametrize("scan", [False, True])
 def test_taps_follow_the_blocks(scan):
-    module, given, params = prepared("joint")
-    names = module.tap_names()
-    assert names == [
-        "tokens",
-        "in_blocks/0",
-        "in_blocks/1",
-        "mid_block",
-        "out_blocks/0",
-        "out_blocks/1",
-        "norm",
-    ]
-    _, want = jax.jit(lambda p: module.apply({"params": p}, **given, taps=names))(params)
-    assert list(want) == names
+    module, params, given = prepared("joint")
+    names = tuple(module.tap_names())
+    halves = [[f"{half}_blocks/{i}" for i in range(2)] for half in ("in", "out")]
+    assert names == ("tokens", *halves[0], "mid_block", *halves[1], "norm")
+    _, want = apply(module, params, given, names)
+    assert set(want) == set(names)
     assert {x.shape for x in want.values()} == {(2, module.spans()["mask"].stop, 16)}
     # each block makes something else of its input
-    assert len({float(jnp.sum(x[0, 0])) for x in want.values()}) == len(names)
+    assert len({float(x[0, 0, 0]) for x in want.values()}) == len(names)
     if scan:
         params, module = stack_blocks(params), module.clone(scan=True)
-    for name in names:
-        _, got = jax.jit(lambda p, n=name: module.apply({"params": p}, **given, taps=[n]))(params)
-        assert list(got) == [name]
-        np.testing.assert_allclose(got[name], want[name], atol=REORDERED * 10, err_msg=name)
+    # what is not asked for is not returned
+    asked = (*halves[1], "norm", halves[0][1])
+    _, got = apply(module, params, given, asked)
+    assert set(got) == set(asked)
+    assert_trees_close(got, {n: want[n] for n in asked}, REORDERED)
 
 
 def test_a_tap_is_where_its_stream_is():
     """Tokens of the clip stream are its projection plus its position."""
-    module, given, params = prepared("joint")
-    _, tapped = module.apply({"params": params}, **given, taps=["tokens"])
-    part = params["clip_in"]
-    want = given["latents"]["clip"] @ part["project"]["kernel"] + (
-        part["project"]["bias"] + part["position"]
-    ).reshape(1, 1, -1)
-    np.testing.assert_allclose(tapped["tokens"][:, module.spans()["clip"]], want, atol=REORDERED)
+    module, params, given = prepared("joint")
+    _, tapped = apply(module, params, given, ("tokens",))
+    part = jax.tree.map(np.asarray, params["clip_in"])
+    want = given["latents"]["clip"][:, 0] @ part["project"]["kernel"]
+    want = np.asarray(want) + part["project"]["bias"] + part["position"][0]
+    got = tapped["tokens"][:, module.spans()["clip"]]
+    assert_trees_close(got[:, 0], want, REORDERED)
 
 
 def test_unknown_tap_lists_the_names():
-    module, given, params = prepared("pdm")
+    module, params, given = prepared("pdm")
     with pytest.raises(ValueError, match=r"no tap \['out_blocks/2'\].*in_blocks/1, mid_block"):
-        module.apply({"params": params}, **given, taps=["tokens", "out_blocks/2"])
+        apply(module, params, given, ("tokens", "out_blocks/2"))
 
 
 # --- what the network computes -------------------------------------------------------------------
 
 
 def test_the_order_of_streams_changes_no_prediction():
-    module, given, params = prepared("joint")
+    module, params, given = prepared("joint")
     other = module.clone(streams=module.streams[::-1], time_tokens=("text", "image"))
     assert list(other.spans())[-1] == "text"
-    got, _ = other.apply({"params": params}, **given)
-    want, _ = module.apply({"params": params}, **given)
-    assert_trees_close(got, want, REORDERED * 10)
-
-
-def test_every_stream_reads_every_input():
-    """Each prediction depends on each latent, each time token, the text and the data type."""
-    for fields in ("pdm", "joint"):
-        module, given, params = prepared(fields)
-        base, _ = module.apply({"params": params}, **given)
-        leaves, treedef = jax.tree.flatten(given)
-        paths = [jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(given)]
-        for i, path in enumerate(paths):
-            silent = path.startswith("['times']") and path[10:-2] not in module.time_tokens
-            changed = jax.tree.unflatten(treedef, [x + (i == j) for j, x in enumerate(leaves)])
-            got, _ = module.apply({"params": params}, **changed)
-            moved = all(np.abs(got[k] - base[k]).max() > 1e-5 for k in base)
-            assert moved != silent, path
-
-
-def test_without_skips_the_in_blocks_reach_the_out_blocks_only_in_line():
-    module = build(skip=False, scan=True)
-    given = inputs(module)
-    params = jax.eval_shape(module.init, jax.random.key(0), **given)["params"]
-    assert "join" not in params["out_blocks"]
-    assert "join" in prepared("pdm")[2]["out_blocks"]["0"]
-
-
-@pytest.mark.parametrize("depth", [1, 2, 3])
-@pytest.mark.parametrize("scan", [False, True])
-def test_small_depths(depth, scan):
-    module = build(depth=depth, scan=scan)
-    given = inputs(module)
-    (outputs, _), variables = module.init_with_output(jax.random.key(0), **given)
-    assert {k: v.shape for k, v in outputs.items()} == {
-        k: v.shape for k, v in given["latents"].items()
-    }
-    assert ("in_blocks" in variables["params"]) == (depth > 1)
-
-
-def test_another_grid_is_the_module_of_that_grid_with_resized_positions():
-    module, given, params = prepared("pdm")
-    latents = given["latents"] | {"image": jax.random.normal(jax.random.key(5), (2, 8, 2, 2))}
-    got, _ = module.apply({"params": params}, **(given | {"latents": latents}))
-    table = params["image_in"]["position"]
-    resized = jax.image.resize(table, (4, 1, 16), "bilinear", antialias=False)
-    native = build(
-        PDM
-        | {"streams": {"image": Patches(grid=(8, 2), channels=2, patch=2, conv=True), "mask": MASK}}
-    )
-    want, _ = native.apply(
-        {"params": params | {"image_in": params["image_in"] | {"position": resized}}},
-        **(given | {"latents": latents}),
-    )
-    assert got["image"].shape == (2, 8, 2, 2)
+    got, want = forward(other, params, given), forward(module, params, given)
     assert_trees_close(got, want, REORDERED)
 
 
-def test_class_and_data_type_tokens():
-    module = build({"streams": {"image": IMAGE}, "time_tokens": ("image",), "classes": 3})
-    given = inputs(module)
-    variables = module.init(jax.random.key(0), **given)
+@pytest.mark.parametrize("fields", ["pdm", "joint"])
+def test_every_prediction_reads_every_input(fields):
+    module, params, given = prepared(fields)
+    base = forward(module, params, given)
+    leaves, treedef = jax.tree.flatten(given)
+    paths = [jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(given)]
+    silent = {f"['times']['{n}']" for n, _ in module.streams if n not in module.time_tokens}
+    assert silent < set(paths)
+    for i, path in enumerate(paths):
+        changed = jax.tree.unflatten(treedef, [x + (i == j) for j, x in enumerate(leaves)])
+        got = forward(module, params, changed)
+        moved = {k for k in base if np.abs(got[k] - base[k]).max() > 1e-5}
+        assert moved == (set() if path in silent else set(base)), path
+
+
+def test_without_skips_there_are_no_joins():
+    module = build(skip=False, scan=True)
+    given, params = inputs(module), random_params(module)
+    assert "join" not in params["out_blocks"]
+    assert "join" in prepared("pdm")[1]["out_blocks"]["0"]
+    got = forward(module, params, given)
+    want = forward(module.clone(scan=False), unstack_blocks(params), given)
+    assert_trees_close(got, want, REORDERED)
+
+
+@pytest.mark.parametrize("depth,blocks", [(1, 1), (2, 3), (3, 3)])
+@pytest.mark.parametrize("scan", [False, True])
+def test_small_depths(depth, blocks, scan):
+    module = build(depth=depth, scan=scan)
+    given = module.input_shapes(2)
+    init = module.init_with_output
+    (outputs, _), variables = jax.eval_shape(init, jax.random.key(0), **given)
+    assert outputs == given["latents"]
+    params = variables["params"]
+    assert ("in_blocks" in params) == ("out_blocks" in params) == (blocks > 1)
+
+
+def test_another_grid_is_the_module_of_that_grid_with_resized_positions():
+    module, params, given = prepared("pdm")
+    tall = Patches(grid=(8, 2), channels=2, patch=2, conv=True)
+    native = build(PDM | {"streams": {"image": tall, "mask": MASK}})
+    given = given | {"latents": given["latents"] | {"image": inputs(native)["latents"]["image"]}}
+    table = params["image_in"]["position"]
+    resized = jax.image.resize(table, (4, 1, 16), "bilinear", antialias=False)
+    moved = params | {"image_in": params["image_in"] | {"position": resized}}
+    got = forward(module, params, given)
+    assert got["image"].shape == (2, 8, 2, 2)
+    assert_trees_close(got, forward(native, moved, given), REORDERED)
+
+
+def test_class_tokens():
+    fields = {"streams": {"image": IMAGE}, "time_tokens": ("image",), "classes": 3}
+    module = build(fields, depth=1)
+    given, params = inputs(module), random_params(module)
     assert list(module.spans()) == ["class_token", "time_image", "image"]
-    first, _ = module.apply(variables, **given)
-    second, _ = module.apply(variables, **(given | {"class_id": jnp.array([0, 2])}))
-    differs = np.abs(first["image"] - second["image"]).max((1, 2, 3)) > 1e-6
-    assert differs.tolist() == [False, True]
-
-    module, given, params = prepared("joint")
-    last, _ = module.apply({"params": params}, **(given | {"data_type": jnp.array([1, 1])}))
-    unsaid, _ = module.apply({"params": params}, **(given | {"data_type": None}))
-    jax.tree.map(np.testing.assert_array_equal, last, unsaid)
+    first = forward(module, params, given)["image"]
+    second = forward(module, params, given | {"class_id": jnp.array([0, 2])})["image"]
+    assert (np.abs(first - second).max((1, 2, 3)) > 1e-5).tolist() == [False, True]
 
 
-def test_one_time_for_all_rows():
-    module, given, params = prepared("joint")
-    rows, _ = module.apply(
-        {"params": params}, **(given | {"times": {n: jnp.full(2, 7.0) for n in ("image", "text")}})
-    )
-    one, _ = module.apply({"params": params}, **(given | {"times": {"image": 7, "text": 7.0}}))
-    jax.tree.map(np.testing.assert_array_equal, rows, one)
+def test_data_type_is_the_last_one_when_not_said():
+    module, params, given = prepared("joint")
+    last = forward(module, params, given | {"data_type": jnp.array([1, 1])})
+    unsaid = forward(module, params, {k: v for k, v in given.items() if k != "data_type"})
+    assert_trees_close(unsaid, last, REORDERED)
+    assert np.abs(last["image"] - forward(module, params, given)["image"]).max() > 1e-3
+
+
+def test_one_time_may_stand_for_all_rows():
+    module, params, given = prepared("joint")
+    rows = {"image": jnp.full(2, 7.0), "text": jnp.full(2, 3.0)}
+    one = {"image": 7, "text": jnp.float32(3.0)}
+    got, want = (forward(module, params, given | {"times": t}) for t in (one, rows))
+    assert_trees_close(got, want, REORDERED)
 
 
 # --- parameters ----------------------------------------------------------------------------------
@@ -282,6 +287,7 @@ def test_published_parameter_counts():
         "heads": 8,
     }
     assert count(UViT(**small, depth=12, scan=True)) == 44_692_644
+    assert count(UViT(**small, depth=12)) == 44_692_644
     assert count(UViT(**small, depth=16, scan=True)) == 58_345_636
     two = {"streams": UNIDIFFUSER, "time_tokens": ("image", "text")} | ONE_BILLION
     assert count(UViT(**two, scan=True)) == 952_509_520
@@ -296,28 +302,45 @@ def test_published_parameter_counts():
 
 @pytest.mark.parametrize("fields", ["pdm", "joint"])
 def test_a_gradient_reaches_every_parameter(fields):
-    module, given, _ = prepared(fields)
-    params = jax.jit(module.init)(jax.random.key(2), **given)["params"]
-    gradients = loss_and_outputs(module, given)(params)[1]
+    _, gradients = reference(fields)
     for path, slope in jax.tree_util.tree_leaves_with_path(gradients):
-        assert np.isfinite(slope).all() and np.abs(slope).max() > 1e-7, jax.tree_util.keystr(path)
+        assert np.isfinite(slope).all() and np.abs(slope).max() > 1e-4, jax.tree_util.keystr(path)
+
+
+def test_initial_values():
+    """Norms 1 and 0, biases 0, everything else drawn; a fresh network predicts something."""
+    module = build(PDM, depth=2, time_mlp=True, qkv_bias=True)
+    given = inputs(module)
+    (outputs, _), variables = jax.jit(module.init_with_output, compiler_options=quick)(
+        jax.random.key(0), **given
+    )
+    assert all(np.abs(y).max() > 1e-3 for y in outputs.values())
+    for path, leaf in jax.tree_util.tree_leaves_with_path(variables["params"]):
+        name = jax.tree_util.keystr(path)
+        convolution = "conv" in name or ("_in']['project" in name and "context" not in name)
+        if "scale" in name:
+            np.testing.assert_array_equal(leaf, 1.0, err_msg=name)
+        elif "bias" in name and not convolution:
+            np.testing.assert_array_equal(leaf, 0.0, err_msg=name)
+        else:
+            assert np.unique(leaf).size > 0.98 * leaf.size, name
 
 
 @pytest.mark.parametrize("scan", [False, True])
 def test_bfloat16_keeps_float32_parameters_and_predictions(scan):
-    module, given, params = prepared("joint")
+    module, params, given = prepared("joint")
     half = module.clone(dtype="bfloat16", scan=scan)
-    shapes = jax.eval_shape(half.init, jax.random.key(0), **given)
+    shapes = jax.eval_shape(functools.partial(half.init, **given), jax.random.key(0))
     assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
     params = stack_blocks(params) if scan else params
-    got, tapped = half.apply({"params": params}, **given, taps=["mid_block"])
+    got, tapped = apply(half, params, given, ("mid_block",))
     want, _ = reference("joint")
     assert tapped["mid_block"].dtype == jnp.bfloat16
     for name, y in got.items():
         assert y.dtype == jnp.float32
-        # 2^-8 per rounding, some thirty roundings of which most cancel
+        # some thirty roundings of 2^-9 each that mostly cancel
         error = np.sqrt(np.mean((y - want[name]) ** 2) / np.mean(want[name] ** 2))
-        assert 1e-5 < error < 0.05, (name, error)
+        assert 1e-4 < error < 0.05, (name, error)
 
 
 # --- cost ----------------------------------------------------------------------------------------
@@ -354,19 +377,23 @@ def test_flops_of_the_one_billion_network():
 
 @pytest.mark.parametrize("scan", [False, True])
 def test_one_constraint_per_block_and_the_same_numbers_on_a_mesh(scan):
-    module, given, params = prepared("pdm")
+    module, params, given = prepared("pdm")
     given = jax.tree.map(lambda x: jnp.concatenate([x] * 4), given)
-    want, _ = module.apply({"params": params}, **given)
+    want = forward(module, params, given)
     if scan:
         params, module = stack_blocks(params), module.clone(scan=True)
-    apply = jax.jit(lambda p, g: module.apply({"params": p}, **g)[0])
-    assert constraints(apply.lower(params, given)) == 0
+
+    def run(params, given):
+        return module.apply({"params": params}, **given)[0]
+
+    assert constraints(jax.jit(run).lower(params, given)) == 0
     kinds = (jax.sharding.AxisType.Auto,) * 2
     with jax.set_mesh(jax.make_mesh((4, 2), ("data", "fsdp"), axis_types=kinds)):
-        assert constraints(apply.lower(params, given)) == (3 if scan else 5)
-        got = apply(params, given)
-        jax.jit(module.init)(jax.random.key(0), **inputs(module, batch=1))
-    assert_trees_close(got, want, REORDERED * 10)
+        assert constraints(jax.jit(run).lower(params, given)) == (3 if scan else 5)
+        got = jax.jit(run)(params, given)
+        # one row for initialisation cannot be split, and need not be
+        jax.eval_shape(module.init, jax.random.key(0), **inputs(module, batch=1))
+    assert_trees_close(got, want, REORDERED)
 
 
 def constraints(lowered):
@@ -456,13 +483,13 @@ def changed(given, **changes):
     ],
 )
 def test_bad_inputs_are_named(changes, message):
-    module, given, params = prepared("pdm")
+    module, params, given = prepared("pdm")
     with pytest.raises(ValueError) as error:
-        module.apply({"params": params}, **changed(given, **changes))
+        apply(module, params, changed(given, **changes))
     assert message in str(error.value)
 
 
 def test_bad_token_stream_is_named():
-    module, given, params = prepared("joint")
+    module, params, given = prepared("joint")
     with pytest.raises(ValueError, match=r"stream 'clip' has shape \(2, 2, 5\), want \(batch, 1,"):
         module.apply({"params": params}, **changed(given, latents={"clip": jnp.zeros((2, 2, 5))}))

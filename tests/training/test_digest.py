@@ -10,9 +10,21 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jointseg_jax.training import digest
 
-DTYPES = (
-    "float32 bfloat16 float16 float8_e4m3fn int32 uint32 int16 uint8 int8 int4 uint4 bool complex64"
-).split()
+DTYPES = [
+    "float32",
+    "bfloat16",
+    "float16",
+    "float8_e4m3fn",
+    "int32",
+    "uint32",
+    "int16",
+    "uint8",
+    "int8",
+    "int4",
+    "uint4",
+    "bool",
+    "complex64",
+]
 
 
 def array(dtype, shape, seed=0):

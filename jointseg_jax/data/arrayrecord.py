@@ -1,0 +1,310 @@
+"""Our own shards: ArrayRecord files beside a ``dataset.json`` that says what is in them.
+
+A record is packed without loss: the image file as it came where decoding it gives the very image
+of the record (a JPEG stays a JPEG), PNG otherwise; labels as grey PNG; segments as RGB PNG.
+
+    "JSR1" | length of header, 4 bytes | header, JSON | image | labels | segments
+
+``dataset.json`` holds the classes and, per split, the shards with their counts, sizes and SHA-256,
+and the words of the captions. It is written last: shards that it does not name do not exist.
+"""
+
+from __future__ import annotations
+
+import bisect
+import functools
+import hashlib
+import itertools
+import json
+import os
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from array_record.python import array_record_module
+
+from jointseg_jax.data import files
+from jointseg_jax.data.class_file import class_list, to_content
+from jointseg_jax.data.classes import Classes
+from jointseg_jax.data.images import (
+    PILLOW_LIMIT,
+    Decoding,
+    decode_image,
+    decode_segment_ids,
+    encode_png,
+    encode_segment_ids,
+)
+from jointseg_jax.data.labels import encode_labels, stored_rule
+from jointseg_jax.data.records import BadSample, Record
+from jointseg_jax.types import UserError
+
+MAGIC = b"JSR1"
+MANIFEST = "dataset.json"
+VERSION = 1
+STORED = Decoding(orientation="ignore", pixel_limit=PILLOW_LIMIT)
+"""How kept image files are decoded: exactly as they were when they were found to match."""
+
+
+def pack(record: Record, count: int, original: bytes | None = None) -> bytes:
+    """Packs a record.
+
+    Args:
+      count: how many classes there are.
+      original: the image file the record came from, kept if it decodes to the record's image.
+    """
+    parts = {
+        "image": original if matches(original, record["image"]) else encode_png(record["image"]),
+        "labels": encode_labels(record["labels"], count),
+    }
+    if "segments" in record:
+        parts["segments"] = encode_segment_ids(record["segments"])
+    header: dict[str, Any] = {"id": record["id"], "captions": list(record["captions"])}
+    header["parts"] = {name: len(data) for name, data in parts.items()}
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    return b"".join([MAGIC, len(text).to_bytes(4, "little"), text, *parts.values()])
+
+
+def matches(original: bytes | None, image: np.ndarray) -> bool:
+    """Says whether an image file decodes to exactly this image."""
+    if original is None:
+        return False
+    try:
+        return np.array_equal(decode_image(original, "", STORED), image)
+    except BadSample:
+        return False
+
+
+def unpack(data: bytes, classes: Classes, where: str) -> Record:
+    """Restores a packed record; ``where`` is for messages."""
+    if data[:4] != MAGIC:
+        raise damaged(where, f"it starts with {data[:4]!r}")
+    end = 8 + int.from_bytes(data[4:8], "little")
+    header = json.loads(data[8:end])
+    ends = itertools.accumulate(header["parts"].values(), initial=end)
+    spans = dict(zip(header["parts"], itertools.pairwise(ends)))
+    parts = {name: data[start:stop] for name, (start, stop) in spans.items()}
+    record = Record(
+        id=header["id"],
+        image=decode_image(parts["image"], where, STORED),
+        labels=stored_rule(len(classes)).read(
+            parts["labels"], where, classes, pixel_limit=PILLOW_LIMIT
+        ),
+        captions=tuple(header["captions"]),
+    )
+    if "segments" in parts:
+        record["segments"] = decode_segment_ids(parts["segments"], where, pixel_limit=PILLOW_LIMIT)
+    return record
+
+
+def damaged(where: str, why: str) -> BadSample:
+    """Returns the complaint about a record that cannot be read."""
+    remedy = "Copy the shard again from its source, or run launch/prepare.py again."
+    return BadSample(where, f"the shard is damaged ({why})", "a whole shard", remedy)
+
+
+def write_shards(
+    packed: Iterable[bytes],
+    folder: str | Path,
+    *,
+    split: str,
+    classes: Classes,
+    words: Iterable[str],
+    count: int,
+    shards: int = 1,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Writes the packed records of a split, each shard whole or not at all.
+
+    Args:
+      count: how many records there are; record i goes to shard ``i * shards // count``.
+      overwrite: replaces a split that is there already.
+
+    Returns:
+      What ``dataset.json`` now says of the split.
+    """
+    if not 1 <= shards <= max(count, 1):
+        raise UserError(f"ERROR [data] shards={shards} given for {count} records; 1..{count}.")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    manifest = open_manifest(folder, split, classes, overwrite)
+    names = [f"{split}-{i:05d}-of-{shards:05d}.arrayrecord" for i in range(shards)]
+    groups = itertools.groupby(enumerate(packed), key=lambda item: item[0] * shards // count)
+    written = [write_shard((data for _, data in group), folder / names[i]) for i, group in groups]
+    manifest["splits"][split] = {
+        "count": sum(shard["count"] for shard in written),
+        "shards": written,
+        "words": sorted(words),
+    }
+    files.write(folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False).encode())
+    remove_strays(folder, split, {shard["file"] for shard in written})
+    return manifest["splits"][split]
+
+
+def open_manifest(folder: Path, split: str, classes: Classes, overwrite: bool) -> dict[str, Any]:
+    """Returns the ``dataset.json`` to add a split to; refuses other classes and a split twice."""
+    content = to_content(classes)
+    fresh = {"format": "jointseg arrayrecord", "version": VERSION, "classes": content, "splits": {}}
+    path = folder / MANIFEST
+    if not path.exists():
+        return fresh
+    manifest = read_manifest(path)
+    if manifest["classes"] != content:
+        raise UserError(
+            f"ERROR [data] {path}: holds splits of other classes; all splits of a folder share "
+            "theirs. Choose another folder."
+        )
+    if split in manifest["splits"] and not overwrite:
+        raise UserError(
+            f"ERROR [data] {path}: split {split!r} is there already, with "
+            f"{manifest['splits'][split]['count']} records; overwrite it (--overwrite) or choose "
+            "another folder or split name."
+        )
+    return manifest
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Reads a ``dataset.json`` of this version."""
+    try:
+        manifest = files.read_json(path)
+    except BadSample as problem:
+        raise UserError(
+            f"{problem} A folder of shards is made by launch/prepare.py; check config.data.folder."
+        ) from None
+    if manifest.get("version") != VERSION:
+        raise UserError(
+            f"ERROR [data] {path}: version {manifest.get('version')} of the shard format; this "
+            f"release reads version {VERSION}. Run launch/prepare.py again."
+        )
+    return manifest
+
+
+def write_shard(packed: Iterable[bytes], path: Path) -> dict[str, Any]:
+    """Writes one shard: temporary file, fsync, rename."""
+    temporary = path.with_name(path.name + ".tmp")
+    # Groups of one: any record is one read away. Uncompressed: PNG and JPEG are compressed already.
+    writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
+    count = 0
+    try:
+        for data in packed:
+            writer.write(data)
+            count += 1
+    finally:
+        writer.close()
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    size = temporary.stat().st_size
+    os.replace(temporary, path)
+    files.sync_folder(path.parent)
+    return {"file": path.name, "count": count, "bytes": size, "sha256": digest}
+
+
+def remove_strays(folder: Path, split: str, kept: set[str]) -> None:
+    """Removes the shards of this split that an earlier or a killed run left."""
+    for path in [*folder.glob(f"{split}-*-of-*.arrayrecord*")]:
+        if path.name not in kept:
+            path.unlink()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArrayRecords:
+    """A split of a folder of our shards, as a source of records."""
+
+    folder: str
+    split: str
+    classes: Classes = field(init=False, repr=False)
+    shards: tuple[tuple[str, int], ...] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        manifest = read_manifest(Path(self.folder) / MANIFEST)
+        if self.split not in manifest["splits"]:
+            raise UserError(
+                f"ERROR [data] {self.folder}: no split {self.split!r}; there are: "
+                f"{', '.join(manifest['splits'])}. Set config.data.split."
+            )
+        listed = manifest["splits"][self.split]
+        check_files(Path(self.folder), listed["shards"])
+        content = manifest["classes"]
+        shards = tuple((shard["file"], shard["count"]) for shard in listed["shards"])
+        digests = "".join(shard["sha256"] for shard in listed["shards"])
+        for name, value in {
+            "classes": class_list(content["classes"], content["swaps"]),
+            "shards": shards,
+            "_starts": list(itertools.accumulate((n for _, n in shards), initial=0)),
+            "_words": tuple(listed["words"]),
+            "_digest": hashlib.sha256(digests.encode()).hexdigest()[:16],
+            "_readers": {},
+            "_lock": threading.Lock(),
+        }.items():
+            object.__setattr__(self, name, value)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return functools.partial(ArrayRecords, folder=self.folder, split=self.split), ()
+
+    @property
+    def name(self) -> str:
+        """Names the source by its folder and split."""
+        return f"{Path(self.folder).name}/{self.split}"
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def __getitem__(self, index: int) -> Record:
+        """Reads and decodes one record."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"record {index} of {len(self)}")
+        shard = bisect.bisect_right(self._starts, index) - 1
+        place = index - self._starts[shard]
+        where = f"{Path(self.folder) / self.shards[shard][0]}: record {place}"
+        return unpack(self._read(shard, place, where), self.classes, where)
+
+    def _read(self, shard: int, place: int, where: str) -> bytes:
+        try:
+            return self._reader(shard).read([place])[0]
+        except (RuntimeError, IndexError, ValueError) as error:
+            with self._lock:  # a reader that failed once fails for good
+                self._readers.pop(shard, None)
+            raise damaged(where, str(error)) from None
+
+    def _reader(self, shard: int) -> Any:
+        with self._lock:
+            if shard not in self._readers:
+                path = str(Path(self.folder) / self.shards[shard][0])
+                # Reading ahead would fetch megabytes around every record of a shuffled epoch.
+                reader = array_record_module.ArrayRecordReader(path, "readahead_buffer_size:0")
+                self._readers[shard] = reader
+            return self._readers[shard]
+
+    def words(self) -> tuple[str, ...]:
+        """Lists every word its captions can contain, sorted."""
+        return self._words
+
+    def fingerprint(self) -> dict[str, object]:
+        """Returns the plain values that must match when a run resumes."""
+        return {
+            "name": "arrayrecord",
+            "split": self.split,
+            "count": len(self),
+            "classes": list(self.classes.names),
+            "sha256": self._digest,
+        }
+
+
+def check_files(folder: Path, shards: list[dict[str, Any]]) -> None:
+    """Refuses to start while a shard is missing or has another size than it was written with."""
+    problems = []
+    for shard in shards:
+        path = folder / shard["file"]
+        size = path.stat().st_size if path.is_file() else None
+        if size != shard["bytes"]:
+            found = "missing" if size is None else f"{size} bytes"
+            problems.append(f"ERROR [data] {path}: {found}; {shard['bytes']} bytes were written.")
+    if problems:
+        listed = "\n".join(problems)
+        raise UserError(
+            f"{listed}\nERROR [data] {folder}: {len(problems)} of {len(shards)} shards are not as "
+            "written. Copy them again from their source, or run launch/prepare.py again."
+        )

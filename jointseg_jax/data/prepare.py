@@ -1,0 +1,131 @@
+"""From any source to a folder of shards, with a report on what went in.
+
+OUT/SPLIT-00000-of-00004.arrayrecord ...   the records
+OUT/dataset.json                           classes, and per split its shards and their SHA-256
+OUT/classes.json                           the classes, as ``folders`` reads them
+OUT/report.json                            per split: statistics, and every bad sample
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+from jointseg_jax.data import files
+from jointseg_jax.data.arrayrecord import open_manifest, pack, write_shards
+from jointseg_jax.data.class_file import to_content
+from jointseg_jax.data.records import BadSample, Record, Source
+from jointseg_jax.data.validate import Progress, Report, scan, silent
+from jointseg_jax.data.workers import in_order
+from jointseg_jax.types import UserError
+
+RECORDS_PER_SHARD = 1024
+
+
+@runtime_checkable
+class Stored(Protocol):
+    """A source that can hand out the image file behind a record."""
+
+    def original(self, index: int) -> bytes:
+        """Returns the file as it is."""
+        ...
+
+
+def check(report: Report) -> None:
+    """Refuses a source of which nothing is good."""
+    if not report.good:
+        raise UserError(
+            f"{report.problems()}\nERROR [data] {report.name}: none of {report.count} records can "
+            "be used; at least one is needed. The causes are above."
+        )
+
+
+def refuse_bad(report: Report) -> None:
+    """Refuses a source of which anything is bad, listing all of it in one block."""
+    if report.bad:
+        raise UserError(
+            f"{report.problems()}\nERROR [data] {report.name}: {len(report.bad)} problems, with "
+            f"{report.count} records looked at; --strict accepts none, and nothing was written. "
+            "Mend them, or run without --strict to leave the bad ones out."
+        )
+
+
+def prepare(
+    source: Source,
+    out: str | Path,
+    *,
+    split: str,
+    strict: bool = False,
+    shards: int | None = None,
+    limit: int | None = None,
+    threads: int = 4,
+    overwrite: bool = False,
+    progress: Progress = silent,
+    show: Callable[[Report], None] = lambda report: None,
+) -> Report:
+    """Scans a source, then writes its good records as the split ``split`` of the folder ``out``.
+
+    Args:
+      strict: writes nothing unless every record is good.
+      shards: how many files; one per 1024 records when not given.
+      limit: takes so many records only, from the first on.
+      show: is given the report before anything is written.
+    """
+    out = Path(out)
+    open_manifest(out, split, source.classes, overwrite)  # refuses before the hours of reading
+    report = scan(source, threads=threads, limit=limit, progress=progress)
+    if strict:
+        refuse_bad(report)
+    show(report)
+    check(report)
+    write(source, out, report, split=split, shards=shards, threads=threads, progress=progress)
+    return report
+
+
+def write(
+    source: Source,
+    out: Path,
+    report: Report,
+    *,
+    split: str,
+    shards: int | None = None,
+    threads: int = 4,
+    progress: Progress = silent,
+) -> None:
+    """Writes the records that a report found good, and the report."""
+    count = len(report.good)
+    packed = in_order(lambda index: pack_record(source, index), report.good, threads)
+    write_shards(
+        progress(packed, total=count, desc=f"writing {out / split}"),
+        out,
+        split=split,
+        classes=source.classes,
+        words=source.words(),
+        count=count,
+        shards=shards or -(-count // RECORDS_PER_SHARD),
+        overwrite=True,
+    )
+    files.write(out / "classes.json", plain_json(to_content(source.classes)))
+    path = out / "report.json"
+    reports = json.loads(path.read_bytes()) if path.exists() else {}
+    files.write(path, plain_json(reports | {split: report.content()}))
+
+
+def pack_record(source: Source, index: int) -> bytes:
+    """Packs one record, with the image file behind it where the source has one."""
+    try:
+        record: Record = source[index]
+    except BadSample as problem:
+        raise UserError(
+            f"{problem}\nERROR [data] {source.name}: record {index} was good when it was checked; "
+            "the files changed while they were being read. Run again when they rest."
+        ) from None
+    original = source.original(index) if isinstance(source, Stored) else None
+    return pack(record, len(source.classes), original)
+
+
+def plain_json(content: object) -> bytes:
+    """Encodes JSON as people read it."""
+    return json.dumps(content, indent=1, ensure_ascii=False).encode()

@@ -1,0 +1,110 @@
+"""Label maps compared: a codec's output with its input, a judge's labels with a generated mask.
+
+1. reconstruction: IoU of what a codec gives back with what it was given; the same over edge pixels,
+   those with another label at most ``EDGE`` pixels away; the class with the lowest IoU
+2. alignment: IoU of a generated mask with what a judge sees in the image generated beside it
+3. chance: the same with masks from other images. These follow a random cycle through all images, so
+   that no image keeps its own mask; it is the level that a model without alignment reaches
+
+VOID in a generated mask or a reconstruction counts as wrong (``Confusion``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Int64, Integer
+
+from jointseg_jax import masks
+from jointseg_jax.evaluation.confusion import Confusion
+from jointseg_jax.types import VOID
+
+EDGE = 2
+"""Pixels on either side of a boundary that count as edge."""
+
+Maps = Integer[np.ndarray, "*batch height width"]
+
+
+class Reconstruction:
+    """What a codec makes of label maps, batch by batch."""
+
+    def __init__(self, names: Sequence[str]):
+        self.names = tuple(names)
+        self.whole, self.edges = Confusion(len(names)), Confusion(len(names))
+
+    def add(
+        self, labels: Maps, decoded: Maps, valid: Bool[np.ndarray, "*batch"] | None = None
+    ) -> None:
+        """Counts a batch of maps (or one) and what came back for them."""
+        self.whole.add(labels, decoded, valid)
+        edge = masks.boundary(labels, EDGE)
+        self.edges.add(np.where(edge, labels, VOID).astype(labels.dtype), decoded, valid)
+
+    def report(self) -> dict[str, Any]:
+        """The numbers as JSON values; None where there was nothing to measure."""
+        return {
+            "reconstruction_miou": number(self.whole.miou()),
+            "edge_miou": number(self.edges.miou()),
+            "worst_class": worst(self.whole, self.names),
+            "pixel_accuracy": number(self.whole.pixel_accuracy),
+            "per_class_iou": per_class(self.whole, self.names),
+        }
+
+
+class Alignment:
+    """How well generated masks fit the images generated with them, pair by pair."""
+
+    def __init__(self, names: Sequence[str]):
+        self.names = tuple(names)
+        self.own, self.strangers = Confusion(len(names)), Confusion(len(names))
+
+    def add(self, judged: Maps, mask: Maps, stranger: Maps | None = None) -> None:
+        """Counts a pair.
+
+        Args:
+          judged: the judge's labels of the generated image.
+          mask: the mask generated with it.
+          stranger: the mask of another image, for the level of chance.
+        """
+        self.own.add(judged, mask)
+        if stranger is not None:
+            self.strangers.add(judged, stranger)
+
+    def report(self) -> dict[str, Any]:
+        """The numbers as JSON values; None where there was nothing to measure."""
+        return {
+            "alignment_miou": number(self.own.miou()),
+            "chance_miou": number(self.strangers.miou()),
+            "alignment_per_class": per_class(self.own, self.names),
+        }
+
+
+def cycle(count: int, seed: int) -> Int64[np.ndarray, " count"]:
+    """A random order of 0 .. count-1; each one's stranger is the one before it, the first's the last.
+
+    Nobody is its own stranger when there are two or more.
+    """
+    return np.random.default_rng(seed).permutation(count)
+
+
+def per_class(confusion: Confusion, names: Sequence[str]) -> dict[str, float | None]:
+    """IoU by class name; None for absent classes."""
+    return {name: number(value) for name, value in zip(names, confusion.iou)}
+
+
+def worst(confusion: Confusion, names: Sequence[str]) -> dict[str, Any] | None:
+    """The class of the lowest IoU, by name."""
+    iou = confusion.iou
+    if np.isnan(iou).all():
+        return None
+    lowest = int(np.nanargmin(iou))
+    return {"name": names[lowest], "iou": number(iou[lowest])}
+
+
+def number(value: float, digits: int = 6) -> float | None:
+    """A rounded float for JSON; None in place of what is not finite."""
+    value = float(value)
+    return round(value, digits) if math.isfinite(value) else None

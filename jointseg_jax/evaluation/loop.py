@@ -1,0 +1,244 @@
+"""What a trained workdir is worth, in numbers.
+
+A codec run: its labels against what it gives back, over the validation split. A joint run: its
+annotation codec on validation labels, then ``num`` pairs generated from validation captions: do
+image and mask agree (a judge's labels of the image against the mask, chance beside it), and do the
+masks hold what the real ones of these captions hold (MCD).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from jointseg_jax import compose, sharding
+from jointseg_jax.data.pipeline import choose_caption, evaluation_batches
+from jointseg_jax.data.scenes import HUES, oracle_labels
+from jointseg_jax.evaluation.alignment import Alignment, Reconstruction, cycle, number
+from jointseg_jax.evaluation.counts import share_difference, shares
+from jointseg_jax.generation.loop import sample
+from jointseg_jax.systems.autoencode import Autoencode
+from jointseg_jax.training.restore import Run, load_run
+from jointseg_jax.types import FILE_VOID, VOID, Array, UserError
+
+PER_DEVICE = 8
+"""Label maps that a device codes at a time."""
+
+PROMPTS = 512
+"""Validation captions to sample from, if there are so many; more only when more pairs are asked for."""
+
+Judge = Callable[[np.ndarray], np.ndarray]
+
+log = logging.getLogger("jointseg_jax")
+
+
+def evaluate(workdir: Path, num: int = 256, seed: int = 0) -> dict[str, Any]:
+    """Measures a workdir, writes ``WORKDIR/evaluation.json`` and returns it.
+
+    Args:
+      num: pairs to generate; a codec run has none.
+      seed: of the pairs' noise and of the shuffle for chance.
+    """
+    workdir = Path(workdir)
+    run = load_run(workdir)
+    report: dict[str, Any] = {"step": run.step, "checkpoint_digest": run.digest}
+    if isinstance(run.system, Autoencode):
+        report |= codec_report(run, run.system.codec, run.params, run.system.field, None)
+    else:
+        report |= joint_report(run, num, seed)
+    (workdir / "evaluation.json").write_text(json.dumps(report, indent=1) + "\n")
+    return report
+
+
+def codec_report(
+    run: Run, codec: Any, params: Any, field: str, limit: int | None
+) -> dict[str, Any]:
+    """What an annotation codec gives back of the validation labels (the first ``limit``)."""
+    mesh = sharding.make_mesh((-1, 1, 1))
+    rows = sharding.batch_sharding(mesh)
+
+    @jax.jit
+    def there_and_back(params: Any, labels: Array) -> tuple[Array, Array, Array]:
+        latents = codec.encode(params, labels).astype(jnp.float32)
+        per_row = tuple(range(1, latents.ndim))
+        moments = jnp.mean(latents, per_row), jnp.mean(jnp.square(latents), per_row)
+        return codec.decode(params, latents), *moments
+
+    measured = Reconstruction(run.facts.classes.names)
+    moments: list[np.ndarray] = []
+    params = jax.device_put(params, sharding.replicated(mesh))
+    for batch in validation(run, PER_DEVICE * len(jax.devices()), limit):
+        with jax.set_mesh(mesh):
+            labels = jax.device_put(batch[field], rows)
+            decoded, mean, square = map(np.asarray, there_and_back(params, labels))
+        valid = batch["valid"]
+        measured.add(batch[field], decoded, valid)
+        moments.append(np.stack([mean, square], axis=-1)[valid])
+    mean, square = np.concatenate(moments).mean(axis=0, dtype=np.float64)
+    deviation = number(np.sqrt(max(square - mean**2, 0.0)))
+    records = sum(len(rows) for rows in moments)
+    return measured.report() | {"latent_std": deviation, "validation_records": records}
+
+
+def joint_report(run: Run, num: int, seed: int) -> dict[str, Any]:
+    """The run's annotation codec, then its generated pairs."""
+    name, stream = label_stream(run)
+    judge = find_judge(run)
+    report = codec_report(run, stream.codec, run.frozen.get(name, {}), stream.field, num)
+    prompts, real = references(run, num)
+    made = sample(
+        run.workdir, pairs_folder(run, seed, len(prompts)), num=num, prompts=prompts, seed=seed
+    )
+    pairs = PairFolder(Path(made["out"]), num)
+    return report | pairs_report(run, pairs, real, judge, seed) | {"grid": made["grid"]}
+
+
+def label_stream(run: Run) -> tuple[str, Any]:
+    """The stream of a joint run that is an annotation."""
+    for name, stream in run.system.streams.items():
+        if stream.codec.kind == "labels":
+            return name, stream
+    raise UserError(
+        f"{run.workdir}: no stream of this run is an annotation "
+        f"({', '.join(run.system.streams)}); there is nothing to evaluate."
+    )
+
+
+def validation(run: Run, batch: int, limit: int | None) -> Iterator[Mapping[str, np.ndarray]]:
+    """Host batches of the validation split with the run's transforms, each with ``valid``."""
+    source, data = compose.source(run.config, "val"), run.config["data"]
+    count = min(limit or len(source), len(source))
+    with evaluation_batches(
+        source,
+        batch=batch,
+        transforms=compose.transforms(run.config),
+        limit=count,
+        workers=data.get("workers", 0),
+        threads=data.get("threads", 2),
+        bad=data.get("bad", "replace"),
+        bad_limit=data.get("bad_limit", 100),
+    ) as batches:
+        total = -(-count // batch)
+        yield from tqdm(batches, total=total, unit="batch", desc="validation", dynamic_ncols=True)
+        for report in batches.drain():
+            log.warning("%s", report["error"])
+
+
+def references(run: Run, num: int) -> tuple[list[str], np.ndarray]:
+    """Validation captions to sample from, and the class shares of the real masks they belong to.
+
+    The number of captions does not follow ``num`` below ``PROMPTS``, so that more pairs of the
+    same seed go on where fewer ended.
+    """
+    _, stream = label_stream(run)
+    source = compose.source(run.config, "val")
+    rng = np.random.default_rng(0)  # asked for, not drawn from: the first caption is taken
+    prompts, real = [], []
+    for batch in validation(run, PER_DEVICE, max(num, PROMPTS)):
+        valid = batch["valid"]
+        real.append(shares(batch[stream.field][valid], len(run.facts.classes)))
+        for index in batch["index"][valid]:
+            prompts.append(choose_caption(source[int(index)]["captions"], rng, False))
+    return prompts, np.concatenate(real)
+
+
+def pairs_folder(run: Run, seed: int, prompts: int) -> Path:
+    """Where the pairs of a checkpoint and a seed are kept."""
+    more = f"-prompts{prompts}" if prompts > PROMPTS else ""
+    return run.workdir / "evaluation" / f"pairs-{run.step}-seed{seed}{more}"
+
+
+class Pair(NamedTuple):
+    """A generated pair."""
+
+    image: np.ndarray
+    mask: np.ndarray
+
+
+class PairFolder(Sequence[Pair]):
+    """The first pairs of a folder that ``sample`` has written, read when asked for."""
+
+    def __init__(self, folder: Path, num: int):
+        self.folder = folder
+        lines = (folder / "manifest.jsonl").read_text().splitlines()
+        self.lines = [json.loads(line) for line in lines[:num]]
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    def __getitem__(self, index: int) -> Pair:
+        line = self.lines[index]
+        values = np.asarray(Image.open(self.folder / line["annotation"])).astype(np.int16)
+        mask = np.where(values == FILE_VOID, VOID, values).astype(np.int16)
+        return Pair(np.asarray(Image.open(self.folder / line["image"])), mask)
+
+
+def pairs_report(
+    run: Run, pairs: Sequence[Pair], real: np.ndarray, judge: Judge | None, seed: int
+) -> dict[str, Any]:
+    """Alignment, its chance level and MCD of generated pairs.
+
+    Args:
+      real: class shares of the real masks; pair ``i`` was made from caption ``i mod len(real)``.
+      judge: None leaves the alignment fields null.
+    """
+    classes = run.facts.classes
+    alignment = Alignment(classes.names)
+    order = cycle(len(pairs), seed)
+    stranger = pairs[int(order[-1])].mask if len(pairs) > 1 else None
+    with_void, without = [], []
+    for index in order:
+        pair = pairs[int(index)]
+        if judge is not None:
+            alignment.add(judge(pair.image), pair.mask, stranger)
+        stranger = pair.mask if len(pairs) > 1 else None
+        truth, made = real[index % len(real)], shares(pair.mask, len(classes))
+        with_void.append(share_difference(truth, made))
+        without.append(share_difference(truth, made, void=False))
+    counts = {"mcd": number(np.mean(with_void)), "mcd_without_void": number(np.mean(without))}
+    fields = alignment.report()
+    if judge is None:
+        fields = dict.fromkeys(fields)
+    name = run.config["evaluate"]["judge"] or None
+    return {"pairs": len(pairs), "judge": name} | fields | counts
+
+
+def find_judge(run: Run) -> Judge | None:
+    """The judge that ``config.evaluate.judge`` names; None, and a line that says why, for ``""``."""
+    name = run.config["evaluate"]["judge"]
+    if name == "":
+        log.info(
+            "alignment is not measured: config.evaluate.judge is empty. A judge labels generated "
+            "images; one of: %s (for data whose classes it knows).",
+            ", ".join(JUDGES),
+        )
+        return None
+    if name not in JUDGES:
+        raise UserError(
+            f'config.evaluate.judge: {name!r} is unknown; "" or one of: {", ".join(JUDGES)}.'
+        )
+    return JUDGES[name](run.facts.classes.names)
+
+
+def oracle(names: Sequence[str]) -> Judge:
+    """The exact labels of the embedded scenes, whose categories each own a hue."""
+    unknown = [name for name in names if name not in HUES]
+    if unknown:
+        raise UserError(
+            f"config.evaluate.judge: the oracle knows the categories of `scenes` by their hue; "
+            f'{len(unknown)} classes are none of these ({", ".join(unknown[:4])}). Set it to "".'
+        )
+    return lambda image: oracle_labels(image, tuple(names))
+
+
+JUDGES = {"oracle": oracle}
+"""Makers of judges, (class names) -> (uint8 image -> labels), by their name in a config."""

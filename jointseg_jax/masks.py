@@ -1,0 +1,353 @@
+"""Integer label maps on the host: small regions absorbed, boundaries marked.
+
+A region is a 4-connected set of pixels of one label; its ring is every pixel outside it that it
+touches by an edge or a corner. ``absorb`` gives each region of fewer than ``tau`` pixels a label of
+its ring.
+
+``mode="sequential"``, bit for bit what the original does:
+
+1. labels that occur, ascending, each in turn; 0 is skipped, so islands of label 0 always stay
+2. regions of that label in the map *as it is now*, in raster order of their first pixel
+3. ``map[region] = mode(map[ring])``, the smallest of equally frequent labels, written at once
+
+So a later label sees what earlier ones became, a region whose ring is mostly its own label (across
+corners) stays, and what was merged across a corner may be too small again and stay. A map that is
+one small region has no ring: the original stops with an error, here it comes back unchanged.
+
+``mode="fast"``, all regions at once (Jacobi):
+
+1. regions of the map as it came, label 0 like any other: background islands are filled too
+2. every small region that shares an edge with a settled one (at first: those of ``tau`` pixels or
+   more) takes the commonest label among its ring's settled pixels, of the labels it shares an edge
+   with; among equals that of the largest region it touches, then the smallest label
+3. these are settled; again from 2 until nothing changes
+
+So the order of labels and pixels does not matter (flipping the map flips the result), and no region
+under ``tau`` is left, unless the map has no larger one to begin with: it comes back unchanged.
+
+VOID (255 in uint8 maps, -1 in others) is a label like any other, and comes last in the order of
+labels as 255 does in a file: it can be absorbed, and can absorb. ``keep_void=True`` leaves VOID
+pixels as they are and never makes new ones.
+
+Source: JoDiffusion, section 3.3 (mask optimisation) and its released ``optimize_mask``.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Integer
+from scipy import ndimage, sparse
+from scipy.sparse import csgraph
+
+from jointseg_jax.types import FILE_VOID, VOID
+
+LabelMap = Integer[np.ndarray, "height width"]
+
+NONE = -1
+"""Rank that no pixel has."""
+
+EDGES = ((-1, 0), (0, -1), (0, 1), (1, 0))
+CORNERS = ((-1, -1), (-1, 1), (1, -1), (1, 1))
+
+
+def absorb(
+    labels: LabelMap,
+    tau: int,
+    *,
+    mode: Literal["sequential", "fast"] = "sequential",
+    keep_void: bool = False,
+) -> LabelMap:
+    """Returns the map with every region of fewer than ``tau`` pixels merged into its surroundings.
+
+    Sequential mode is compiled where numba is installed (extra ``fast``); the result is the same.
+    """
+    _check(labels, tau, mode)
+    if labels.size == 0 or tau <= 1:
+        return labels.copy()
+    ranked = _ranked(labels)
+    absorber = {"sequential": sequential, "fast": jacobi}[mode]
+    absorber(ranked, tau, ranked.void if keep_void else NONE)
+    return ranked.values[ranked.ranks].astype(labels.dtype)
+
+
+def boundary(
+    labels: Integer[np.ndarray, "*batch height width"], width: int = 1
+) -> Bool[np.ndarray, "*batch height width"]:
+    """Marks the pixels with another label at most ``width`` pixels away (corners count as 1)."""
+    if width < 1:
+        raise ValueError(f"masks.boundary: width={width} given; it must be 1 or more.")
+    reach = (1,) * (labels.ndim - 2) + (2 * width + 1,) * 2
+    highest = ndimage.maximum_filter(labels, size=reach, mode="nearest")
+    return highest != ndimage.minimum_filter(labels, size=reach, mode="nearest")
+
+
+class Ranked(NamedTuple):
+    """A map with its labels numbered in their order; ``values[ranks]`` is the map again."""
+
+    ranks: np.ndarray
+    values: np.ndarray
+    background: int
+    void: int
+
+
+def sequential(
+    ranked: Ranked, tau: int, frozen: int, sweep: Callable[..., None] | None = None
+) -> None:
+    """Absorbs in place, one label and one region after the other.
+
+    Args:
+      frozen: a rank that neither changes nor spreads, or ``NONE``.
+      sweep: ``sweep_pixels`` (compiled) or ``sweep_crops``; the faster one that is there if None.
+    """
+    sweep = sweep or compiled() or sweep_crops
+    sweep(ranked.ranks, len(ranked.values), tau, ranked.background, frozen)
+
+
+def sweep_crops(ranks: np.ndarray, count: int, tau: int, background: int, frozen: int) -> None:
+    """The sequential sweep in numpy: one labelling per label, then each small region's box."""
+    for rank in range(count):
+        mask = ranks == rank
+        if rank in (background, frozen) or not mask.any():
+            continue
+        (window,) = ndimage.find_objects(mask.view(np.uint8))
+        regions, _ = ndimage.label(mask[window])
+        boxes = ndimage.find_objects(regions)
+        for number in np.flatnonzero(np.bincount(regions.ravel())[1:] < tau) + 1:
+            place, inside = _with_margin(boxes[number - 1], window, ranks.shape)
+            part = np.zeros([s.stop - s.start for s in place], bool)
+            part[inside] = regions[boxes[number - 1]] == number
+            crop = ranks[place]
+            votes = np.bincount(crop[_ring(part)], minlength=count)
+            if frozen != NONE:
+                votes[frozen] = 0
+            if votes.any():
+                crop[part] = votes.argmax()
+
+
+def sweep_pixels(ranks: Any, count: int, tau: int, background: int, frozen: int) -> None:
+    """The sequential sweep pixel by pixel, to be compiled (``compiled``)."""
+    height, width = ranks.shape
+    region_of = np.zeros((height, width), np.int32)  # number of the region a pixel was last in
+    ring_of = np.zeros((height, width), np.int32)  # number of the region it was last in the ring of
+    queue = np.empty((height * width, 2), np.int32)
+    votes = np.zeros(count, np.int64)
+    first = np.full((count, height), width, np.int32)  # where a row can hold a label
+    last = np.full((count, height), -1, np.int32)
+    for y in range(height):
+        for x in range(width):
+            rank = ranks[y, x]
+            first[rank, y] = min(first[rank, y], x)
+            last[rank, y] = x
+    number = 0
+    for rank in range(count):
+        if rank == background or rank == frozen:
+            continue
+        old = number
+        for row in range(height):
+            for column in range(first[rank, row], last[rank, row] + 1):
+                if ranks[row, column] != rank or region_of[row, column] > old:
+                    continue
+                number += 1
+                region_of[row, column] = number
+                queue[0, 0], queue[0, 1] = row, column
+                size, at = 1, 0
+                while at < size:
+                    for dy, dx in ((-1, 0), (0, -1), (0, 1), (1, 0)):
+                        y, x = queue[at, 0] + dy, queue[at, 1] + dx
+                        if y < 0 or x < 0 or y >= height or x >= width:
+                            continue
+                        if ranks[y, x] == rank and region_of[y, x] != number:
+                            region_of[y, x] = number
+                            queue[size, 0], queue[size, 1] = y, x
+                            size += 1
+                    at += 1
+                if size >= tau:
+                    continue
+                votes[:] = 0
+                for at in range(size):
+                    for y in range(max(queue[at, 0] - 1, 0), min(queue[at, 0] + 2, height)):
+                        for x in range(max(queue[at, 1] - 1, 0), min(queue[at, 1] + 2, width)):
+                            if region_of[y, x] == number or ring_of[y, x] == number:
+                                continue
+                            ring_of[y, x] = number
+                            if ranks[y, x] != frozen:
+                                votes[ranks[y, x]] += 1
+                winner = np.argmax(votes)
+                if votes[winner] == 0:
+                    continue
+                for at in range(size):
+                    y, x = queue[at, 0], queue[at, 1]
+                    ranks[y, x] = winner
+                    first[winner, y] = min(first[winner, y], x)
+                    last[winner, y] = max(last[winner, y], x)
+
+
+@functools.cache
+def compiled() -> Callable[..., None] | None:
+    """``sweep_pixels`` as machine code, kept on disk; None where numba is not installed."""
+    try:
+        import numba
+    except ImportError:
+        return None
+    return numba.njit(cache=True)(inspect.unwrap(sweep_pixels))
+
+
+def jacobi(ranked: Ranked, tau: int, frozen: int) -> None:
+    """Absorbs in place, all small regions that touch a settled one at once, until none is left."""
+    ranks, count = ranked.ranks, len(ranked.values)
+    regions, areas = _regions(ranks)
+    rank_of = np.zeros(len(areas), ranks.dtype)
+    rank_of[regions.ravel()] = ranks.ravel()
+    settled = (areas >= tau) | (rank_of == frozen)
+    if settled.all() or not settled.any():
+        return
+    touching = _touching(regions, ~settled)
+    touching = touching.where(rank_of[touching.other] != frozen)
+    while True:
+        now = touching.where(settled[touching.other])
+        chosen, winners = _winners(now, rank_of, areas, count)
+        if not len(chosen):
+            break
+        rank_of[chosen] = winners
+        settled[chosen] = True
+        touching = touching.where(~settled[touching.small])
+    ranks[:] = rank_of[regions]
+
+
+class Touching(NamedTuple):
+    """Which region touches which, row by row.
+
+    ``pixels`` of the region ``other`` lie in the ring of the region ``small``; ``edge`` says
+    whether one of them shares an edge with it.
+    """
+
+    small: np.ndarray
+    other: np.ndarray
+    pixels: np.ndarray
+    edge: np.ndarray
+
+    def where(self, rows: np.ndarray) -> Touching:
+        """The chosen rows."""
+        return Touching(*(column[rows] for column in self))
+
+
+def _winners(
+    touching: Touching, rank_of: np.ndarray, areas: np.ndarray, count: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Regions that have a label to take, and these labels."""
+    pairs, row = np.unique(
+        touching.small.astype(np.int64) * count + rank_of[touching.other], return_inverse=True
+    )
+    votes = np.bincount(row, touching.pixels)
+    edge = np.bincount(row, touching.edge) > 0
+    largest = np.zeros(len(pairs), np.int64)
+    np.maximum.at(largest, row, areas[touching.other])
+    pairs, votes, largest = pairs[edge], votes[edge], largest[edge]
+    small, ranks = np.divmod(pairs, count)
+    order = np.lexsort((ranks, -largest, -votes, small))
+    small, ranks = small[order], ranks[order]
+    best = np.diff(small, prepend=NONE) != 0
+    return small[best], ranks[best]
+
+
+def _regions(ranks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The number of every pixel's region, and the regions' areas.
+
+    Runs of equal pixels along the rows are joined to those below that they overlap.
+    """
+    starts = np.ones(ranks.shape, bool)
+    starts[:, 1:] = ranks[:, 1:] != ranks[:, :-1]
+    runs = (np.cumsum(starts.ravel(), dtype=np.int32) - 1).reshape(ranks.shape)
+    # where two runs begin to overlap, one of them starts
+    meet = (ranks[1:] == ranks[:-1]) & (starts[1:] | starts[:-1])
+    upper, lower = runs[:-1][meet], runs[1:][meet]
+    number = int(runs[-1, -1]) + 1
+    graph = sparse.coo_array((np.ones(len(upper), bool), (upper, lower)), (number, number))
+    _, region_of_run = csgraph.connected_components(graph, directed=False)
+    regions = region_of_run[runs]
+    return regions, np.bincount(regions.ravel())
+
+
+def _touching(regions: np.ndarray, small: np.ndarray) -> Touching:
+    """The rings of the small regions, counted by the regions their pixels belong to."""
+    count = small.size
+    width = regions.shape[1] + 2
+    framed = np.pad(regions, 1, constant_values=NONE).ravel()
+    pixels = np.flatnonzero((framed != NONE) & small[framed])
+    rings, edges = [], []
+    for dy, dx in EDGES + CORNERS:
+        beside = pixels + dy * width + dx
+        outside = (framed[beside] != framed[pixels]) & (framed[beside] != NONE)
+        own, beside = framed[pixels[outside]].astype(np.int64), beside[outside]
+        rings.append(own * framed.size + beside)
+        if (dy, dx) in EDGES:
+            edges.append(own * count + framed[beside])
+    own, beside = np.divmod(np.unique(np.concatenate(rings)), framed.size)
+    pairs, number = np.unique(own * count + framed[beside], return_counts=True)
+    return Touching(*np.divmod(pairs, count), number, np.isin(pairs, np.concatenate(edges)))
+
+
+def _ranked(labels: np.ndarray) -> Ranked:
+    """Numbers the labels that occur, ascending, VOID last."""
+    void = FILE_VOID if labels.dtype == np.uint8 else VOID
+    low, high = int(labels.min()), int(labels.max())
+    if high - low < 2**16:
+        shifted = labels.astype(np.int64) - low
+        values = np.flatnonzero(np.bincount(shifted.ravel())) + low
+    else:
+        values = np.unique(labels).astype(np.int64)
+    values = np.concatenate([values[values != void], values[values == void]])
+    if high - low < 2**16:
+        table = np.zeros(high - low + 1, np.int32)
+        table[values - low] = np.arange(len(values))
+        ranks = table[shifted]
+    else:
+        order = np.argsort(values)
+        ranks = order[np.searchsorted(values, labels, sorter=order)].astype(np.int32)
+    return Ranked(ranks, values, _rank(values, 0), _rank(values, void))
+
+
+def _rank(values: np.ndarray, value: int) -> int:
+    found = np.flatnonzero(values == value)
+    return int(found[0]) if len(found) else NONE
+
+
+def _with_margin(
+    box: tuple[slice, ...], window: tuple[slice, ...], shape: tuple[int, ...]
+) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+    """A box of a window one pixel wider, in the map's coordinates, and the box inside of it."""
+    place, inside = [], []
+    for part, outer, length in zip(box, window, shape):
+        start, stop = part.start + outer.start, part.stop + outer.start
+        low = max(start - 1, 0)
+        place.append(slice(low, min(stop + 1, length)))
+        inside.append(slice(start - low, stop - low))
+    return tuple(place), tuple(inside)
+
+
+def _ring(part: np.ndarray) -> np.ndarray:
+    """The pixels outside a region that it touches by an edge or a corner."""
+    grown = part.copy()
+    grown[1:] |= part[:-1]
+    grown[:-1] |= part[1:]
+    ring = grown.copy()
+    ring[:, 1:] |= grown[:, :-1]
+    ring[:, :-1] |= grown[:, 1:]
+    return ring & ~part
+
+
+def _check(labels: np.ndarray, tau: int, mode: str) -> None:
+    if labels.ndim != 2 or labels.dtype.kind not in "iu":
+        raise ValueError(
+            f"masks.absorb: a {labels.dtype} array of shape {labels.shape} given; it takes one "
+            "integer label map [height, width]."
+        )
+    if tau < 0:
+        raise ValueError(f"masks.absorb: tau={tau} given; an area in pixels, 0 or more.")
+    if mode not in ("sequential", "fast"):
+        raise ValueError(f"masks.absorb: mode={mode!r} given; one of: sequential, fast.")

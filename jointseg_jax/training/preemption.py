@@ -1,0 +1,85 @@
+"""SIGTERM and Ctrl-C as a request to save and leave, the same step on every process.
+
+1. One process: a signal sets a flag, which ``requested`` returns. A second signal ends the process
+   at once with status 128 + signal. A thread of our own reads the signals, so this also holds
+   while the main thread compiles or waits in C++, where Python handlers do not run.
+2. ``jax.distributed`` initialised: its preemption service catches SIGTERM on any host and agrees
+   on a step that all hosts reach; ``requested`` returns True at that step on all of them. Ctrl-C
+   is passed on as SIGTERM to this service.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import threading
+from types import FrameType
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+
+_STOP = b"\0"
+
+
+class Preemption:
+    """A context manager; inside it, ask ``requested(step)`` once per step.
+
+    Use it in the main thread only: Python sets signal handlers nowhere else.
+    """
+
+    def __init__(self) -> None:
+        self._flag = threading.Event()
+        self._signals: tuple[signal.Signals, ...] = ()
+        self._old: dict[int, Any] = {}
+
+    def __enter__(self) -> Preemption:
+        self._shared = jax.distributed.is_initialized()
+        # the service's own handler must stay: with it a signal to one host reaches all
+        self._signals = (signal.SIGINT,) if self._shared else (signal.SIGTERM, signal.SIGINT)
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+        self._old_fd = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        self._old = {number: signal.signal(number, _noted) for number in self._signals}
+        self._thread = threading.Thread(target=self._watch, name="preemption", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._old_fd)
+        self._writer.send(_STOP)
+        self._thread.join()
+        self._reader.close()
+        self._writer.close()
+
+    def requested(self, step: int) -> bool:
+        """Whether to save at this step and leave; the same answer on every process."""
+        if self._shared:
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self._flag.is_set()
+
+    def _watch(self) -> None:
+        while (number := self._reader.recv(1)) != _STOP:
+            if number[0] in self._signals:
+                self._note(signal.Signals(number[0]))
+
+    def _note(self, number: signal.Signals) -> None:
+        if self._flag.is_set():
+            _say(f"second {number.name}: leaving at once, without saving.")
+            os._exit(128 + number)
+        self._flag.set()
+        _say(f"{number.name}: saving and leaving after this step (once more: leave at once).")
+        if self._shared:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _noted(_number: int, _frame: FrameType | None) -> None:
+    """Takes the place of the default handler; the signal itself arrives through the wakeup fd."""
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,306 @@
+"""Where the figures of a run go: a line on the console, JSON lines, TensorBoard.
+
+One interface, three implementations, fanned out by :class:`Writers`, which writes on process 0
+only. ``metrics.jsonl`` is the record of truth: one object per line, each written and flushed in
+one piece, so that a killed process leaves at most one torn line, which is cut off on re-opening.
+A resumed run appends ``{"resumed": step}``; the records of later steps before it no longer count
+(:func:`read_records` leaves them out).
+
+Names the console line knows (any other scalar is shown as ``name value``):
+
+| name | unit | shown as |
+|---|---|---|
+| images_per_second | images / s | ``812.3 img/s`` |
+| data_wait | fraction of the time | ``wait  1.2 %`` |
+| mfu | fraction of the peak | ``MFU 31.4 %`` |
+| eta_seconds | s | ``ETA 0:12:33`` |
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import numpy as np
+
+Scalars = Mapping[str, Any]
+Images = Mapping[str, np.ndarray]
+"""uint8 [height, width, 1 or 3], checked in ``Writers.images``."""
+
+
+@runtime_checkable
+class Writer(Protocol):
+    """What every destination can do; each method may be called at any step, in any order."""
+
+    def write(self, step: int, scalars: Scalars) -> None:
+        """Records numbers (Python, numpy or jax scalars)."""
+
+    def images(self, step: int, images: Images) -> None:
+        """Records pictures, uint8 height x width x channels."""
+
+    def text(self, step: int, texts: Mapping[str, str]) -> None:
+        """Records texts by name."""
+
+    def close(self) -> None:
+        """Writes out what is pending."""
+
+
+class Writers:
+    """Several writers as one; silent on every process but the first."""
+
+    def __init__(self, writers: Iterable[Writer]):
+        self._writers = list(writers) if jax.process_index() == 0 else []
+
+    def __enter__(self) -> Writers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def write(self, step: int, scalars: Scalars) -> None:
+        """Sends each scalar to every writer as a Python float."""
+        numbers = {name: float(value) for name, value in jax.device_get(dict(scalars)).items()}
+        for writer in self._writers:
+            writer.write(step, numbers)
+
+    def images(self, step: int, images: Images) -> None:
+        """Sends each picture to every writer."""
+        for name, image in images.items():
+            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (1, 3):
+                raise ValueError(
+                    f"writers: image {name!r} is {image.dtype}{list(image.shape)}; it must be "
+                    "uint8 height x width x 1 or 3."
+                )
+        for writer in self._writers:
+            writer.images(step, images)
+
+    def text(self, step: int, texts: Mapping[str, str]) -> None:
+        """Sends each text to every writer."""
+        for writer in self._writers:
+            writer.text(step, texts)
+
+    def close(self) -> None:
+        """Closes every writer."""
+        for writer in self._writers:
+            writer.close()
+
+
+class ConsoleWriter:
+    """One readable line per log point; the same names give the same columns.
+
+    Args:
+      total: the last step, shown as ``step/total``.
+      stream: where to print, standard output by default.
+    """
+
+    def __init__(self, total: int, stream: io.TextIOBase | None = None):
+        self._total, self._stream = total, stream
+
+    def write(self, step: int, scalars: Scalars) -> None:
+        """Prints the line: losses first, then other numbers, then the rates."""
+        last = {name: i for i, name in enumerate(_RATES, 1)}
+        names = sorted(scalars, key=lambda n: (last.get(n, 0), not n.startswith("loss")))
+        fields = [_field(name, float(scalars[name])) for name in names]
+        width = len(str(self._total))
+        self._print(" | ".join([f"step {step:>{width}}/{self._total}", *fields]))
+
+    def images(self, step: int, images: Images) -> None:
+        """Pictures do not go to the console."""
+
+    def text(self, step: int, texts: Mapping[str, str]) -> None:
+        """Prints ``name: text`` for each."""
+        for name, text in texts.items():
+            self._print(f"{name}: {text}")
+
+    def close(self) -> None:
+        """Nothing is pending: every line is flushed."""
+
+    def _print(self, line: str) -> None:
+        print(line, file=self._stream or sys.stdout, flush=True)
+
+
+class JsonlWriter:
+    """``{"step": n, "time": seconds, name: value, ...}``, one line per call.
+
+    Args:
+      path: appended to; created at the first record.
+      resumed: the step the run continues from, None if it starts.
+    """
+
+    def __init__(self, path: str | os.PathLike, *, resumed: int | None = None):
+        self._path, self._resumed = Path(path), resumed
+
+    @functools.cached_property
+    def _file(self) -> io.FileIO:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        torn = _cut_torn_tail(self._path)
+        file = self._path.open("ab", buffering=0)  # one system call per record
+        if self._resumed is not None:
+            cut = {"torn_bytes": torn} if torn else {}
+            file.write(_line({"resumed": self._resumed, "time": time.time(), **cut}))
+        return file
+
+    def write(self, step: int, scalars: Scalars) -> None:
+        """Appends one record of numbers; NaN and infinities as the strings NaN, Infinity."""
+        clash = {"step", "time", "resumed"} & set(scalars)
+        if clash:
+            raise ValueError(
+                f"writers: {sorted(clash)} cannot name scalars: every record has them."
+            )
+        self._append(step, {name: _json_number(float(v)) for name, v in scalars.items()})
+
+    def images(self, step: int, images: Images) -> None:
+        """Notes which pictures of which size were made."""
+        self._append(step, {"images": {name: list(image.shape) for name, image in images.items()}})
+
+    def text(self, step: int, texts: Mapping[str, str]) -> None:
+        """Appends the texts."""
+        self._append(step, {"text": dict(texts)})
+
+    def close(self) -> None:
+        """Closes the file; each line is in it already."""
+        if "_file" in vars(self):
+            self._file.close()
+
+    def _append(self, step: int, record: dict[str, Any]) -> None:
+        self._file.write(_line({"step": step, "time": time.time(), **record}))
+
+
+class TensorBoardWriter:
+    """Event files for TensorBoard (tensorboardX, no TensorFlow).
+
+    Args:
+      folder: of the event files.
+      resumed: the step the run continues from; TensorBoard then hides what came after it.
+    """
+
+    def __init__(self, folder: str | os.PathLike, *, resumed: int | None = None):
+        self._folder, self._resumed = Path(folder), resumed
+
+    @functools.cached_property
+    def _events(self) -> Any:
+        from tensorboardX import SummaryWriter
+
+        purge = None if self._resumed is None else self._resumed + 1
+        # the name of the file holds seconds only: without the suffix a quick restart truncates it
+        suffix = f".{os.getpid()}.{self._resumed or 0}"
+        return SummaryWriter(logdir=str(self._folder), purge_step=purge, filename_suffix=suffix)
+
+    def write(self, step: int, scalars: Scalars) -> None:
+        """Adds one point to each curve."""
+        for name, value in scalars.items():
+            self._events.add_scalar(name, float(value), step)
+        self._events.flush()
+
+    def images(self, step: int, images: Images) -> None:
+        """Adds the pictures as PNG."""
+        for name, image in images.items():
+            self._events.add_image(name, image, step, dataformats="HWC")
+        self._events.flush()
+
+    def text(self, step: int, texts: Mapping[str, str]) -> None:
+        """Adds the texts, shown as Markdown."""
+        for name, text in texts.items():
+            self._events.add_text(name, text, step)
+        self._events.flush()
+
+    def close(self) -> None:
+        """Closes the event file."""
+        if "_events" in vars(self):
+            self._events.close()
+
+
+def run_writers(workdir: str | os.PathLike, *, total: int, step: int = 0) -> Writers:
+    """Console, ``metrics.jsonl`` and ``tensorboard/`` of a run.
+
+    Args:
+      workdir: of the run.
+      total: its last step.
+      step: where it starts; above 0 it is marked as resumed.
+    """
+    resumed = step or None
+    return Writers(
+        [
+            ConsoleWriter(total),
+            JsonlWriter(Path(workdir) / "metrics.jsonl", resumed=resumed),
+            TensorBoardWriter(Path(workdir) / "tensorboard", resumed=resumed),
+        ]
+    )
+
+
+def read_records(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """The records of a JSON-lines file that count: none that a resumed run has replaced."""
+    records: list[dict[str, Any]] = []
+    for line in Path(path).read_bytes().splitlines():
+        record = _parsed(line)
+        if record is None:
+            continue
+        if "resumed" in record:
+            records = [r for r in records if r["step"] <= record["resumed"]]
+        else:
+            records.append(record)
+    return records
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def _cut_torn_tail(path: Path) -> int:
+    """Truncates the file after its last whole record; returns how many bytes went."""
+    data = path.read_bytes() if path.exists() else b""
+    end = len(data)
+    while end:
+        start = data.rfind(b"\n", 0, end - 1) + 1
+        if data[end - 1 : end] == b"\n" and _parsed(data[start:end]) is not None:
+            break
+        end = start
+    if end < len(data):
+        os.truncate(path, end)
+    return len(data) - end
+
+
+def _line(record: Mapping[str, Any]) -> bytes:
+    return (json.dumps(record, allow_nan=False) + "\n").encode()
+
+
+def _json_number(value: float) -> float | str:
+    if math.isfinite(value):
+        return value
+    return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
+
+
+def _clock(seconds: float) -> str:
+    if not math.isfinite(seconds):
+        return "ETA       ?"
+    minutes, rest = divmod(round(seconds), 60)
+    return "ETA " + f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}".rjust(7)
+
+
+_RATES: dict[str, Callable[[float], str]] = {
+    "images_per_second": lambda v: f"{v:>7.1f} img/s",
+    "data_wait": lambda v: f"wait {100 * v:>4.1f} %",
+    "mfu": lambda v: f"MFU {100 * v:>4.1f} %",
+    "eta_seconds": _clock,
+}
+
+
+def _field(name: str, value: float) -> str:
+    if name in _RATES:
+        return _RATES[name](value)
+    plain = 1e-3 <= abs(value) < 1e5 or value == 0
+    text = f"{value:.4g}" if plain else f"{value:.2e}"
+    return f"{name} {text:>8}"

@@ -1,0 +1,71 @@
+"""Launchers as a user runs them: subprocesses, one shared compile cache, single-threaded maths."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclasses.dataclass(frozen=True)
+class Launcher:
+    """Runs ``launch/NAME.py`` in the repository root."""
+
+    environment: dict[str, str]
+
+    def start(self, name: str, *arguments: object, devices: int = 1) -> subprocess.Popen:
+        """Starts a launcher and returns the process."""
+        flags = f"--xla_force_host_platform_device_count={devices}"
+        return subprocess.Popen(
+            [sys.executable, f"launch/{name}.py", *map(str, arguments)],
+            cwd=ROOT,
+            env={**self.environment, "XLA_FLAGS": flags},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def __call__(self, name: str, *arguments: object, devices: int = 1, status: int = 0) -> "Finished":
+        """Runs a launcher to its end and checks its exit status."""
+        process = self.start(name, *arguments, devices=devices)
+        out, error = process.communicate(timeout=600)
+        assert process.returncode == status, f"status {process.returncode}\n{out}\n{error}"
+        return Finished(out, error)
+
+
+@dataclasses.dataclass(frozen=True)
+class Finished:
+    out: str
+    error: str
+
+    @property
+    def json(self) -> dict:
+        """The object on the last line of standard output."""
+        return json.loads(self.out.strip().splitlines()[-1])
+
+    @property
+    def digest(self) -> str:
+        """The final digest a training run logs."""
+        (line,) = [x for x in self.error.splitlines() if x.startswith("done: step")]
+        return line.split("digest ")[1].split(",")[0]
+
+
+@pytest.fixture(scope="session")
+def launch(tmp_path_factory):
+    cache = tmp_path_factory.getbasetemp().parent / "xla"
+    return Launcher(
+        {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(cache)}
+    )
+
+
+@pytest.fixture(scope="session")
+def trained(launch, tmp_path_factory):
+    """A workdir of the quickstart's smoke run."""
+    workdir = tmp_path_factory.mktemp("trained")
+    launch("train", "--config=configs/quickstart.py:smoke", f"--workdir={workdir}")
+    return workdir
