@@ -13,8 +13,8 @@ proportion to its size; guidance replaces the text by noise at the last time.
 | scenes, folders | pixels, label latents, words | small, minutes to hours on CPU or one chip |
 | voc, coco_panoptic, ade20k | cached SD latents, CLIP-B/32 image token, label latents, CLIP-L text | 954 M, 2129 tokens, as published |
 
-The last three read the record fields image_latents, clip and text (features) that were computed
-beforehand (``--config.data.train.features``).
+The last three read image_latents, clip and text features that were computed beforehand, one .npy per
+record: data/VOC_features/image_latents/SPLIT/ID.npy and so on (``jointseg_jax/data/features.py``).
 """
 
 from ml_collections import ConfigDict
@@ -43,7 +43,7 @@ def get_config(arg: str = "") -> ConfigDict:
 def scenes() -> dict:
     """Embedded scenes at 32 px."""
     config = small(presets.scenes(32), (32, 32), patch=4, steps=3000)
-    return config | {"evaluate": {"judge": "oracle"}, "finish": {"num": 256}}
+    return config | {"evaluate": {"judge": "oracle", "transforms": {}}, "finish": {"num": 256}}
 
 
 def folders() -> dict:
@@ -127,7 +127,13 @@ def paper(name: str) -> dict:
         steps=STEPS[name],
         batch=BATCH[name],
         ema=0.0,  # the paper keeps no average
-        data=presets.dataset(name, (512, 512)),
+        data=presets.with_features(
+            presets.dataset(name, (512, 512)),
+            f"data/{name}_features",
+            "image_latents",
+            "clip",
+            "text",
+        ),
         system=joint(
             (512, 512),
             image={
@@ -157,7 +163,6 @@ def paper(name: str) -> dict:
     )
     config["system"]["unconditional_time"] = 1.001  # label 1000, as published
     config["system"]["streams"]["mask"]["codec"]["scale"] = 0.2
-    config["data"]["transforms"] = {}  # crops and flips were applied when the features were cached
     return config
 
 

@@ -40,7 +40,7 @@ def get_config(arg: str = "") -> ConfigDict:
 def scenes() -> dict:
     """Embedded scenes at 32 px."""
     config = small(presets.scenes(32), (32, 32), patch=4, bits={"name": "bits"}, steps=4000)
-    return config | {"evaluate": {"judge": "oracle"}, "finish": {"num": 256}}
+    return config | {"evaluate": {"judge": "oracle", "transforms": {}}, "finish": {"num": 256}}
 
 
 def folders() -> dict:
@@ -123,7 +123,12 @@ def paper() -> dict:
     config = presets.run(
         steps=2_000_000,
         batch=64,
-        data=presets.dataset("coco_panoptic", (256, 256)),
+        data=presets.with_features(
+            presets.dataset("coco_panoptic", (256, 256)),
+            "data/coco/features",
+            "image_latents",
+            "text",
+        ),
         system=joint(
             (256, 256),
             image={
@@ -147,5 +152,4 @@ def paper() -> dict:
             "schedule": {"name": "constant", "lr": 2e-4, "warmup": 5000},
         },
     )
-    config["data"]["transforms"] = {}  # the centre crop was applied when the latents were cached
     return config

@@ -47,22 +47,23 @@ def get_config(arg: str = "") -> ConfigDict:
                 "heads": 4,
                 "time_tokens": ("image",),
                 "time_mlp": True,
+                "share": ("image", "mask"),  # half the tokens: time matters most here
             },
             "text": {"name": "words", "width": 128, "length": 24},
             "times": {"name": "shared", "distribution": {"name": "uniform"}},
             "solver": {"name": "dpm_solver_pp", "steps": 25, "order": 2, "method": "multistep"},
         },
         optimizer={
-            "name": "adamw",
+            "name": "muon",
             "b2": 0.99,
             "weight_decay": 0.01,
             "clip": 1.0,
-            "schedule": {"name": "cosine", "lr": 2e-3, "warmup": 100},
+            "schedule": {"name": "cosine", "lr": 1e-2, "warmup": 100},
         },
         log={"every": 50},
         preview={"every": 600, "count": 8},
         checkpoint={"every": 300, "keep": 2},
-        evaluate={"judge": "oracle"},
+        evaluate={"judge": "oracle", "transforms": {}},
         finish={"num": 256},
     )
     if a["smoke"]:

@@ -17,6 +17,7 @@ from jointseg_jax.build import build
 from jointseg_jax.codecs.table import CODECS
 from jointseg_jax.data import text as data_text
 from jointseg_jax.data.classes import Classes
+from jointseg_jax.data.features import WithFeatures
 from jointseg_jax.data.records import Source
 from jointseg_jax.data.table import SOURCES, TRANSFORMS
 from jointseg_jax.models.uvit import UViT
@@ -69,15 +70,28 @@ def facts(source: Source, *, captions: int = 512) -> Facts:
 
 def source(config: Mapping[str, Any], split: str) -> Source:
     """The data source of ``config.data.train`` or ``config.data.val``."""
-    return build(SOURCES, config["data"][split], where=f"data.{split}")
+    spec = dict(config["data"][split])
+    features = spec.pop("features", None)
+    found = build(SOURCES, spec, where=f"data.{split}")
+    if not features:
+        return found
+    where = f"data.{split}.features"
+    return build({"npy": WithFeatures}, features, where=where, source=found, split=found.split)
 
 
 def transforms(config: Mapping[str, Any]) -> tuple[Any, ...]:
     """The paired transforms in the config's order."""
-    specs = config["data"].get("transforms", {})
-    return tuple(
-        build(TRANSFORMS, spec, where=f"data.transforms.{name}") for name, spec in specs.items()
-    )
+    return _transforms(config["data"]["transforms"], "data.transforms")
+
+
+def evaluation_transforms(config: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Those of ``config.evaluate.transforms``, or the training transforms when it is empty."""
+    own = config["evaluate"]["transforms"]
+    return _transforms(own, "evaluate.transforms") if own else transforms(config)
+
+
+def _transforms(specs: Mapping[str, Any], where: str) -> tuple[Any, ...]:
+    return tuple(build(TRANSFORMS, spec, where=f"{where}.{name}") for name, spec in specs.items())
 
 
 def tokenizer(config: Mapping[str, Any], vocabulary: tuple[str, ...]) -> data_text.Words | None:

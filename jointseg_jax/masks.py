@@ -145,7 +145,7 @@ def sweep_pixels(ranks: Any, count: int, tau: int, background: int, frozen: int)
             last[rank, y] = x
     number = 0
     for rank in range(count):
-        if rank == background or rank == frozen:
+        if rank in (background, frozen):
             continue
         old = number
         for row in range(height):
@@ -297,19 +297,16 @@ def _ranked(labels: np.ndarray) -> Ranked:
     void = FILE_VOID if labels.dtype == np.uint8 else VOID
     low, high = int(labels.min()), int(labels.max())
     if high - low < 2**16:
-        shifted = labels.astype(np.int64) - low
-        values = np.flatnonzero(np.bincount(shifted.ravel())) + low
+        values, codes = np.arange(low, high + 1), labels.astype(np.int64) - low
     else:
-        values = np.unique(labels).astype(np.int64)
-    values = np.concatenate([values[values != void], values[values == void]])
-    if high - low < 2**16:
-        table = np.zeros(high - low + 1, np.int32)
-        table[values - low] = np.arange(len(values))
-        ranks = table[shifted]
-    else:
-        order = np.argsort(values)
-        ranks = order[np.searchsorted(values, labels, sorter=order)].astype(np.int32)
-    return Ranked(ranks, values, _rank(values, 0), _rank(values, void))
+        values, codes = np.unique(labels, return_inverse=True)
+    found = np.flatnonzero(np.bincount(codes.ravel()))
+    is_void = values[found] == void
+    found = np.concatenate([found[~is_void], found[is_void]])
+    table = np.zeros(len(values), np.int32)
+    table[found] = np.arange(len(found))
+    values = values[found]
+    return Ranked(table[codes], values, _rank(values, 0), _rank(values, void))
 
 
 def _rank(values: np.ndarray, value: int) -> int:

@@ -58,7 +58,8 @@ def run(**changes: Any) -> dict[str, Any]:
         "nan": {"policy": "skip", "limit": 10},  # skip, stop or rollback; refused updates in a row
         "profile": {"start": -1, "steps": 0},  # traced steps
         "finish": {"num": 0},  # pairs generated and judged after the last step
-        "evaluate": {"judge": ""},  # "oracle" where the data knows its own labels from pixels
+        # judge: "oracle" where the data knows its own labels; transforms: {} for those of training
+        "evaluate": {"judge": "", "transforms": {}},
     }
     unknown = sorted(
         set(changes) - set(settings) - {"steps", "batch", "data", "system", "optimizer"}
@@ -86,6 +87,14 @@ def crops(size: tuple[int, int], *, mode: str = "crop", flip: float = 0.5) -> di
         "resize": {"name": "resize", "size": size, "mode": mode},
         "flip": {"name": "flip", "probability": flip},
     }
+
+
+def with_features(data: dict[str, Any], root: str, *fields: str) -> dict[str, Any]:
+    """A data set whose records carry arrays computed beforehand; the crop is the centre's."""
+    features = {"name": "npy", "root": root, "fields": fields}
+    resize = data["transforms"]["resize"] | {"random": False}
+    splits = {k: data[k] | {"features": features} for k in ("train", "val")}
+    return data | splits | {"transforms": {"resize": resize}}
 
 
 def dataset(name: str, size: tuple[int, int], **changes: Any) -> dict[str, Any]:

@@ -72,6 +72,7 @@ class Rows:
             "index": np.int64(used),
             "bad": reports,
         }
+        out |= record.get("features", {})
         if self.tokenizer is not None:
             out["text"] = np.asarray(self.tokenizer(caption), np.int32)
         if self.mark:
@@ -164,6 +165,8 @@ class Batches:
         return self
 
     def __next__(self) -> Batch:
+        if self._iterator is None:
+            raise ValueError("these batches are closed; make new ones with start_step=step.")
         batch = dict(next(self._iterator))
         self._count(json.loads(batch.pop("bad")))
         self.step += 1
@@ -191,8 +194,11 @@ class Batches:
         return reports
 
     def close(self) -> None:
-        """Ends threads and workers and frees their shared memory."""
-        self._iterator.close()
+        """Ends threads and workers and frees their shared memory; then there are no more batches."""
+        # Let go of, too: Grain complains about iterators that live on when the interpreter ends.
+        iterator, self._iterator = self._iterator, None
+        if iterator is not None:
+            iterator.close()
 
     def __enter__(self) -> Batches:
         return self

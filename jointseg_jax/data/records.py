@@ -7,6 +7,7 @@
 | labels | int16 [H, W] | ``0 .. classes-1``, or ``VOID`` where nothing is annotated |
 | captions | tuple of str | may be empty |
 | segments | int32 [H, W] | optional instance ids, 0 = no instance |
+| features | dict of float32 arrays | optional, computed beforehand (``features.py``) |
 """
 
 from collections.abc import Mapping
@@ -26,6 +27,7 @@ class Record(TypedDict):
     labels: np.ndarray
     captions: tuple[str, ...]
     segments: NotRequired[np.ndarray]
+    features: NotRequired[dict[str, np.ndarray]]
 
 
 @runtime_checkable

@@ -45,12 +45,14 @@ class Resize:
       size: pixels, one number for a square or ``(height, width)``.
       mode: ``crop`` scales until the target is just covered, then crops (at random in training,
         in the centre otherwise); ``stretch`` maps the whole record onto the target.
+      random: whether training crops lie at random; False takes the centre, as evaluation does.
       random_scale: in training, an extra factor on the scaled size drawn log-uniformly from
         ``(low, high)`` before the crop: (1, 2) shows parts of the picture up to twice as large.
     """
 
     size: int | tuple[int, int]
     mode: str = "crop"
+    random: bool = True
     random_scale: tuple[float, float] = (1.0, 1.0)
 
     def __post_init__(self) -> None:
@@ -80,7 +82,7 @@ class Resize:
         return self
 
     def __call__(self, record: Record, rng: np.random.Generator, train: bool) -> Record:
-        box = BOXES[self.mode](self, record["image"].shape[:2], rng, train)
+        box = BOXES[self.mode](self, record["image"].shape[:2], rng, train and self.random)
         out = record.copy()
         out["image"] = resize_image(record["image"], self.target, box)
         for name in ("labels", "segments"):

@@ -83,7 +83,7 @@ class Alignment:
 
 
 def cycle(count: int, seed: int) -> Int64[np.ndarray, " count"]:
-    """A random order of 0 .. count-1; each one's stranger is the one before it, the first's the last.
+    """A random order of 0 .. count-1; the stranger of each is the one before, in a circle.
 
     Nobody is its own stranger when there are two or more.
     """

@@ -4,8 +4,9 @@
    255 as files have it) a pixel is left out
 2. ``IoU_c = matrix[c, c] / (true_c + predicted_c - matrix[c, c])``, NaN where the class is absent
    from both
-3. pixel accuracy ``sum_c matrix[c, c] / sum``; mean accuracy: the mean of ``matrix[c, c] / true_c``
-   and frequency-weighted IoU: the mean of ``IoU_c`` weighted by ``true_c``, over classes in the truth
+3. pixel accuracy ``sum_c matrix[c, c] / sum``; over the classes in the truth, mean accuracy is the
+   mean of ``matrix[c, c] / true_c`` and frequency-weighted IoU that of ``IoU_c``, weighted by
+   ``true_c``
 
 A prediction of VOID, or of an id that is no class, is wrong: it counts in ``true_c`` of the pixel's
 class and in no ``predicted_c``.
@@ -111,7 +112,7 @@ class Confusion:
     @property
     def pixel_accuracy(self) -> float:
         """The share of the pixels that are right; NaN when there are none."""
-        return float(_ratio(self.hits.sum(), self.true.sum()))
+        return _share(self.hits.sum(), self.true.sum())
 
     @property
     def mean_accuracy(self) -> float:
@@ -123,7 +124,7 @@ class Confusion:
     def frequency_weighted_iou(self) -> float:
         """The mean IoU weighted by the classes' pixels in the truth."""
         weighted = self.true * np.nan_to_num(self.iou)
-        return float(_ratio(weighted.sum(), self.true.sum()))
+        return _share(weighted.sum(), self.true.sum())
 
 
 def is_void(labels: Integer[np.ndarray, "*shape"], classes: int) -> Bool[np.ndarray, "*shape"]:
@@ -134,8 +135,11 @@ def is_void(labels: Integer[np.ndarray, "*shape"], classes: int) -> Bool[np.ndar
 
 def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
     """part / whole, NaN where whole is 0."""
-    part, whole = np.asarray(part, np.float64), np.asarray(whole, np.float64)
     return np.divide(part, whole, out=np.full(whole.shape, np.nan), where=whole > 0)
+
+
+def _share(part: np.number, whole: np.number) -> float:
+    return float(part / whole) if whole else float("nan")
 
 
 def _mean(values: np.ndarray) -> float:

@@ -1,7 +1,9 @@
 """How much of each category a map holds, compared with another map.
 
-``MCD = sum_c |share_c(truth) - share_c(prediction)|`` with ``share_c = pixels of c / (height width)``,
-the mean over images, in [0, 2]: 0 for equal histograms, wherever the pixels are, 2 for disjoint ones.
+1. ``share_c = pixels of c / (height width)``
+2. ``MCD = sum_c |share_c(truth) - share_c(prediction)|``, the mean over images, in [0, 2]: 0 for
+   equal histograms wherever the pixels are, 2 for disjoint ones
+
 VOID is a category of its own, or left out (the shares then stay parts of the whole image). Ids that
 are no category are left out of the sum, as in the original.
 
@@ -34,7 +36,7 @@ def share_difference(
 ) -> Float[np.ndarray, "*batch"]:
     """The summed absolute difference of shares, per map."""
     difference = np.abs(truth - prediction)
-    return (difference if void else difference[..., :-1]).sum(axis=-1)
+    return np.asarray((difference if void else difference[..., :-1]).sum(axis=-1))
 
 
 def mcd(

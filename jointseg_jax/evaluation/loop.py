@@ -21,7 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from jointseg_jax import compose, sharding
-from jointseg_jax.data.pipeline import choose_caption, evaluation_batches
+from jointseg_jax.data.pipeline import evaluation_batches
 from jointseg_jax.data.scenes import HUES, oracle_labels
 from jointseg_jax.evaluation.alignment import Alignment, Reconstruction, cycle, number
 from jointseg_jax.evaluation.counts import share_difference, shares
@@ -34,7 +34,7 @@ PER_DEVICE = 8
 """Label maps that a device codes at a time."""
 
 PROMPTS = 512
-"""Validation captions to sample from, if there are so many; more only when more pairs are asked for."""
+"""Validation captions to sample from, if there are so many; more when more pairs are wanted."""
 
 Judge = Callable[[np.ndarray], np.ndarray]
 
@@ -141,13 +141,12 @@ def references(run: Run, num: int) -> tuple[list[str], np.ndarray]:
     """
     _, stream = label_stream(run)
     source = compose.source(run.config, "val")
-    rng = np.random.default_rng(0)  # asked for, not drawn from: the first caption is taken
     prompts, real = [], []
     for batch in validation(run, PER_DEVICE, max(num, PROMPTS)):
         valid = batch["valid"]
         real.append(shares(batch[stream.field][valid], len(run.facts.classes)))
         for index in batch["index"][valid]:
-            prompts.append(choose_caption(source[int(index)]["captions"], rng, False))
+            prompts.append(next(iter(source[int(index)]["captions"]), ""))
     return prompts, np.concatenate(real)
 
 
@@ -213,7 +212,7 @@ def pairs_report(
 
 
 def find_judge(run: Run) -> Judge | None:
-    """The judge that ``config.evaluate.judge`` names; None, and a line that says why, for ``""``."""
+    """The judge that ``config.evaluate.judge`` names; None for ``""``, and a line that says why."""
     name = run.config["evaluate"]["judge"]
     if name == "":
         log.info(

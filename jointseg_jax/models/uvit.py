@@ -86,6 +86,8 @@ class UViT(nn.Module):
       depth: in-blocks + out-blocks (an odd number counts the middle block).
       norm: "pre" (U-ViT) or "post" (UniDiffuser).
       join_norm: a norm after each join; None = only with ``norm="post"``.
+      share: patch streams that lie on the same tokens, their embeddings summed: half the tokens for
+        an image and its map, at the price of a shared width. The published networks share none.
       skip: False leaves the long skips out.
       time_mlp: Linear-SiLU-Linear on every time token.
       dtype: of the matrix products; parameters and predictions are float32.
@@ -105,6 +107,7 @@ class UViT(nn.Module):
     mlp_ratio: int | float = 4
     norm: str = "pre"
     join_norm: bool | None = None
+    share: Any = ()
     skip: bool = True
     qkv_bias: bool = False
     time_mlp: bool = False
@@ -117,6 +120,7 @@ class UViT(nn.Module):
         pairs = self.streams.items() if hasattr(self.streams, "items") else self.streams
         self.streams = tuple((n, spec_of(s, where=f"UViT: streams.{n}")) for n, s in pairs)
         self.time_tokens = tuple(self.time_tokens)
+        self.share = tuple(self.share)
         if self.context is not None:
             self.context = spec_of(self.context, where="UViT: context")
         self.dtype = jnp.dtype(self.dtype)
@@ -169,10 +173,13 @@ class UViT(nn.Module):
             parts.append(token(jnp.asarray(kind)))
         if self.context is not None:
             parts.append(TokensIn(self.context, self.width, self.dtype, name="context_in")(text))
+        tokens: dict[str, Array] = {}
         for name, spec in self.streams:
             enter = PatchesIn if isinstance(spec, Patches) else TokensIn
-            parts.append(enter(spec, self.width, self.dtype, name=f"{name}_in")(latents[name]))
-        return parts
+            x = enter(spec, self.width, self.dtype, name=f"{name}_in")(latents[name])
+            home = self.share[0] if name in self.share else name
+            tokens[home] = tokens[home] + x if home in tokens else x
+        return [*parts, *tokens.values()]
 
     def _head(self, name: str, spec: Spec, tokens: Array, like: Array) -> Array:
         if isinstance(spec, Tokens):
@@ -239,8 +246,10 @@ class UViT(nn.Module):
         for name, spec in self.streams:
             at_native = isinstance(spec, Tokens) or name not in (sizes or {})
             counts[name] = spec.tokens if at_native else int(np.prod(spec.cells(sizes[name])))
-        ends = np.cumsum(list(counts.values())).tolist()
-        return {n: slice(end - c, end) for (n, c), end in zip(counts.items(), ends)}
+        own = {n: 0 if n in self.share[1:] else c for n, c in counts.items()}
+        ends = dict(zip(own, np.cumsum(list(own.values())).tolist()))
+        ends |= {n: ends[self.share[0]] for n in self.share}
+        return {n: slice(ends[n] - c, ends[n]) for n, c in counts.items()}
 
     @nn.nowrap
     def tap_names(self) -> list[str]:
@@ -321,6 +330,14 @@ def _check_fields(module: UViT) -> None:
         f"width: even and a multiple of heads={module.heads}; given {module.width}",
     )
     require(module.depth >= 1, f"depth: at least 1; given {module.depth}")
+    grids = {n: s.cells(s.grid) for n, s in module.streams if isinstance(s, Patches)}
+    order = [n for n in grids if n in module.share]
+    cells = {grids[n] for n in order}
+    require(
+        not module.share or (list(module.share) == order and len(order) > 1 and len(cells) == 1),
+        "share: two or more patch streams with the same rows and columns of patches, in the order "
+        f"of the streams; given {module.share}",
+    )
     choices = {"norm": NORMS, "attention": tuple(ATTENTION), "remat": tuple(REMAT)}
     for field, allowed in choices.items():
         value = getattr(module, field)
@@ -347,6 +364,9 @@ def _check_call(module: UViT, latents, times, text, class_id, data_type, taps) -
     batch = next(iter(batches.values()))
     if set(batches.values()) != {batch}:
         raise ValueError(f"UViT: the streams differ in batch size: {batches}.")
+    grids = {n: specs[n].cells(latents[n].shape[1:3]) for n in module.share}
+    if len(set(grids.values())) > 1:
+        raise ValueError(f"UViT: streams that share tokens differ in their patches: {grids}.")
     absent = [n for n in module.time_tokens if n not in times]
     if absent:
         raise ValueError(f"UViT: times are {sorted(times)} and lack {absent} (`time_tokens`).")

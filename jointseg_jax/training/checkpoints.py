@@ -171,7 +171,8 @@ class Checkpoints:
                 meta = snapshot.read_sealed(self.folder / str(step))
                 if accept is not None:
                     accept(meta)
-                return self._restore(step, abstract_state, meta, only), meta
+                with snapshot.quiet():
+                    return self._restore(step, abstract_state, meta, only), meta
             except Damage as damage:
                 self._set_aside(step, damage, "; trying the one before")
         damaged = sorted(name for name in _names(self.folder) if ".damaged-" in name)

@@ -45,6 +45,18 @@ def cosine(*, lr: float, steps: int, warmup: int = 0, final: float = 0.0) -> opt
     return optax.warmup_cosine_decay_schedule(0.0, lr, warmup, max(steps, warmup + 1), final * lr)
 
 
+MATRICES: rules.Rules = (
+    (r"/qkv/kernel$", ((-4,), (-2, -1))),  # queries, keys and values apart
+    (r"/attn/out/kernel$", ((-3, -2), (-1,))),
+    (r"double_\d+/kernel$", ((-2,), (-4, -3, -1))),
+    (r"/conv/kernel$", ((-4, -3, -2), (-1,))),
+    (r"/kernel$", ((-2,), (-1,))),
+    (r"", None),
+)
+"""What Muon takes as a matrix: (input axes, output axes), counted from the end because scanned
+blocks have a leading axis; None goes to AdamW."""
+
+
 SCHEDULES: Mapping[str, Callable[..., optax.Schedule]] = {
     "constant": constant,
     "linear": linear,
@@ -123,12 +135,14 @@ class Muon(AdamW):
     """Muon on matrices, AdamW on the rest: orthogonalised momentum, far fewer steps when small.
 
     Attributes:
+      matrices: path rules, see ``MATRICES``.
       beta: momentum of the matrices; ``b1``, ``b2`` and ``eps`` are those of the AdamW part.
       lr_ratio: AdamW's learning rate as a part of Muon's.
 
     Source: Jordan et al. 2024, as in optax.contrib.muon.
     """
 
+    matrices: rules.Rules = MATRICES
     beta: float = 0.95
     lr_ratio: float = 1.0
 
@@ -137,15 +151,20 @@ class Muon(AdamW):
         return optax.contrib.muon(
             schedule,
             beta=self.beta,
+            eps=self.eps,
             weight_decay=self.weight_decay,
             weight_decay_mask=self._decayed,
             mu_dtype=self.mu_dtype,
             adam_b1=self.b1,
             adam_b2=self.b2,
-            adam_eps_root=0.0,
-            adam_weight_decay=0.0,
             adam_learning_rate=lambda step: self.lr_ratio * schedule(step),
+            muon_weight_dimension_numbers=self._matrices,
         )
+
+    def _matrices(self, params: Any) -> Any:
+        where, named = "optimizer.matrices", optax.contrib.MuonDimensionNumbers
+        axes = tuple((p, None if v is None else named(*v)) for p, v in self.matrices)
+        return rules.match(params, axes, where=where, prefix="params/", dead="allow")
 
 
 OPTIMIZERS = {"adamw": AdamW, "muon": Muon}

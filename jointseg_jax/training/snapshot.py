@@ -8,12 +8,13 @@ with the dtype, shape and digest of every leaf.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import hashlib
 import json
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -190,26 +191,44 @@ def _agreed(action: Callable[[], Any]) -> Any:
         result = action()
     except Exception as error:
         found, passing = first_line(_root(error)), error if _is_passing(error) else None
-    failed = bool(found)
-    if jax.process_count() > 1:
-        failed = bool(np.any(multihost_utils.process_allgather(np.asarray(failed))))
+    found = _shared_text(found)
     if passing is not None:
         raise passing  # the checkpoint may be whole: memory, permission or network are at fault
-    if failed:
-        _collect_quietly()
-        raise Damage("unreadable", found or "another process could not read it")
+    if found:
+        gc.collect()  # the reads that were never awaited, under ``quiet``
+        raise Damage("unreadable", found)
     return result
 
 
-def _collect_quietly() -> None:
-    """Drops the reads that were never awaited; each would print its 60 lines when collected."""
-    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+def _shared_text(text: str) -> str:
+    """The text of the first process that has one."""
+    if jax.process_count() == 1:
+        return text
+    row = np.zeros(1024, np.uint8)
+    row[: len(text.encode())] = np.frombuffer(text.encode(), np.uint8)
+    rows = np.asarray(multihost_utils.process_allgather(row))
+    texts = [bytes(row).rstrip(b"\0").decode() for row in rows]
+    return next(filter(None, texts), "")
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps reads that a failure left behind from printing their 60 lines each when collected."""
+    old = sys.unraisablehook
+
+    def hook(event: Any) -> None:
+        if not any(
+            word in str(event.exc_value) for word in ("TensorStore", "Event loop is closed")
+        ):
+            old(event)
+
+    sys.unraisablehook = hook
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ResourceWarning)
-            gc.collect()
+            yield
     finally:
-        sys.unraisablehook = hook
+        sys.unraisablehook = old
 
 
 def _root(error: BaseException) -> BaseException:

@@ -241,20 +241,32 @@ def test_other_refusals(disk, tmp_path):
         folders(disk, layout="cityscape")
 
 
-def test_bad_files_are_replaced_through_a_worker(disk):
+def test_workers_change_nothing_not_even_the_reports(disk):
     data = disk.image("a3").read_bytes()
     disk.image("a3").write_bytes(data[: len(data) // 2])
-    options = {"batch": 6, "seed": 0, "transforms": (Resize(size=12),), "workers": 1}
-    with batches(folders(disk), **options) as stream:
-        batch, reports = next(stream), stream.drain()
-    assert sorted(batch["index"]) == [0, 1, 2, 4, 4, 5]
+    # Two workers, resumed, as the second of two hosts: all at once, because starting is slow.
+    options = {"batch": 4, "seed": 0, "transforms": (Resize(size=12, random_scale=(1.0, 2.0)),)}
+    options |= {"host": 1, "hosts": 2, "start_step": 3}
+    seen = []
+    for workers in (0, 2):
+        with batches(folders(disk), workers=workers, **options) as stream:
+            seen.append(([next(stream) for _ in range(6)], stream.drain(), stream.step))
+    (plain, reports, step), (worked, *others) = seen
+    assert others == [reports, step] == [reports, 9]
+    for one, other in zip(plain, worked, strict=True):
+        assert one.keys() == other.keys() == {"image", "labels", "index"}
+        for key, value in one.items():
+            np.testing.assert_array_equal(value, other[key])
     (report,) = reports
-    assert report["replaced_by"] == 4
+    assert report["index"] == 3 and report["replaced_by"] == 4
     assert f"{disk.image('a3')}: the file is truncated" in report["error"]
-    with (
-        pytest.raises(BadSample) as caught,
-        batches(folders(disk), bad="stop", **options) as stream,
-    ):
+
+
+def test_bad_samples_stop_the_run_through_a_worker(disk):
+    disk.image("a3").write_bytes(b"")
+    options = {"batch": 6, "seed": 0, "transforms": (Resize(size=12),), "workers": 1}
+    stream = batches(folders(disk), bad="stop", **options)
+    with stream, pytest.raises(BadSample, match="the file is empty") as caught:
         next(stream)
     assert caught.value.path == str(disk.image("a3"))
 

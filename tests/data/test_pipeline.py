@@ -126,6 +126,14 @@ def test_threads_change_nothing(options):
     assert_same(read(5, **options), read(5))
 
 
+def test_closed_batches_say_so():
+    with batches(SOURCE, batch=2, seed=0, transforms=TRANSFORMS) as stream:
+        next(stream)
+    stream.close()  # twice does no harm
+    with pytest.raises(ValueError, match=r"closed; make new ones with start_step=step"):
+        next(stream)
+
+
 def test_seeds_change_order_and_augmentation():
     assert not np.array_equal(read(1)[0]["index"], read(1, seed=2)[0]["index"])
     # Seed + 1 must not be the same stream one epoch later.
@@ -147,14 +155,6 @@ def test_captions_are_drawn_in_training_and_first_otherwise():
     with evaluation_batches(Spoilt(()), **options) as stream:
         texts = {WORDS.decode(t) for b in stream for t in b["text"]}
     assert texts == {"first"}
-
-
-def test_workers_change_nothing():
-    plain = read(6)
-    assert_same(read(6, workers=1), plain)
-    # Two workers, resumed, as the second of two hosts: all at once, because starting is slow.
-    second = read(3, workers=2, start_step=3, host=1, hosts=2)
-    assert_same(second, [{k: v[2:] for k, v in batch.items()} for batch in plain[3:]])
 
 
 ORPHANS = """

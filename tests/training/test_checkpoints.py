@@ -19,6 +19,9 @@ from jointseg_jax.training.checkpoints import Checkpoints, SaveError, read_meta
 from jointseg_jax.training.digest import state_digest
 from jointseg_jax.types import UserError
 
+# TensorStore tells an event loop that is gone of reads that a failure left behind
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 CONFIG = {"data": {"batch": 16, "name": "scenes"}, "steps": 100, "betas": (0.9, 0.95)}
 
 
