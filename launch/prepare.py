@@ -37,7 +37,7 @@ from jointseg_jax.build import build
 from jointseg_jax.data.layouts import LAYOUTS
 from jointseg_jax.data.prepare import prepare
 from jointseg_jax.data.records import Source
-from jointseg_jax.data.sources import SOURCES
+from jointseg_jax.data.table import SOURCES
 from jointseg_jax.types import UserError
 
 KINDS = (*LAYOUTS, "tfds", "scenes")

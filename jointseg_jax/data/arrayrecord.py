@@ -171,7 +171,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         manifest = files.read_json(path)
     except BadSample as problem:
         raise UserError(
-            f"{problem} A folder of shards is made by launch/prepare.py; check config.data.folder."
+            f"{problem} Shards are made by launch/prepare.py; check config.data.*.folder."
         ) from None
     if manifest.get("version") != VERSION:
         raise UserError(
@@ -223,7 +223,7 @@ class ArrayRecords:
         if self.split not in manifest["splits"]:
             raise UserError(
                 f"ERROR [data] {self.folder}: no split {self.split!r}; there are: "
-                f"{', '.join(manifest['splits'])}. Set config.data.split."
+                f"{', '.join(manifest['splits'])}. Set config.data.*.split."
             )
         listed = manifest["splits"][self.split]
         check_files(Path(self.folder), listed["shards"])

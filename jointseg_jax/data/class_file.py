@@ -35,7 +35,7 @@ def read_classes(path: Path) -> tuple[Classes, LabelRule]:
         raise UserError(
             f"{detail}\nA classes.json holds "
             '{"classes": ["sky", "road"], "ignore_label": 255}; it may also have '
-            f"{', '.join(KEYS[2:])}. Or name a known list in config.data.classes."
+            f"{', '.join(KEYS[2:])}. Or name a known list in config.data.*.classes."
         ) from None
 
 

@@ -11,12 +11,24 @@ import functools
 import json
 import os
 import stat
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from jointseg_jax.data.records import BadSample
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 """File name endings of images, in lower case."""
+
+
+def check_name(root: Path, name: str) -> None:
+    """Raises BadSample for a name that is absolute or climbs out."""
+    parts = name.split("/")
+    if not name or name.startswith("/") or ".." in parts or "\0" in name:
+        raise BadSample(
+            f"{root}: {name!r}",
+            "the name leaves the data set folder",
+            "names are relative, without '..'",
+            "Mend the list or manifest that holds it.",
+        )
 
 
 def inside(root: Path, name: str) -> Path:
@@ -25,28 +37,22 @@ def inside(root: Path, name: str) -> Path:
     Raises:
       BadSample: the name is absolute, climbs out, or is a link to somewhere else.
     """
-    pure = PurePosixPath(name)
-    if pure.is_absolute() or ".." in pure.parts or "\0" in name or not pure.parts:
+    check_name(root, name)
+    path = f"{root}/{name}"
+    real = os.path.realpath(path)
+    if real != _real(root) and not real.startswith(_real(root) + os.sep):
         raise BadSample(
-            f"{root}: {name!r}",
-            "the name leaves the data set folder",
-            "names are relative, without '..'",
-            "Mend the list or manifest that holds it.",
-        )
-    path = root / pure
-    if not path.resolve().is_relative_to(_real(root)):
-        raise BadSample(
-            str(path),
-            f"a link to {path.resolve()}",
+            path,
+            f"a link to {real}",
             f"files lie inside {root}",
             "Copy the file into the folder, or make the root the folder that holds both.",
         )
-    return path
+    return Path(path)
 
 
 @functools.cache
-def _real(root: Path) -> Path:
-    return root.resolve()
+def _real(root: Path) -> str:
+    return os.path.realpath(root)
 
 
 def read(path: Path) -> bytes:

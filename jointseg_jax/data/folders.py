@@ -77,7 +77,7 @@ class Folders:
         if listing.classes is None:
             raise UserError(
                 f"ERROR [data] {Path(self.root) / 'classes.json'}: missing, so the labels have no "
-                "names; write it, or set config.data.classes to its path or to one of: "
+                "names; write it, or set config.data.*.classes to its path or to one of: "
                 f"{', '.join(CLASS_LISTS)}."
             )
         return listing.classes
@@ -158,7 +158,7 @@ class Folders:
 def list_split(root: Path, split: str, layout: str) -> Listing:
     """Lists a split; refuses a root that is not there and a split without ids."""
     if not root.is_dir():
-        raise UserError(f"ERROR [data] {root}: no such folder. Check config.data.root.")
+        raise UserError(f"ERROR [data] {root}: no such folder. Check config.data.*.root.")
     try:
         listing = LAYOUTS[layout](root, split)
     except BadSample as problem:
@@ -166,7 +166,7 @@ def list_split(root: Path, split: str, layout: str) -> Listing:
     if not listing.entries:
         raise UserError(
             f"ERROR [data] {root}: split {split!r} is empty; at least one image with its labels "
-            f"is needed in the layout {layout!r}. Check config.data.split and config.data.layout."
+            f"is needed in the layout {layout!r}. Check config.data.*.split and .layout."
         )
     return listing
 
@@ -177,6 +177,6 @@ def refuse(problems: list[BadSample], name: str) -> None:
         listed = "\n".join(map(str, problems[:50]))
         more = f"\n... and {len(problems) - 50} more" if len(problems) > 50 else ""
         raise UserError(
-            f"{listed}{more}\nERROR [data] {name}: {len(problems)} problems in its listing. Mend "
-            "them, or set config.data.strict=False to train on the rest."
+            f"{listed}{more}\nERROR [data] {name}: problems in its listing: {len(problems)}. Mend "
+            "them, or set config.data.*.strict=False to train on the rest."
         )

@@ -287,7 +287,7 @@ def paint_to_values(
     if colours is None:
         raise BadSample(
             path,
-            f"labels painted in RGB ({len(found)} colours, among them {names[0]})",
+            f"labels painted in RGB (different colours: {len(found)}, such as {names[0]})",
             "labels are palette or grey PNG of indices",
             "Save indices, or give a colour map (colours=...).",
         )

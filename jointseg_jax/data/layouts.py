@@ -70,10 +70,10 @@ Layout = Callable[[Path, str], Listing]
 
 def list_folders(root: Path, split: str, *, images: str, labels: str) -> Listing:
     """Lists images and labels of the same name in two folders."""
-    pictures = find(root, f"{images}/{split}")
-    masks = find(root, f"{labels}/{split}")
+    pictures = find(root, f"{images}/{split}", ".jpg")
+    masks = find(root, f"{labels}/{split}", ".png")
     texts, problems = optional(root / f"captions/{split}.jsonl", captions.read_lines)
-    entries = pair(root, {*pictures, *masks}, pictures, masks, texts)
+    entries = pair(root, {*pictures.names, *masks.names}, pictures, masks, texts)
     path = root / "classes.json"
     classes, rule = read_classes(path) if path.exists() else (None, LabelRule())
     return Listing(entries, problems, classes, rule)
@@ -82,9 +82,9 @@ def list_folders(root: Path, split: str, *, images: str, labels: str) -> Listing
 def list_voc(root: Path, split: str) -> Listing:
     """Lists the ids of a VOC image set; augmented labels go before the original ones."""
     ids = lines_of(root, f"ImageSets/Segmentation/{split}.txt")
-    pictures = find(root, "JPEGImages")
-    masks = find(root, "SegmentationClass", needed=False)
-    masks |= find(root, "SegmentationClassAug", needed=False)
+    pictures = find(root, "JPEGImages", ".jpg")
+    masks = find(root, "SegmentationClass", ".png", needed=False)
+    masks.names.update(find(root, "SegmentationClassAug", ".png", needed=False).names)
     texts, problems = optional(root / f"ImageSets/Caption/{split}.json", captions.read_mapping)
     entries = pair(root, ids, pictures, masks, texts)
     return Listing(entries, problems, CLASS_LISTS["voc"], LabelRule())
@@ -93,10 +93,10 @@ def list_voc(root: Path, split: str) -> Listing:
 def list_ade20k(root: Path, split: str, *, other: bool) -> Listing:
     """Lists ADE20K as released for scene parsing; ``other`` keeps label 0 as a class."""
     folder = {"train": "training", "val": "validation"}.get(split, split)
-    pictures = find(root, f"images/{folder}")
-    masks = find(root, f"annotations/{folder}")
+    pictures = find(root, f"images/{folder}", ".jpg")
+    masks = find(root, f"annotations/{folder}", ".png")
     texts, problems = optional(root / f"annotations_caption/{folder}.json", captions.read_mapping)
-    entries = pair(root, {*pictures, *masks}, pictures, masks, texts)
+    entries = pair(root, {*pictures.names, *masks.names}, pictures, masks, texts)
     classes, rule = CLASS_LISTS["ade20k"], LabelRule(void=(0, 255), shift=1)
     if other:
         names, things = ("other", *classes.names), (False, *classes.isthing)
@@ -118,12 +118,13 @@ def list_coco_panoptic(root: Path, split: str) -> Listing:
     except (TypeError, KeyError) as error:
         raise UserError(
             f"ERROR [data] {path}: no {error} in it; a COCO panoptic JSON has annotations "
-            "(image_id, file_name, segments_info) and categories. Check config.data.root."
+            "(image_id, file_name, segments_info) and categories. Check config.data.*.root."
         ) from None
     texts, problems = optional(root / f"annotations/captions_{split}.json", captions.read_coco)
     if texts is not None:
         texts = {key: texts.get(image, ()) for key, image, _ in rows}
-    pictures, masks = find(root, split), find(root, f"annotations/panoptic_{split}")
+    pictures = find(root, split, ".jpg")
+    masks = find(root, f"annotations/panoptic_{split}", ".png")
     segments = {key: row for key, _, row in rows}
     entries = tuple(
         entry._replace(segments=segments[entry.id])
@@ -160,26 +161,31 @@ LAYOUTS: dict[str, Layout] = {
     "coco_panoptic": list_coco_panoptic,
 }
 
-Found = dict[str, list[str]]
+
+class Found(NamedTuple):
+    """The picture files under a folder: names by id, an id being a name without its ending."""
+
+    pattern: str  # where the file of an id is expected
+    names: dict[str, list[str]]
 
 
-def find(root: Path, folder: str, *, needed: bool = True) -> Found:
-    """Returns the picture files under a folder by id: their name without its ending."""
+def find(root: Path, folder: str, ending: str, *, needed: bool = True) -> Found:
+    """Returns the picture files under a folder; ``ending`` is the usual one."""
     top = files.inside(root, folder)
     if needed and not top.is_dir():
         beside = sorted(p.name for p in top.parent.iterdir()) if top.parent.is_dir() else []
         raise UserError(
             f"ERROR [data] {top}: no such folder; the layout keeps files there"
             f"{f', and beside it there are: {chr(44).join(beside[:20])}' if beside else ''}. "
-            "Check config.data.root, config.data.split and config.data.layout."
+            "Check config.data.*.root, config.data.*.split and config.data.*.layout."
         )
-    found: Found = {}
+    found: dict[str, list[str]] = {}
     for where, _, names in os.walk(top):
         for name in names:
-            path = PurePosixPath(Path(where, name).relative_to(top))
-            if path.suffix.lower() in files.PICTURES and not name.startswith("."):
-                found.setdefault(str(path.with_suffix("")), []).append(f"{folder}/{path}")
-    return found
+            stem, ending = os.path.splitext(os.path.relpath(os.path.join(where, name), top))
+            if ending.lower() in files.PICTURES and not name.startswith("."):
+                found.setdefault(stem, []).append(f"{folder}/{stem}{ending}")
+    return Found(f"{folder}/{{}}{ending}", found)
 
 
 def lines_of(root: Path, name: str) -> list[str]:
@@ -189,7 +195,7 @@ def lines_of(root: Path, name: str) -> list[str]:
         have = sorted(p.stem for p in path.parent.glob("*.txt"))
         raise UserError(
             f"ERROR [data] {path}: no such split; there are: {', '.join(have) or 'none'}. "
-            "Check config.data.root and config.data.split."
+            "Check config.data.*.root and config.data.*.split."
         )
     return [line.strip() for line in files.read_text(path).splitlines() if line.strip()]
 
@@ -227,9 +233,9 @@ def pair(
 
 def entry_of(root: Path, key: str, images: Found, labels: Found, texts: Captions | None) -> Entry:
     """Returns the entry of an id, or raises what is wrong with it."""
-    files.inside(root, key)
-    image = only(root, images.get(key, []), key, "image")
-    mask = only(root, labels.get(key, []), key, "label file")
+    files.check_name(root, key)
+    image = only(root, images, key, "image")
+    mask = only(root, labels, key, "label file")
     if texts is not None and not texts.get(key):
         raise BadSample(
             str(root / image),
@@ -240,10 +246,11 @@ def entry_of(root: Path, key: str, images: Found, labels: Found, texts: Captions
     return Entry(key, image, mask, (texts or {}).get(key, ()))
 
 
-def only(root: Path, names: list[str], key: str, what: str) -> str:
+def only(root: Path, found: Found, key: str, what: str) -> str:
     """Returns the one file of an id, refusing none, several, and links out of the root."""
+    names = found.names.get(key, [])
     if not names:
-        raise files.missing(root, f"{what} of id {key!r}")
+        raise files.missing(root / found.pattern.format(key), f"{what} of id {key!r}")
     if len(names) > 1:
         raise BadSample(
             str(root / names[0]),
@@ -257,7 +264,7 @@ def only(root: Path, names: list[str], key: str, what: str) -> str:
 
 def clash(root: Path, keys: list[str], images: Found) -> BadSample:
     """Returns the complaint about ids that are equal, or equal but for case."""
-    paths = [name for key in dict.fromkeys(keys) for name in images.get(key, [key])]
+    paths = [name for key in dict.fromkeys(keys) for name in images.names.get(key, [key])]
     return BadSample(
         str(root / paths[0]),
         f"ids {', '.join(map(repr, keys))} are the same or differ by case only "

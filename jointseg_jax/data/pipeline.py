@@ -10,8 +10,8 @@ So the position is the whole state: resuming is ``start_step=k``, whatever the n
 workers or threads. Bad samples cannot be dropped (that would shift all later positions); they are
 replaced by the next good record of the source and reported with the batch they would have been in.
 
-A batch has image (uint8), labels (int16), index (int64) and, with a tokenizer, text (int32). Arrays
-that a source adds beyond the schema (latents or features computed before) pass through untouched.
+A batch has image (uint8), labels (int16), index (int64) and, with a tokenizer, text (int32). The
+``features`` of a record (arrays computed beforehand) become fields of their own names, untouched.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ from jointseg_jax.types import UserError
 Batch = dict[str, np.ndarray]
 Tokenizer = Callable[[str], np.ndarray]
 POLICIES = ("replace", "stop")
-SCHEMA = set(Record.__annotations__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,14 +64,13 @@ class Rows:
         caption = choose_caption(record["captions"], rng, self.train)
         for transform in self.transforms:
             record = transform(record, rng, self.train)
-        out = {key: value for key, value in record.items() if key not in SCHEMA}
-        out |= {
+        out: dict[str, Any] = {
+            **record.get("features", {}),
             "image": np.asarray(record["image"], np.uint8),
             "labels": np.asarray(record["labels"], np.int16),
             "index": np.int64(used),
             "bad": reports,
         }
-        out |= record.get("features", {})
         if self.tokenizer is not None:
             out["text"] = np.asarray(self.tokenizer(caption), np.int32)
         if self.mark:
@@ -194,7 +192,7 @@ class Batches:
         return reports
 
     def close(self) -> None:
-        """Ends threads and workers and frees their shared memory; then there are no more batches."""
+        """Ends threads and workers and frees their shared memory."""
         # Let go of, too: Grain complains about iterators that live on when the interpreter ends.
         iterator, self._iterator = self._iterator, None
         if iterator is not None:
@@ -313,7 +311,7 @@ def check_source(source: Source) -> None:
     if not 0 < len(source) < 2**32:
         raise UserError(
             f"ERROR [data] {source.name}: has {len(source)} samples; between 1 and 2**32 - 1 are "
-            "needed. Check config.data.root and config.data.split."
+            "needed. Check config.data.*.root and config.data.*.split."
         )
 
 

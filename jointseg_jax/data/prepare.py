@@ -46,8 +46,8 @@ def refuse_bad(report: Report) -> None:
     """Refuses a source of which anything is bad, listing all of it in one block."""
     if report.bad:
         raise UserError(
-            f"{report.problems()}\nERROR [data] {report.name}: {len(report.bad)} problems, with "
-            f"{report.count} records looked at; --strict accepts none, and nothing was written. "
+            f"{report.problems()}\nERROR [data] {report.name}: problems: {len(report.bad)}, "
+            f"records looked at: {report.count}; --strict accepts none, and nothing was written. "
             "Mend them, or run without --strict to leave the bad ones out."
         )
 

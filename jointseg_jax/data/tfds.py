@@ -176,13 +176,13 @@ def open_folder(folder: Path, split: str, version: str | None) -> Any:
     if not (folder / "features.json").is_file():
         raise UserError(
             f"ERROR [data] {folder}: no features.json in it; the folder of one prepared version is "
-            "needed, such as ~/tensorflow_datasets/NAME/1.0.0. Set config.data.folder."
+            "needed, such as ~/tensorflow_datasets/NAME/1.0.0. Set config.data.*.folder."
         )
     builder = tfds.builder_from_directory(str(folder))
     if version not in (None, str(builder.version)):
         raise UserError(
             f"ERROR [data] {folder}: is version {builder.version}; version {version} was asked "
-            "for. Set config.data.version, or prepare that version."
+            "for. Set config.data.*.version, or prepare that version."
         )
     stored = builder.info.file_format
     if stored is not tfds.core.FileFormat.ARRAY_RECORD:
@@ -194,7 +194,7 @@ def open_folder(folder: Path, split: str, version: str | None) -> Any:
     if base not in builder.info.splits:
         have = ", ".join(builder.info.splits)
         raise UserError(
-            f"ERROR [data] {folder}: no split {base!r}; there are: {have}. Set config.data.split."
+            f"ERROR [data] {folder}: no split {base!r}; there are: {have}. Set config.data.*.split."
         )
     return builder
 
@@ -206,7 +206,7 @@ def check_features(builder: Any, folder: Path, names: list[str]) -> None:
     if missing:
         raise UserError(
             f"ERROR [data] {folder}: no feature {', '.join(map(repr, missing))}; it has: "
-            f"{', '.join(sorted(have))}. Set config.data.image, labels, captions, id and objects "
+            f"{', '.join(sorted(have))}. Set config.data.*.image, labels, captions, id and objects "
             "to these."
         )
 

@@ -125,9 +125,9 @@ class Report:
             f"  sizes       {', '.join(sizes) or 'none'}{more}  (width x height)",
             f"  captions    {number}, of {fewest} to {most} words, {mean:.1f} on average",
             f"  void        {100 * self.void_share:.2f} % of pixels; "
-            f"{len(self.empty)} records are void all over{listed(self.empty)}",
+            f"records void all over: {len(self.empty)}{listed(self.empty)}",
             f"  never seen  {', '.join(self.unseen) or 'none'}",
-            f"  duplicates  {len(self.duplicates)} groups of equal images"
+            f"  duplicates  groups of equal images: {len(self.duplicates)}"
             f"{listed([' = '.join(group) for group in self.duplicates])}",
             *self._histogram(),
         ]

@@ -76,7 +76,7 @@ def codec_report(
     measured = Reconstruction(run.facts.classes.names)
     moments: list[np.ndarray] = []
     params = jax.device_put(params, sharding.replicated(mesh))
-    for batch in validation(run, PER_DEVICE * len(jax.devices()), limit):
+    for batch in validation(run, PER_DEVICE * len(jax.devices()), limit, "codec"):
         with jax.set_mesh(mesh):
             labels = jax.device_put(batch[field], rows)
             decoded, mean, square = map(np.asarray, there_and_back(params, labels))
@@ -113,14 +113,20 @@ def label_stream(run: Run) -> tuple[str, Any]:
     )
 
 
-def validation(run: Run, batch: int, limit: int | None) -> Iterator[Mapping[str, np.ndarray]]:
-    """Host batches of the validation split with the run's transforms, each with ``valid``."""
+def validation(
+    run: Run, batch: int, limit: int | None, what: str
+) -> Iterator[Mapping[str, np.ndarray]]:
+    """Host batches, with ``valid``, of the validation split as ``config.evaluate`` transforms it.
+
+    Args:
+      what: the progress bar's title.
+    """
     source, data = compose.source(run.config, "val"), run.config["data"]
     count = min(limit or len(source), len(source))
     with evaluation_batches(
         source,
         batch=batch,
-        transforms=compose.transforms(run.config),
+        transforms=compose.evaluation_transforms(run.config),
         limit=count,
         workers=data.get("workers", 0),
         threads=data.get("threads", 2),
@@ -128,7 +134,7 @@ def validation(run: Run, batch: int, limit: int | None) -> Iterator[Mapping[str,
         bad_limit=data.get("bad_limit", 100),
     ) as batches:
         total = -(-count // batch)
-        yield from tqdm(batches, total=total, unit="batch", desc="validation", dynamic_ncols=True)
+        yield from tqdm(batches, total=total, unit="batch", desc=what, dynamic_ncols=True)
         for report in batches.drain():
             log.warning("%s", report["error"])
 
@@ -142,7 +148,7 @@ def references(run: Run, num: int) -> tuple[list[str], np.ndarray]:
     _, stream = label_stream(run)
     source = compose.source(run.config, "val")
     prompts, real = [], []
-    for batch in validation(run, PER_DEVICE, max(num, PROMPTS)):
+    for batch in validation(run, PER_DEVICE, max(num, PROMPTS), "captions"):
         valid = batch["valid"]
         real.append(shares(batch[stream.field][valid], len(run.facts.classes)))
         for index in batch["index"][valid]:

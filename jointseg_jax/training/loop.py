@@ -38,8 +38,9 @@ from jointseg_jax.training.writers import run_writers
 from jointseg_jax.types import UserError
 
 MAY_CHANGE = (
-    r"(log|preview|checkpoint|evaluate|profile|finish|mesh|sharding|nan)(\..*)?",
-    r"data\.(workers|threads|prefetch|bad|bad_limit)",
+    r"^(log|preview|checkpoint|evaluate|profile|finish|nan)/",
+    r"^(mesh|sharding)(/|$)",
+    r"^data/(workers|threads|prefetch|bad|bad_limit)$",
 )
 """Config paths that a resumed run may change; everything else would change its result."""
 

@@ -186,17 +186,19 @@ def _key_impl(leaf: Any) -> Any:
 
 def _agreed(action: Callable[[], Any]) -> Any:
     """The result of ``action``; damage in the files seen by one process is damage for all."""
-    result, found, passing = None, "", None
+    result, found, failure = None, "", None
     try:
         result = action()
     except Exception as error:
-        found, passing = first_line(_root(error)), error if _is_passing(error) else None
-    found = _shared_text(found)
-    if passing is not None:
-        raise passing  # the checkpoint may be whole: memory, permission or network are at fault
-    if found:
-        gc.collect()  # the reads that were never awaited, under ``quiet``
-        raise Damage("unreadable", found)
+        passing = "passing" if _is_passing(error) else "damage"
+        found, failure = f"{passing}: {first_line(_root(error))}", error
+    kind, _, text = _shared_text(found).partition(": ")
+    if kind == "passing":  # the files may be whole: memory, permission or network are at fault
+        raise failure or RuntimeError(f"another process could not read the checkpoint: {text}")
+    if kind:
+        failure = None  # holds the frames of reads that were never awaited
+        gc.collect()
+        raise Damage("unreadable", text)
     return result
 
 

@@ -87,7 +87,7 @@ class Telemetry:
         }
         if self._flops:
             rate = self._flops / per_step / jax.device_count()
-            out["tflops_per_chip"] = rate / 1e12
+            out["gflops_per_chip"] = rate / 1e9
             if self._peak:
                 out["mfu"] = rate / self._peak
         self._wait, self._steps, self._since = 0.0, 0, time.perf_counter()

@@ -40,14 +40,18 @@ def spoil(root):
     Image.fromarray(np.full((12, 16, 3), (128, 64, 128), np.uint8)).save(masks / "s3.png")
     return [
         (f"ERROR [data] {jpeg}: the file is truncated", "a whole file. Copy it again from its"),
-        (f"{root}: the label file of id 's1' is missing", "Restore the file, or take its id out"),
+        (
+            f"{masks / 's1.png'}: the label file of id 's1' is missing",
+            "Restore the file, or take its id out",
+        ),
         (
             f"{masks / 's2.png'}: labels 21 (5 px) out of range; there are 3 classes (file values "
             "0-2) and void 255",
             "Mend the mask, or change the class list or the label map of this source.",
         ),
         (
-            f"{masks / 's3.png'}: labels painted in RGB (1 colours, among them (128, 64, 128))",
+            f"{masks / 's3.png'}: labels painted in RGB (different colours: 1, such as (128, 64, "
+            "128))",
             "Save indices, or give a colour map (colours=...).",
         ),
     ]
@@ -72,7 +76,7 @@ def test_each_fault_is_named_with_file_cause_and_remedy(launch, root, tmp_path):
     assert done.json["good"] == 2 and done.json["bad"] == 4
     assert "streets/train: 2 of 6 records are good" in done.out
     strict = launch("prepare", *arguments, "--strict", "--overwrite", status=2)
-    assert strict.out == "" and "4 problems, with 6 records looked at" in strict.error
+    assert strict.out == "" and "streets/train: problems: 4, records looked at: 6;" in strict.error
     for text in (done.out, strict.error):
         for line, parts in zip(faults(text), expected, strict=True):
             assert all(part in line for part in parts)
@@ -84,7 +88,7 @@ def test_each_fault_is_named_with_file_cause_and_remedy(launch, root, tmp_path):
 
 def faults(text):
     """Returns the lines about single samples."""
-    return [x for x in text.splitlines() if x.startswith("ERROR [data]") and "problems" not in x]
+    return [x for x in text.splitlines() if x.startswith("ERROR [data]") and "problems: " not in x]
 
 
 @pytest.mark.parametrize(

@@ -139,7 +139,7 @@ def test_16_bit_labels_are_exact():  # D9
 def test_labels_in_colours_need_a_map():  # D8
     pixels = np.zeros((2, 3, 3), np.uint8)
     pixels[0, 0], pixels[1] = (128, 0, 0), (0, 200, 7)
-    text = "labels painted in RGB (3 colours, among them "
+    text = "labels painted in RGB (different colours: 3, such as "
     refused(decode_labels, encoded(pixels), text, "Save indices, or give a colour map")
     colours = {(0, 0, 0): 4, (128, 0, 0): 0, (0, 200, 7): 300}
     expected = [[0, 4, 4], [300, 300, 300]]

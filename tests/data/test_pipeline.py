@@ -87,6 +87,15 @@ def test_what_a_batch_holds():
     assert "text" not in read(1, tokenizer=None)[0]
 
 
+def test_features_become_fields():
+    source = Spoilt(())
+    plain = source.good
+    source.good = lambda i: {**plain(i), "features": {"clip": np.full(3, i, np.float32)}}
+    (batch,) = read(1, source, tokenizer=None)
+    np.testing.assert_array_equal(batch["clip"], batch["index"][:, None].repeat(3, 1))
+    assert batch["clip"].dtype == np.float32 and "features" not in batch
+
+
 def test_every_epoch_is_another_whole_permutation():
     order = np.concatenate([b["index"] for b in read(15)])  # 60 rows = 6 epochs of 10
     epochs = [tuple(epoch) for epoch in order.reshape(6, 10)]

@@ -52,7 +52,7 @@ def test_strict_writes_nothing(disk, tmp_path):
     disk.image("a1").write_bytes(b"junk")
     with pytest.raises(UserError) as caught:
         prepare(folders(disk), tmp_path / "out", split="train", strict=True)
-    assert "2 problems, with 6 records looked at; --strict accepts none" in str(caught.value)
+    assert "problems: 2, records looked at: 6; --strict accepts none" in str(caught.value)
     assert not (tmp_path / "out").exists()
 
 

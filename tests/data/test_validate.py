@@ -39,8 +39,8 @@ def test_classes_never_seen_void_records_and_equal_images(disk):
     for part in (
         "set/train: 6 of 6 records are good",
         "never seen  right eye",
-        "1 records are void all over (a2)",
-        "1 groups of equal images (a0 = a4)",
+        "records void all over: 1 (a2)",
+        "groups of equal images: 1 (a0 = a4)",
         "16x12 (6)  (width x height)",
     ):
         assert part in text

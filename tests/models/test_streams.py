@@ -18,6 +18,9 @@ from jointseg_jax.models.streams import (
     unpatchify,
 )
 
+quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+"""Compiler options for code that runs once: half the compile time."""
+
 
 def test_sinusoid_is_cosines_then_sines():
     t, half = np.array([0.0, 1.0, 436.0, 999.5]), 16
@@ -68,12 +71,14 @@ def test_positions_of_the_native_size_are_untouched():
 def test_patch_projections_start_as_torch_convolutions():
     spec = Patches(grid=(4, 4), channels=3, patch=2, conv=True)
     x = jnp.zeros((1, 4, 4, 3))
-    params = PatchesIn(spec, 512, jnp.float32).init(jax.random.key(0), x)["params"]
+    init = jax.jit(PatchesIn(spec, 512, jnp.float32).init, compiler_options=quick)
+    params = init(jax.random.key(0), x)["params"]
     bound = 1 / np.sqrt(12)
     for leaf in (params["project"]["kernel"], params["project"]["bias"]):
         # the largest of >= 512 uniform draws lies within 2% of the bound (chance e^-10)
         assert 0.98 * bound < np.abs(leaf).max() <= bound
-    head = PatchesOut(spec, (2, 2)).init(jax.random.key(1), jnp.zeros((1, 4, 512)))["params"]
+    init = jax.jit(PatchesOut(spec, (2, 2)).init, compiler_options=quick)
+    head = init(jax.random.key(1), jnp.zeros((1, 4, 512)))["params"]
     assert np.abs(head["conv"]["kernel"]).max() <= 1 / np.sqrt(27)
     # 6144 draws: the deviation is known to 1%
     np.testing.assert_allclose(head["project"]["kernel"].std(), 0.02, rtol=0.05)

@@ -185,7 +185,7 @@ def test_a_model_that_is_not_of_the_layout_is_named():
 def test_weights_of_another_depth_are_named():
     module, table = small("uvit_t2i")
     deeper = tables.table("uvit_t2i", module.clone(depth=6))
-    message = r"22 missing \(in_blocks\.2\.attn\.proj\.bias \(16,\); in_blocks\.2\.attn\.proj\.weig"
+    message = r"26 missing \(in_blocks\.2\.attn\.proj\.bias \(16,\); in_blocks\.2\.attn\.proj\.weig"
     with pytest.raises(UserError, match=message):
         to_ours(random_weights(table), deeper)
     wider = tables.table("uvit_t2i", module.clone(width=32))
