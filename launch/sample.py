@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 from absl import flags
 
 from jointseg_jax import cli
@@ -24,6 +25,9 @@ OUT = flags.DEFINE_string("out", None, "Folder for the pairs.")
 NUM = flags.DEFINE_integer("num", 64, "How many pairs.", lower_bound=1)
 PROMPTS = flags.DEFINE_string(
     "prompts", None, "Text file, one prompt a line; default: captions of the training data."
+)
+FEATURES = flags.DEFINE_string(
+    "text_features", None, ".npy of the prompts' features, for runs that read features."
 )
 SEED = flags.DEFINE_integer("seed", 0, "Seed of the noise.", lower_bound=0)
 STEPS = flags.DEFINE_integer("steps", None, "Solver steps; default: the config's.", lower_bound=1)
@@ -53,6 +57,7 @@ def main() -> None:
         Path(OUT.value),
         num=NUM.value,
         prompts=_prompts(PROMPTS.value),
+        features=_features(FEATURES.value),
         seed=SEED.value,
         steps=STEPS.value,
         guidance=GUIDANCE.value,
@@ -74,6 +79,15 @@ def _prompts(path: str | None) -> list[str] | None:
     if not prompts:
         raise UserError(f"ERROR [flags] --prompts={path}: no prompt in it; write one a line.")
     return prompts
+
+
+def _features(path: str | None) -> np.ndarray | None:
+    if path is None:
+        return None
+    try:
+        return np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"ERROR [flags] --text_features={path}: {error}.") from error
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
       --config.data.train.root=data/camvid --config.data.val.root=data/camvid --config.steps=20000
 
 Any value of the config can be set on the command line as --config.PATH=VALUE. What a run writes
-into its workdir: config.json, facts.json (classes, words), metrics.jsonl and tensorboard/, samples/
+into its workdir: config.json, facts.json (classes, words), metrics.jsonl, tensorboard/, samples/
 (pictures while it trains), checkpoints/. Exit status: 0 done, 2 a mistake in config or data (said in
 one block), 75 stopped on SIGTERM after saving (run the same command again).
 """

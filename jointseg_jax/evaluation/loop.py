@@ -94,10 +94,9 @@ def joint_report(run: Run, num: int, seed: int) -> dict[str, Any]:
     name, stream = label_stream(run)
     judge = find_judge(run)
     report = codec_report(run, stream.codec, run.frozen.get(name, {}), stream.field, num)
-    prompts, real = references(run, num)
-    made = sample(
-        run.workdir, pairs_folder(run, seed, len(prompts)), num=num, prompts=prompts, seed=seed
-    )
+    prompts, features, real = references(run, num)
+    folder = pairs_folder(run, seed, len(prompts))
+    made = sample(run.workdir, folder, num=num, prompts=prompts, features=features, seed=seed)
     pairs = PairFolder(Path(made["out"]), num)
     return report | pairs_report(run, pairs, real, judge, seed) | {"grid": made["grid"]}
 
@@ -139,21 +138,24 @@ def validation(
             log.warning("%s", report["error"])
 
 
-def references(run: Run, num: int) -> tuple[list[str], np.ndarray]:
-    """Validation captions to sample from, and the class shares of the real masks they belong to.
+def references(run: Run, num: int) -> tuple[list[str], np.ndarray | None, np.ndarray]:
+    """Validation captions to sample from (and their features, where the records carry them), and
+    the class shares of the real masks they belong to.
 
     The number of captions does not follow ``num`` below ``PROMPTS``, so that more pairs of the
     same seed go on where fewer ended.
     """
     _, stream = label_stream(run)
     source = compose.source(run.config, "val")
-    prompts, real = [], []
+    prompts, features, real = [], [], []
     for batch in validation(run, PER_DEVICE, max(num, PROMPTS), "captions"):
         valid = batch["valid"]
         real.append(shares(batch[stream.field][valid], len(run.facts.classes)))
         for index in batch["index"][valid]:
             prompts.append(next(iter(source[int(index)]["captions"]), ""))
-    return prompts, np.concatenate(real)
+        if "text" in batch:
+            features.append(batch["text"][valid])
+    return prompts, np.concatenate(features) if features else None, np.concatenate(real)
 
 
 def pairs_folder(run: Run, seed: int, prompts: int) -> Path:

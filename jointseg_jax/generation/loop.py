@@ -10,6 +10,7 @@ The batch is the same at every call (a short last one is padded), so there is on
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,12 @@ def with_options(system: Joint, *, steps: int | None, guidance: float | None) ->
     """The system with another number of solver steps, or one guidance scale for all streams."""
     if not isinstance(system, Joint):
         raise UserError("this workdir holds a codec; pairs are sampled from a `joint` run.")
+    kinds = {k: s.codec.kind for k, s in system.streams.items()}
+    if not {"image", "labels"} <= set(kinds.values()):
+        raise UserError(
+            f"the streams of this run decode to {kinds}; sampling writes an image and its labels. "
+            "A run on cached latents needs an image codec that can decode them in their stead."
+        )
     if steps is not None:
         system = dataclasses.replace(system, solver=dataclasses.replace(system.solver, steps=steps))
     if guidance is not None:
@@ -43,10 +50,9 @@ def with_options(system: Joint, *, steps: int | None, guidance: float | None) ->
 
 
 def generator(run: Run, system: Joint, *, per_device: int = PER_DEVICE) -> Callable:
-    """``make(prompts, seed, indices) -> pairs`` on the device, for exactly ``make.batch`` rows."""
+    """``make(text, seed, indices) -> pairs`` on the device, for exactly ``make.batch`` rows."""
     mesh = sharding.make_mesh((-1, 1, 1))
     rows, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
-    tokenizer = compose.tokenizer(run.config, run.facts.vocabulary)
     params = jax.device_put(run.params, everywhere)
     frozen = jax.device_put(run.frozen, everywhere)
 
@@ -55,10 +61,7 @@ def generator(run: Run, system: Joint, *, per_device: int = PER_DEVICE) -> Calla
         made = system.generate(params, frozen, text, sample_keys(seed, indices))
         return jax.lax.with_sharding_constraint(made, rows)
 
-    def make(prompts: Sequence[str], seed: int, indices: np.ndarray) -> Any:
-        text = None
-        if tokenizer is not None:
-            text = np.stack([tokenizer.encode(p) for p in prompts])
+    def make(text: np.ndarray | None, seed: int, indices: np.ndarray) -> Any:
         placed = jax.device_put((text, indices.astype(np.uint32)), rows)
         with jax.set_mesh(mesh):
             return pairs(params, frozen, placed[0], jnp.uint32(seed), placed[1])
@@ -67,25 +70,48 @@ def generator(run: Run, system: Joint, *, per_device: int = PER_DEVICE) -> Calla
     return make
 
 
+def text_rows(
+    run: Run, prompts: Sequence[str], features: np.ndarray | None = None
+) -> np.ndarray | None:
+    """What the system reads as text, one row per prompt: token ids, or features given for them.
+
+    Raises:
+      UserError: the run reads features and none (or others) are given.
+    """
+    text = run.system.text
+    if text is None:
+        return None
+    tokenizer = compose.tokenizer(run.config, run.facts.vocabulary)
+    if tokenizer is not None:
+        return np.stack([tokenizer.encode(prompt) for prompt in prompts])
+    wanted = (len(prompts), text.length, text.width)
+    if features is None or features.shape != wanted:
+        raise UserError(
+            f"{run.workdir}: this run reads text features, not words: give one array of shape "
+            f"{wanted} (prompts, tokens, width) for its prompts with --text_features FILE.npy; "
+            f"given: {None if features is None else features.shape}."
+        )
+    return features.astype(np.float32)
+
+
 def made_batches(
-    make: Callable, prompts: Sequence[str], *, seed: int, start: int, stop: int
-) -> Iterator[tuple[np.ndarray, list[str], dict[str, np.ndarray]]]:
-    """``(indices, prompts, pairs)`` in index order, one batch ahead of the reader."""
+    make: Callable, text: np.ndarray | None, *, seed: int, start: int, stop: int
+) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
+    """``(indices, pairs)`` in index order, made one batch ahead of the reader."""
 
     def begin(first: int) -> Any:
         indices = np.arange(first, first + make.batch)
-        texts = [prompts[i % len(prompts)] for i in indices]
-        return indices, texts, make(texts, seed, indices)
+        rows = None if text is None else text[indices % len(text)]
+        return indices, make(rows, seed, indices)
 
+    # whole batches from a multiple of the batch on: a resumed run makes the batches of a straight one
     firsts = list(range(start - start % make.batch, stop, make.batch))
     ahead = begin(firsts[0]) if firsts else None
     for n in range(len(firsts)):
-        indices, texts, pairs = ahead
+        indices, pairs = ahead
         ahead = begin(firsts[n + 1]) if n + 1 < len(firsts) else None
-        pairs = {k: np.asarray(v) for k, v in pairs.items()}
         keep = (indices >= start) & (indices < stop)
-        kept = {k: v[keep] for k, v in pairs.items()}
-        yield indices[keep], [t for t, k in zip(texts, keep) if k], kept
+        yield indices[keep], {k: np.asarray(v)[keep] for k, v in pairs.items()}
 
 
 def sample(
@@ -94,6 +120,7 @@ def sample(
     *,
     num: int,
     prompts: Sequence[str] | None = None,
+    features: np.ndarray | None = None,
     seed: int = 0,
     steps: int | None = None,
     guidance: float | None = None,
@@ -104,6 +131,7 @@ def sample(
 
     Args:
       prompts: repeated in order; the first captions of the training data when not given.
+      features: of the prompts, for a run whose text is precomputed features.
       absorb: regions of fewer pixels are merged into their surroundings (0: off).
     """
     run = load_run(workdir)
@@ -118,21 +146,23 @@ def sample(
         "per_device_batch": per_device,
         "absorb": absorb,
         "prompts": len(prompts),
-        "first_prompts": prompts[:3],
+        "prompts_sha256": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
     }
     writer = PairWriter(out, run.facts.classes, settings)
     start = writer.done
+    text = text_rows(run, prompts, features)
     make = generator(run, system, per_device=per_device)
     bar = tqdm(total=num, initial=min(start, num), unit="pair", desc="sampling", dynamic_ncols=True)
     with bar:
-        for indices, texts, pairs in made_batches(make, prompts, seed=seed, start=start, stop=num):
+        for indices, pairs in made_batches(make, text, seed=seed, start=start, stop=num):
             for row, index in enumerate(indices):
                 labels = pairs["labels"][row]
                 if absorb:
                     labels = masks.absorb(labels, absorb)
                 confidence = float(pairs["confidence"][row].mean(dtype=np.float64))
                 facts = {"seed": seed, "confidence": round(confidence, 6)}
-                writer.write(int(index), texts[row], pairs["image"][row], labels, facts)
+                prompt = prompts[index % len(prompts)]
+                writer.write(int(index), prompt, pairs["image"][row], labels, facts)
                 bar.update()
     writer.close()
     grid = contact_sheet(out, writer, run)

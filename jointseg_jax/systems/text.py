@@ -50,7 +50,8 @@ class Words:
         table = jax.random.normal(
             jax.random.key(self.seed), (self.vocabulary_size, self.width), jnp.float32
         )
-        return table[text]
+        # jnp.take answers NaN for an id outside the table: loud, where clamping would be silent
+        return jnp.take(table, text, axis=0)
 
     def empty(self, batch: int) -> Array:
         """Token ids of the empty prompt."""

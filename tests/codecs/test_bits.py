@@ -15,10 +15,16 @@ SPECIALS = [("code", "code"), ("zero", "code"), ("forbid", "code"), ("code", "ze
 SPECIALS += [("forbid", "zero")]
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def coded(codec, ids, noise):
-    latents = codec.encode(codec.init(jax.random.key(0)), ids)
-    return latents, *codec.decode_with_confidence({}, latents + noise)
+READINGS = [("lsb", "threshold"), ("msb", "threshold"), ("msb", "snap")]
+
+
+def codecs(special, sizes, **fields):
+    void, background = special
+    return [
+        Bits(classes=n, void=void, background=background, order=o, decoding=d, **fields)
+        for n in sizes
+        for o, d in READINGS
+    ]
 
 
 def every_id(codec):
@@ -26,15 +32,21 @@ def every_id(codec):
     return np.kron(ids.reshape(1, 1, -1), np.ones((1, codec.pool, codec.pool), int))
 
 
-@pytest.mark.parametrize("classes", [2, 16, 133])
+@functools.partial(jax.jit, static_argnums=0)
+def coded(codecs, maps, noises):
+    """All in one program: compiling is what takes the time."""
+    encoded = [c.encode(c.init(jax.random.key(0)), x) for c, x in zip(codecs, maps)]
+    noisy = [x + n for x, n in zip(encoded, noises)]
+    return encoded, [c.decode_with_confidence({}, x) for c, x in zip(codecs, noisy)]
+
+
 @pytest.mark.parametrize("special", SPECIALS)
-def test_every_id_returns_exactly(classes, special):
-    made = dict(classes=classes, void=special[0], background=special[1], scale=0.3)
-    for order, decoding in (("lsb", "threshold"), ("msb", "threshold"), ("msb", "snap")):
-        codec = Bits(**made, order=order, decoding=decoding)
-        ids = every_id(codec)
-        latents, labels, confidence = coded(codec, ids, 0.0)
-        np.testing.assert_array_equal(labels, ids)
+def test_every_id_returns_exactly(special):
+    made = codecs(special, (2, 16, 17, 133), scale=0.3)
+    maps = [every_id(c) for c in made]
+    encoded, decoded = coded(tuple(made), maps, [0.0] * len(made))
+    for codec, ids, latents, (labels, confidence) in zip(made, maps, encoded, decoded):
+        np.testing.assert_array_equal(labels, ids, err_msg=str(codec))
         assert latents.dtype == jnp.float32 and labels.dtype == jnp.int32
         # the nearest other codeword is one bit away (exp(-8) at noise 1/2), the origin at most
         # half the bits (exp(-2 bits)): an exact codeword is always the likely one
@@ -42,28 +54,17 @@ def test_every_id_returns_exactly(classes, special):
 
 
 @pytest.mark.parametrize("special", SPECIALS)
-@pytest.mark.parametrize("pool", [1, 2])
-@pytest.mark.parametrize(("order", "decoding"), [("lsb", "threshold"), ("msb", "snap")])
-def test_noise_below_the_threshold_changes_nothing(special, order, decoding, pool):
-    codec = Bits(
-        classes=21,
-        void=special[0],
-        background=special[1],
-        order=order,
-        decoding=decoding,
-        pool=pool,
-        scale=2.0,
-    )
-    ids = every_id(codec)
-    shape = codec.latent_shape(ids.shape[1:])
-    # The bound holds at codewords one bit apart; half of it where the origin is a codeword, and
-    # for snap, where noise in all channels together may point at a neighbour beyond it.
-    reach = codec.scale if "zero" not in special and decoding == "threshold" else codec.scale / 2
-    sign = np.random.default_rng(0).choice([-1.0, 1.0], (8, *shape)).astype(np.float32)
-    ids = np.repeat(ids, 8, axis=0)
-    latents, labels, _ = coded(codec, ids, 0.999 * reach * sign)
-    assert latents.shape[1:] == shape
-    np.testing.assert_array_equal(labels, ids)
+def test_noise_below_the_threshold_changes_nothing(special):
+    made = [c for pool in (1, 2) for c in codecs(special, (21,), pool=pool, scale=2.0)]
+    maps = [np.repeat(every_id(c), 8, axis=0) for c in made]
+    shapes = [(8, *c.latent_shape(x.shape[1:])) for c, x in zip(made, maps)]
+    reach = 0.999 * (1.0 if "zero" in special else 2.0)  # half where the origin is a codeword
+    signs = np.random.default_rng(0)
+    noises = [np.float32(reach) * signs.choice([-1, 1], s).astype(np.float32) for s in shapes]
+    encoded, decoded = coded(tuple(made), maps, noises)
+    for codec, ids, shape, latents, (labels, _) in zip(made, maps, shapes, encoded, decoded):
+        assert latents.shape == shape
+        np.testing.assert_array_equal(labels, ids, err_msg=str(codec))
 
 
 def test_the_table_of_specials():
@@ -131,7 +132,7 @@ def test_pooled_maps_are_fixed_points(pool, pooling):
     codec = Bits(classes=9, pool=pool, pooling=pooling)
     raw = np.random.default_rng(0).integers(-1, 9, (2, 16, 24))
     there_and_back = jax.jit(lambda x: codec.decode({}, codec.encode({}, x)))
-    once = there_and_back(raw)
+    once = np.asarray(there_and_back(raw))
     assert once.shape == raw.shape
     np.testing.assert_array_equal(there_and_back(once), once)
     np.testing.assert_array_equal(once[:, ::pool, ::pool], once[:, pool - 1 :: pool, ::pool])

@@ -69,7 +69,7 @@ def test_pooling_loses_edges_first(run):
 
 
 def test_real_pairs_align_and_shuffled_ones_do_not(run):
-    prompts, real = loop.references(run, 5)
+    prompts, _, real = loop.references(run, 5)
     assert prompts == [SCENES[i]["captions"][0] for i in range(20)]
     report = loop.pairs_report(run, true_pairs(), real, loop.find_judge(run), seed=0)
     assert report["alignment_miou"] > 0.95  # the oracle is right on >= 99 % of the pixels
@@ -81,7 +81,7 @@ def test_real_pairs_align_and_shuffled_ones_do_not(run):
 
 
 def test_masks_of_other_captions_and_void_ones_have_other_counts(run):
-    _, real = loop.references(run, 20)
+    _, _, real = loop.references(run, 20)
     shifted = true_pairs()[1:] + true_pairs()[:1]
     report = loop.pairs_report(run, shifted, real, loop.find_judge(run), seed=0)
     assert 0.1 < report["mcd"] <= 2 and report["alignment_miou"] > 0.95
@@ -92,7 +92,7 @@ def test_masks_of_other_captions_and_void_ones_have_other_counts(run):
 
 
 def test_more_pairs_than_captions_start_over(run):
-    _, real = loop.references(run, 20)
+    _, _, real = loop.references(run, 20)
     report = loop.pairs_report(run, true_pairs() * 2, real, None, seed=3)
     assert report["mcd"] == 0.0
 
@@ -102,7 +102,7 @@ def test_without_a_judge_the_fields_are_null_and_the_log_says_why(run, caplog):
     with caplog.at_level(logging.INFO, logger="jointseg_jax"):
         assert loop.find_judge(run) is None
     assert "config.evaluate.judge is empty" in caplog.text
-    _, real = loop.references(run, 5)
+    _, _, real = loop.references(run, 5)
     report = loop.pairs_report(run, true_pairs(), real, None, seed=0)
     fields = ("judge", "alignment_miou", "chance_miou", "alignment_per_class")
     assert [report[f] for f in fields] == [None] * 4
@@ -110,7 +110,7 @@ def test_without_a_judge_the_fields_are_null_and_the_log_says_why(run, caplog):
 
 
 def test_one_pair_has_no_chance_level(run):
-    _, real = loop.references(run, 1)
+    _, _, real = loop.references(run, 1)
     report = loop.pairs_report(run, true_pairs(1), real, loop.find_judge(run), seed=0)
     assert report["chance_miou"] is None and report["alignment_miou"] > 0.9
 
