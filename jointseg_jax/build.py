@@ -21,7 +21,7 @@ def build(
 
     Args:
       table: the names that may stand here and what each constructs.
-      spec: ``name`` and keyword arguments; a ``ConfigDict`` or a plain dict.
+      spec: ``name`` and keyword arguments, left as it is.
       where: the config path of ``spec``, for messages (``"system.denoiser"``).
       extra: arguments the caller supplies; a spec may not set them.
 
@@ -34,7 +34,8 @@ def build(
     name = arguments.pop("name")
     if name not in table:
         raise UserError(
-            f"config.{where}.name: {name!r} is unknown{_closest(name, table)}; one of: {', '.join(sorted(table))}."
+            f"config.{where}.name: {name!r} is unknown{_closest(name, table)}; "
+            f"one of: {', '.join(sorted(table))}."
         )
     constructor = table[name]
     accepted = [
@@ -47,8 +48,8 @@ def build(
     unknown = sorted(set(arguments) - set(accepted))
     if unknown:
         raise UserError(
-            f"config.{where}: {name} has no field {', '.join(map(repr, unknown))}{_closest(unknown[0], accepted)}; "
-            f"its fields: {', '.join(accepted)}."
+            f"config.{where}: {name} has no field {', '.join(map(repr, unknown))}"
+            f"{_closest(unknown[0], accepted)}; its fields: {', '.join(accepted)}."
         )
     try:
         return constructor(**arguments, **extra)

@@ -6,6 +6,7 @@ are kept in the workdir, so that sampling and evaluation need the workdir alone.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -18,7 +19,7 @@ from jointseg_jax.codecs.table import CODECS
 from jointseg_jax.data import text as data_text
 from jointseg_jax.data.classes import Classes
 from jointseg_jax.data.features import WithFeatures
-from jointseg_jax.data.records import Source
+from jointseg_jax.data.records import BadSample, Source
 from jointseg_jax.data.table import SOURCES, TRANSFORMS
 from jointseg_jax.models.uvit import UViT
 from jointseg_jax.systems.autoencode import Autoencode
@@ -64,7 +65,8 @@ def facts(source: Source, *, captions: int = 512) -> Facts:
     """The facts of a data source; its first captions serve as prompts when none are given."""
     found = []
     for i in range(min(captions, len(source))):
-        found += list(source[i]["captions"])[:1]
+        with contextlib.suppress(BadSample):  # the pipeline reports it, by policy
+            found += source[i]["captions"][:1]
     return Facts(source.classes, tuple(source.words()), tuple(found))
 
 

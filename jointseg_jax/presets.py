@@ -69,16 +69,34 @@ def run(**changes: Any) -> dict[str, Any]:
     return settings | changes
 
 
-def scenes(size: int, **changes: Any) -> dict[str, Any]:
-    """The embedded procedural source: endless training scenes, 2,000 held-out ones."""
-    source = {"name": "scenes", "size": size}
+def scenes(
+    size: int,
+    *,
+    things: int = 5,
+    thing_size: tuple[float, float] = (0.25, 0.5),
+    texture: float = 1.0,
+) -> dict[str, Any]:
+    """The embedded procedural source: endless training scenes, 2,000 held-out ones.
+
+    Args:
+      things: most things in a scene.
+      thing_size: smallest and largest diameter, as a part of the side.
+      texture: strength of stripes, dots and grain.
+    """
+    source = {
+        "name": "scenes",
+        "size": size,
+        "max_things": things,
+        "thing_size": thing_size,
+        "texture": texture,
+    }
     return {
         "train": source | {"split": "train"},
         "val": source | {"split": "val", "count": 2000},
         "transforms": {},
         "workers": 0,
         "threads": 1,
-    } | changes
+    }
 
 
 def crops(size: tuple[int, int], *, mode: str = "crop", flip: float = 0.5) -> dict[str, Any]:

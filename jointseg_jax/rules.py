@@ -9,7 +9,7 @@ no leaf are errors, so that a renamed parameter cannot silently change its treat
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -28,7 +28,24 @@ def path_of(key_path: Sequence[Any]) -> str:
 
 def paths(tree: Any) -> list[str]:
     """The path of every leaf, in flattening order."""
-    return [path_of(p) for p, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
+    return list(by_path(tree))
+
+
+def by_path(tree: Any) -> dict[str, Any]:
+    """Every leaf under its path."""
+    return {path_of(p): leaf for p, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """The nested dict that ``by_path`` makes ``leaves`` of."""
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        *folders, name = path.split("/")
+        node = tree
+        for folder in folders:
+            node = node.setdefault(folder, {})
+        node[name] = leaf
+    return tree
 
 
 def match(tree: Any, rules: Rules, *, where: str, prefix: str = "", dead: str = "raise") -> Any:

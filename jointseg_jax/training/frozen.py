@@ -19,10 +19,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load_file, save_file
 
-from jointseg_jax import compose
+from jointseg_jax import compose, rules
 from jointseg_jax.types import UserError
 
 
@@ -46,8 +45,7 @@ def load(workdir: Path, config: Mapping[str, Any]) -> tuple[dict[str, Any], dict
         if not file.exists() or _sha256(file) != record["sha256"]:
             raise UserError(f"{file}: missing or not the file that {path.name} describes (sha256).")
         specs[stream] = record["codec"]
-        flat = {tuple(k.split("/")): jnp.asarray(v) for k, v in load_file(file).items()}
-        params[stream] = unflatten_dict(flat)
+        params[stream] = rules.nested({k: jnp.asarray(v) for k, v in load_file(file).items()})
     return specs, params
 
 
@@ -76,8 +74,7 @@ def gather(
             codec_spec["scale"] = scale
         target.parent.mkdir(parents=True, exist_ok=True)
         file = target.with_suffix(".safetensors")
-        flat = {"/".join(k): np.asarray(v) for k, v in flatten_dict(params).items()}
-        save_file(flat, file)
+        save_file({k: np.asarray(v) for k, v in rules.by_path(params).items()}, file)
         record = {"codec": codec_spec, "from": spec["workdir"], "sha256": _sha256(file)}
         target.write_text(json.dumps(record, indent=1) + "\n")
 

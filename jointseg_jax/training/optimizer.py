@@ -1,6 +1,6 @@
 """Optimizers and learning-rate schedules from optax, chosen by name.
 
-``update = clip -> adamw(schedule, decay where the rules say so) -> lr_scale by rules``
+``update = clip -> direction -> decay where the rules say so -> -lr(step) -> lr_scale by rules``
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ MATRICES: rules.Rules = (
     (r"/qkv/kernel$", ((-4,), (-2, -1))),  # queries, keys and values apart
     (r"/attn/out/kernel$", ((-3, -2), (-1,))),
     (r"double_\d+/kernel$", ((-2,), (-4, -3, -1))),
-    (r"/conv/kernel$", ((-4, -3, -2), (-1,))),
+    (r"/(conv(_\w+)?|widen_\d+|halve_\d+)/kernel$", ((-4, -3, -2), (-1,))),
     (r"/kernel$", ((-2,), (-1,))),
     (r"", None),
 )
@@ -83,7 +83,8 @@ class AdamW:
             raise ValueError(f"b1, b2 = {self.b1}, {self.b2} must lie in [0, 1).")
         if self.weight_decay < 0 or self.clip < 0 or self.eps <= 0:
             raise ValueError(
-                f"weight_decay {self.weight_decay} and clip {self.clip} must be >= 0, eps {self.eps} > 0."
+                f"weight_decay {self.weight_decay} and clip {self.clip} must be >= 0, "
+                f"eps {self.eps} > 0."
             )
         lr, warmup = self.schedule.get("lr", 0.0), self.schedule.get("warmup", 0)
         if lr <= 0 or warmup < 0:
@@ -95,26 +96,20 @@ class AdamW:
 
     def build(self, steps: int) -> optax.GradientTransformation:
         """The optax transformation for a run of ``steps`` updates."""
-
-        def decayed(params: Any) -> Any:
-            return rules.match(
-                params, self.decay, where="optimizer.decay", prefix="params/", dead="allow"
-            )
-
         parts = [optax.clip_by_global_norm(self.clip)] if self.clip else []
-        parts += [
-            optax.adamw(
-                self.learning_rate(steps),
-                b1=self.b1,
-                b2=self.b2,
-                eps=self.eps,
-                weight_decay=self.weight_decay,
-                mask=decayed,
-                mu_dtype=self.mu_dtype,
-            ),
-            _scaled(self.lr_scale),
-        ]
-        return optax.chain(*parts)
+        descent = optax.chain(
+            self._direction(),
+            optax.add_decayed_weights(self.weight_decay, self._decayed),
+            optax.scale_by_learning_rate(self.learning_rate(steps)),
+        )
+        return optax.chain(*parts, descent, _scaled(self.lr_scale))
+
+    def _direction(self) -> optax.GradientTransformation:
+        return optax.scale_by_adam(self.b1, self.b2, self.eps, mu_dtype=self.mu_dtype)
+
+    def _decayed(self, params: Any) -> Any:
+        where = "optimizer.decay"
+        return rules.match(params, self.decay, where=where, prefix="params/", dead="allow")
 
 
 def _scaled(scales: rules.Rules) -> optax.GradientTransformation:
@@ -137,7 +132,7 @@ class Muon(AdamW):
     Attributes:
       matrices: path rules, see ``MATRICES``.
       beta: momentum of the matrices; ``b1``, ``b2`` and ``eps`` are those of the AdamW part.
-      lr_ratio: AdamW's learning rate as a part of Muon's.
+      lr_ratio: length of AdamW's steps as a part of Muon's; the decay is alike for both.
 
     Source: Jordan et al. 2024, as in optax.contrib.muon.
     """
@@ -146,18 +141,15 @@ class Muon(AdamW):
     beta: float = 0.95
     lr_ratio: float = 1.0
 
-    def _update(self, steps: int) -> optax.GradientTransformation:
-        schedule = self.learning_rate(steps)
+    def _direction(self) -> optax.GradientTransformation:
         return optax.contrib.muon(
-            schedule,
+            -1.0,  # optax multiplies by minus the learning rate, which is applied later
             beta=self.beta,
             eps=self.eps,
-            weight_decay=self.weight_decay,
-            weight_decay_mask=self._decayed,
             mu_dtype=self.mu_dtype,
             adam_b1=self.b1,
             adam_b2=self.b2,
-            adam_learning_rate=lambda step: self.lr_ratio * schedule(step),
+            adam_learning_rate=-self.lr_ratio,
             muon_weight_dimension_numbers=self._matrices,
         )
 

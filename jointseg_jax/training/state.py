@@ -13,19 +13,20 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jointseg_jax.types import Array
-
 
 @flax.struct.dataclass
 class TrainState:
-    """Everything that an update reads and writes. The data position is ``step``."""
+    """Everything that an update reads and writes; the data position is ``step``.
+
+    The leaves are arrays, or shapes or shardings in their place.
+    """
 
     params: Any
     opt: Any
     ema: Any
-    step: Array
-    skipped: Array  # updates refused in a row because loss or gradient was not finite
-    retries: Array  # roll-backs so far; folded into the noise keys so that a retry differs
+    step: Any
+    skipped: Any  # updates refused in a row because loss or gradient was not finite
+    retries: Any  # roll-backs so far; folded into the noise keys so that a retry differs
 
 
 def split(params: Any, trainable: Any) -> tuple[Any, Any]:

@@ -21,8 +21,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import traverse_util
 
+from jointseg_jax.rules import by_path, nested
 from jointseg_jax.types import UserError
 
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
@@ -91,7 +91,7 @@ def to_ours(weights: Weights, table: Table) -> dict[str, Any]:
     _compare(weights, table.reference_shapes(), table.idle, where=f"{table.name} weights")
     flat = _apply(table, weights, "ours")
     flat = {p: np.ascontiguousarray(a, dtype=np.float32) for p, a in flat.items()}
-    return traverse_util.unflatten_dict(flat, sep="/")
+    return nested(flat)
 
 
 def to_theirs(params: Mapping[str, Any], table: Table) -> dict[str, np.ndarray]:
@@ -100,7 +100,7 @@ def to_theirs(params: Mapping[str, Any], table: Table) -> dict[str, np.ndarray]:
     Raises:
       UserError: parameters missing, left over, or of another shape.
     """
-    flat = {p: np.asarray(a) for p, a in traverse_util.flatten_dict(params, sep="/").items()}
+    flat = {p: np.asarray(a) for p, a in by_path(params).items()}
     _compare(flat, table.shapes, (), where=f"parameters to write as {table.name}")
     flat = _apply(table, flat, "theirs")
     return {key: np.ascontiguousarray(a, dtype=np.float32) for key, a in flat.items()}

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from jointseg_jax.codecs.label_ae import LabelAE
-from jointseg_jax.rules import path_of
+from jointseg_jax.rules import by_path, nested
 from jointseg_jax.types import UserError
 
 
@@ -52,7 +52,7 @@ def from_reference(codec: LabelAE, tensors: Mapping[str, np.ndarray]) -> dict[st
     _same_names({r.reference for r in renames}, set(tensors), "reference weights")
     flat = {r.path: _turned(tensors[r.reference], r.axes) for r in renames}
     _same_shapes(codec, flat)
-    return _nested(flat)
+    return nested(flat)
 
 
 def to_reference(codec: LabelAE, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -62,7 +62,7 @@ def to_reference(codec: LabelAE, params: Mapping[str, Any]) -> dict[str, np.ndar
       UserError: parameters missing, left over, or of another shape than the codec's.
     """
     renames = table(codec)
-    flat = _flat(params)
+    flat = by_path(params)
     _same_names({r.path for r in renames}, set(flat), "parameters")
     _same_shapes(codec, flat)
     return {
@@ -113,21 +113,6 @@ def _layer(reference: str, path: str, axes: tuple[int, ...] | None) -> Iterator[
     yield Rename(reference + ".bias", path + "/bias", None)
 
 
-def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:
-    return {path_of(p): leaf for p, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
-
-
-def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for path, leaf in flat.items():
-        *folders, name = path.split("/")
-        node = tree
-        for folder in folders:
-            node = node.setdefault(folder, {})
-        node[name] = leaf
-    return tree
-
-
 def _turned(tensor: np.ndarray, axes: tuple[int, ...] | None) -> np.ndarray:
     if axes is None:
         return tensor
@@ -154,7 +139,7 @@ def _same_shapes(codec: LabelAE, flat: Mapping[str, Any]) -> None:
     shapes = jax.eval_shape(codec.init, jax.random.key(0))
     wrong = [
         f"{path} is {flat[path].shape}, the codec needs {leaf.shape}"
-        for path, leaf in _flat(shapes).items()
+        for path, leaf in by_path(shapes).items()
         if tuple(flat[path].shape) != leaf.shape
     ]
     if wrong:

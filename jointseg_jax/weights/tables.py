@@ -28,10 +28,10 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 from einops import rearrange
-from flax import traverse_util
 
 from jointseg_jax.models.streams import Patches
 from jointseg_jax.models.uvit import UViT
+from jointseg_jax.rules import by_path
 from jointseg_jax.types import UserError
 from jointseg_jax.weights.convert import Entry, Layout, Table, Weights
 
@@ -246,8 +246,7 @@ def parameter_shapes(module: UViT) -> dict[str, tuple[int, ...]]:
     """The shape of every parameter by path, blocks unrolled; nothing is computed."""
     unrolled = module.clone(scan=False)
     shapes = jax.eval_shape(unrolled.init, jax.random.key(0), **unrolled.input_shapes())
-    flat = traverse_util.flatten_dict(shapes["params"], sep="/")
-    return {path: value.shape for path, value in flat.items()}
+    return {path: value.shape for path, value in by_path(shapes["params"]).items()}
 
 
 def _theirs(names: Reference, ours: str) -> tuple[str, ...] | None:

@@ -21,6 +21,10 @@ def small(**fields):
     return LabelAE(**({"classes": 5} | SMALL | fields))
 
 
+def normal(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
 @functools.lru_cache
 def started(codec):
     """Parameters drawn by numpy, as ``init`` would: forty random draws take XLA long to compile."""
@@ -65,7 +69,7 @@ def test_published_parameter_counts(classes, parameters):
 
 def test_doubling_is_a_transposed_convolution():
     module = Double(5)
-    x = jax.random.normal(jax.random.key(0), (2, 3, 4, 7))
+    x = normal(0, 2, 3, 4, 7)
     params = module.init(jax.random.key(1), x)["params"]
     want = nn.ConvTranspose(5, (2, 2), strides=(2, 2), padding="VALID").apply(
         {"params": {"kernel": params["kernel"][::-1, ::-1], "bias": params["bias"]}}, x
@@ -117,7 +121,7 @@ def test_shapes_and_scale(fields):
 
 
 def test_unit_scale_gives_unit_spread():
-    latents = jax.random.normal(jax.random.key(0), (4, 8, 8, 3)) * 7 + 2
+    latents = normal(0, 4, 8, 8, 3) * 7 + 2
     assert float(jnp.std(unit_scale(latents) * latents)) == pytest.approx(1, rel=1e-5)
 
 
@@ -137,7 +141,7 @@ def test_samples_follow_their_own_keys():
 
 
 def test_void_pixels_neither_cost_nor_teach():
-    logits = jax.random.normal(jax.random.key(0), (1, 4, 4, 5))
+    logits = normal(0, 1, 4, 4, 5)
     labels = jnp.arange(16).reshape(1, 4, 4) % 5
     half = labels.at[:, 2:].set(VOID)
     want = -jax.nn.log_softmax(logits)[0, :2].reshape(-1, 5)[jnp.arange(8), labels[0, :2].ravel()]

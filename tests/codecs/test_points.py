@@ -9,6 +9,10 @@ from jointseg_jax.codecs.points import Draws, PointLoss, _bilinear, mask_losses,
 from jointseg_jax.types import VOID
 
 
+def normal(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
 def keys(seed, count=1):
     return jax.random.split(jax.random.key(seed), count)
 
@@ -85,7 +89,7 @@ def test_void_points_do_not_count():
     void = labels.at[:, :, :4].set(VOID)
     loss = PointLoss(points=128, importance=0.5)
     draws = draw(loss, 2, 3)
-    logits = 0.1 * jax.random.normal(jax.random.key(3), (1, 16, 16, 3))
+    logits = 0.1 * normal(3, 1, 16, 16, 3)
     masks = jax.jit(loss.mask_points)(logits, void, draws)
     left = np.asarray(draws.mask_fresh[0, :2, :, 0]) < 4 / 16
     np.testing.assert_array_equal(~left, masks.counted[0, :2, loss.kept :])
@@ -99,7 +103,7 @@ def test_void_points_do_not_count():
 
 def test_slots_beyond_the_present_classes_change_nothing():
     labels = halves()
-    logits = jax.random.normal(jax.random.key(4), (1, 16, 16, 7))
+    logits = normal(4, 1, 16, 16, 7)
     loss = PointLoss(points=16)
     wide = draw(loss, 5, 7)
     narrow = Draws(*wide[:2], *(d[:, :2] for d in wide[2:]))

@@ -257,6 +257,7 @@ def test_workers_change_nothing_not_even_the_reports(disk):
         assert one.keys() == other.keys() == {"image", "labels", "index"}
         for key, value in one.items():
             np.testing.assert_array_equal(value, other[key])
+            assert type(other[key]) is np.ndarray  # not memory shared with a worker
     (report,) = reports
     assert report["index"] == 3 and report["replaced_by"] == 4
     assert f"{disk.image('a3')}: the file is truncated" in report["error"]
