@@ -85,11 +85,13 @@ def match(tree: Any, rules: Rules, *, where: str, prefix: str = "", dead: str = 
     if unmatched:
         shown = ", ".join(unmatched[:5])
         raise UserError(
-            f"{where} rules: {len(unmatched)} leaves match no rule, first: {shown}. Add a rule for them."
+            f"{where} rules: {len(unmatched)} leaves match no rule, first: {shown}. Add a rule for "
+            "them."
         )
     unused = [rules[i][0] for i, u in enumerate(used) if not u]
     if unused and dead == "raise":
         raise UserError(
-            f"{where} rules: no leaf matches {', '.join(map(repr, unused))}. Remove or mend the rule (see rules.paths)."
+            f"{where} rules: no leaf matches {', '.join(map(repr, unused))}. Remove or mend the "
+            "rule (see rules.paths)."
         )
     return values

@@ -143,9 +143,7 @@ def test_the_layers_of_scanned_blocks_are_never_split():
     state = {"out_blocks": {"kernel": leaf, "0": {"kernel": leaf}}}
     specs = {k: spec for k, (_, spec) in places(state, ((r"", "fsdp"),), mesh()).items()}
     assert specs["out_blocks/kernel"] == P(None, "fsdp", None)
-    assert specs["out_blocks/0/kernel"] == P(
-        "fsdp", None, None
-    )  # unrolled: the first axis is a width
+    assert specs["out_blocks/0/kernel"] == P("fsdp", None, None)  # unrolled
 
 
 def test_an_explicit_spec_may_come_from_json():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from jointseg_jax.types import Array, Params
 
@@ -11,6 +11,7 @@ Batch = Mapping[str, Array]
 Pairs = dict[str, Array]
 
 
+@runtime_checkable
 class Objective(Protocol):
     """Something with parameters and a loss."""
 
@@ -29,6 +30,7 @@ class Objective(Protocol):
         ...
 
 
+@runtime_checkable
 class Generator(Protocol):
     """Something that makes pairs."""
 

@@ -92,7 +92,8 @@ def _of_run(workdir: Path, known: compose.Facts, stream: str) -> tuple[dict[str,
     if run.facts.classes.names != known.classes.names:
         raise UserError(
             f"config.system.streams.{stream}.codec: {workdir} was trained on "
-            f"{_difference(run.facts.classes.names, known.classes.names)}. Train the codec on this data."
+            f"{_difference(run.facts.classes.names, known.classes.names)}. "
+            "Train the codec on this data."
         )
     return dict(spec["codec"]), run.params
 
