@@ -18,10 +18,11 @@ from jointseg_jax import presets
 
 SMALL = {
     "name": "label_ae",
-    "widths": (16, 32, 64, 96),
-    "middle_width": 96,
+    "patch": 2,
+    "widths": (32, 64, 128),
+    "middle_width": 128,
     "middle_blocks": 2,
-    "up_widths": (96, 64, 32),
+    "up_widths": (96, 64),
     "groups": 16,
 }
 
@@ -45,9 +46,9 @@ def get_config(arg: str = "") -> ConfigDict:
         config |= {"log": {"every": 2}, "checkpoint": {"every": 2, "keep": 2}}
         config["system"] |= {"size": (32, 32)}
         config["system"]["codec"] |= {
-            "widths": (8, 8, 8, 8),
+            "widths": (8, 8, 16),
             "middle_width": 16,
-            "up_widths": (8, 8, 8),
+            "up_widths": (8, 8),
             "groups": 4,
         }
         config["data"]["val"]["count"] = 32
@@ -60,25 +61,28 @@ def scenes() -> dict:
 
 
 def folders() -> dict:
-    """A folder data set: random 128-px crops at scales from whole to native resolution."""
+    """A folder data set: 128-px crops of maps whose shorter side is 256 to 512 px."""
     data = presets.dataset("folders", (128, 128), workers=0, threads=2)
-    data["transforms"]["resize"]["random_scale"] = (1.0, 2.0)
-    return small(data, (128, 128), steps=10_000)
+    data["transforms"]["resize"]["random_scale"] = (2.0, 4.0)
+    config = small(data, (128, 128), steps=2500)
+    # validated as the paper does: shorter side 512, centre crop
+    resize = {"name": "resize", "size": (512, 512), "mode": "crop"}
+    return config | {"evaluate": {"judge": "", "transforms": {"resize": resize}}}
 
 
 def small(data: dict, size: tuple[int, int], *, steps: int) -> dict:
     """A codec of less than 2 M parameters."""
     return presets.run(
         steps=steps,
-        batch=16,
-        ema=0.999,
+        batch=8,
+        ema=0.99,
         data=data,
         system={"name": "autoencode", "size": size, "codec": dict(SMALL)},
         optimizer={
-            "name": "adamw",
+            "name": "muon",
             "b2": 0.99,
             "clip": 1.0,
-            "schedule": {"name": "cosine", "lr": 2e-3, "warmup": 200},
+            "schedule": {"name": "cosine", "lr": 1e-2, "warmup": 100},
         },
         preview={"every": 1000, "count": 8},
     )

@@ -19,7 +19,7 @@ def get_config(arg: str = "") -> ConfigDict:
     size = 32  # pixels
     cosine = {"name": "cosine"}
     config = presets.run(
-        steps=1800,
+        steps=2000,
         batch=32,
         ema=0.995,
         data=presets.scenes(size, things=2, thing_size=(0.4, 0.6), texture=0.3),
@@ -47,7 +47,6 @@ def get_config(arg: str = "") -> ConfigDict:
                 "heads": 4,
                 "time_tokens": ("image",),
                 "time_mlp": True,
-                "position": "normal",
                 "share": ("image", "mask"),  # half the tokens: time matters most here
             },
             "text": {"name": "words", "width": 128, "length": 24},

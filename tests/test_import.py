@@ -28,8 +28,7 @@ alone = sorted(sys.modules)
 names = [m.name for m in pkgutil.walk_packages(jointseg_jax.__path__, "jointseg_jax.")]
 for name in names:
     importlib.import_module(name)
-loaded = sorted(m for m in sys.modules if m.split(".")[0] in FOREIGN)
-print(json.dumps({"names": names, "loaded": loaded, "asked": asked, "alone": alone}))
+print(json.dumps({"names": names, "asked": asked, "alone": alone}))
 """
 
 
@@ -44,6 +43,5 @@ def test_every_module_imports_without_tensorflow_and_torch():
         for path in (ROOT / "jointseg_jax").rglob("*.py")
     }
     assert {*found["names"], "jointseg_jax"} == files
-    assert not found["loaded"]
-    assert not [name for name in found["asked"] if name.split(".")[0] == "torch"] or True
+    assert not found["asked"]  # not even by a library that would do without
     assert "jax" not in found["alone"]  # the name and version alone cost nothing

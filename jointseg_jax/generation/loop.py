@@ -41,12 +41,17 @@ def with_options(system: Joint, *, steps: int | None, guidance: float | None) ->
             f"the streams of this run decode to {kinds}; sampling writes an image and its labels. "
             "A run on cached latents needs an image codec that can decode them in their stead."
         )
-    if steps is not None:
-        system = dataclasses.replace(system, solver=dataclasses.replace(system.solver, steps=steps))
-    if guidance is not None:
-        streams = {k: dataclasses.replace(s, guidance=guidance) for k, s in system.streams.items()}
-        system = dataclasses.replace(system, streams=streams)
-    return system
+    changes: dict[str, Any] = {}
+    try:
+        if steps is not None:
+            changes["solver"] = dataclasses.replace(system.solver, steps=steps)
+        if guidance is not None:
+            changes["streams"] = {
+                k: dataclasses.replace(s, guidance=guidance) for k, s in system.streams.items()
+            }
+        return dataclasses.replace(system, **changes)
+    except ValueError as error:
+        raise UserError(f"--steps {steps}, --guidance {guidance}: {error}") from error
 
 
 def generator(run: Run, system: Joint, *, per_device: int = PER_DEVICE) -> Callable:

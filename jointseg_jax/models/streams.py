@@ -256,33 +256,12 @@ class TokensOut(nn.Module):
         return linear(self.spec.width, "expand", jnp.float32)(x) if self.spec.inner else x
 
 
-def sincos(key, shape, dtype=jnp.float32):
-    """Initial positions that already tell near from far: sines and cosines of row and column.
-
-    Source: ViT of MAE (arXiv 2111.06377), appendix A.1, with wavelengths of 4 to 400 cells.
-    """
-    del key
-    rows, columns, width = shape
-    quarter = width // 4
-    frequencies = jnp.pi / 2 * 100.0 ** (-jnp.arange(quarter) / quarter)
-    grid = jnp.meshgrid(jnp.arange(rows), jnp.arange(columns), indexing="ij")
-    angles = [axis[..., None] * frequencies.reshape(1, 1, -1) for axis in grid]
-    waves = [wave(a) for a in angles for wave in (jnp.sin, jnp.cos)]
-    table = jnp.concatenate(waves, axis=-1)
-    return jnp.pad(table, ((0, 0), (0, 0), (0, width - 4 * quarter))).astype(dtype)
-
-
-POSITIONS = {"normal": normal, "sincos": sincos}
-"""Initial values of the positions of a patch grid."""
-
-
 class PatchesIn(nn.Module):
     """A grid of latents to tokens, with positions resized to the grid's size."""
 
     spec: Patches
     width: int
     dtype: Any
-    position: str = "normal"
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch h w c"]) -> Float[Array, "batch tokens width"]:
@@ -295,8 +274,7 @@ class PatchesIn(nn.Module):
             name="project",
         )
         native = self.spec.cells(self.spec.grid)
-        start = POSITIONS[self.position]
-        position = self.param("position", start, (*native, self.width))
+        position = self.param("position", normal, (*native, self.width))
         position = resize_position(position, self.spec.cells(x.shape[1:3]))
         tokens = project(patchify(x.astype(self.dtype), self.spec.patch))
         return tokens + position.reshape(1, -1, self.width).astype(self.dtype)

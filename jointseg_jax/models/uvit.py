@@ -32,7 +32,6 @@ from jaxtyping import Array
 
 from jointseg_jax.models.layers import ATTENTION, Block, layer_norm
 from jointseg_jax.models.streams import (
-    POSITIONS,
     IndexToken,
     Patches,
     PatchesIn,
@@ -89,7 +88,6 @@ class UViT(nn.Module):
       join_norm: a norm after each join; None = only with ``norm="post"``.
       share: patch streams that lie on the same tokens, their embeddings summed: half the tokens for
         an image and its map, at the price of a shared width. The published networks share none.
-      position: initial positions of patch grids, a name of ``streams.POSITIONS``.
       skip: False leaves the long skips out.
       time_mlp: Linear-SiLU-Linear on every time token.
       dtype: of the matrix products; parameters and predictions are float32.
@@ -110,7 +108,6 @@ class UViT(nn.Module):
     norm: str = "pre"
     join_norm: bool | None = None
     share: Any = ()
-    position: str = "normal"
     skip: bool = True
     qkv_bias: bool = False
     time_mlp: bool = False
@@ -178,9 +175,7 @@ class UViT(nn.Module):
             parts.append(TokensIn(self.context, self.width, self.dtype, name="context_in")(text))
         tokens: dict[str, Array] = {}
         for name, spec in self.streams:
-            enter = TokensIn
-            if isinstance(spec, Patches):
-                enter = functools.partial(PatchesIn, position=self.position)
+            enter = PatchesIn if isinstance(spec, Patches) else TokensIn
             x = enter(spec, self.width, self.dtype, name=f"{name}_in")(latents[name])
             home = self.share[0] if name in self.share else name
             tokens[home] = tokens[home] + x if home in tokens else x
@@ -344,7 +339,6 @@ def _check_fields(module: UViT) -> None:
         f"of the streams; given {module.share}",
     )
     choices = {"norm": NORMS, "attention": tuple(ATTENTION), "remat": tuple(REMAT)}
-    choices["position"] = tuple(POSITIONS)
     for field, allowed in choices.items():
         value = getattr(module, field)
         require(value in allowed, f"{field}: one of {', '.join(allowed)}; given {value!r}")

@@ -55,7 +55,7 @@ def make_update(
             return system.loss(merge(chosen, fixed), frozen, batch, keys)
 
         (_, metrics), grads = _accumulated(loss, chosen, batch, keys, accumulate)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
         updates, opt = optimizer.update(grads, state.opt, chosen)
         moved = optax.apply_updates(chosen, updates)
@@ -92,14 +92,14 @@ def _accumulated(
         return gradient(chosen, batch, keys)
 
     def strided(x: Array) -> Array:
-        return jnp.swapaxes(x.reshape((x.shape[0] // parts, parts) + x.shape[1:]), 0, 1)
+        return jnp.swapaxes(x.reshape((x.shape[0] // parts, parts, *x.shape[1:])), 0, 1)
 
     def body(total: Any, part: Any) -> tuple[Any, None]:
         result = gradient(chosen, *part)
         return jax.tree.map(jnp.add, total, result), None
 
     stacked = jax.tree.map(strided, (batch, keys))
-    first = jax.tree.map(lambda x: x[0], stacked)
+    first = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), stacked)
     zeros = jax.tree.map(
         lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(gradient, chosen, *first)
     )

@@ -60,6 +60,7 @@ def autoencoder(case) -> LabelAE:
         latent_channels=model.pop("latent_channels"),
         groups=model.pop("norm_num_groups"),
         latent="sample",
+        scale=model.pop("scaling_factor", 0.2),
         prob_threshold=0.5,
         **model,
     )
@@ -105,10 +106,18 @@ def test_encoder_and_decoder(case):
     for name, value in got.items():
         case.check(name, value, want=channels_last(case.outputs[name]))
     logits = got["decode_z"]
-    np.testing.assert_array_equal(jnp.argmax(logits, -1), case.outputs["decode_z_argmax"])
-    np.testing.assert_array_equal(thresholded, case.outputs["decode_z_pred_thresholded"])
-    low = (confidence < 0.5) & (case.outputs["decode_z_argmax"] != 0)
-    np.testing.assert_array_equal(thresholded != case.outputs["decode_z_argmax"], low)
+    # Labels are exact but where two classes, or a probability and its threshold, are as close as
+    # the tolerance on logits, which leaves the order to rounding.
+    slack = 2 * case.meta["tolerance"]["atol"]
+    best, second = np.moveaxis(jax.lax.top_k(logits, 2)[0], -1, 0)
+    clear = best - second > slack + 2 * case.meta["tolerance"]["rtol"] * abs(best)
+    sure = clear & (abs(confidence - codec.prob_threshold) > slack)
+    assert np.mean(sure) > 0.98
+    labels = jnp.argmax(logits, -1)
+    np.testing.assert_array_equal(labels[clear], case.outputs["decode_z_argmax"][clear])
+    np.testing.assert_array_equal(
+        thresholded[sure], case.outputs["decode_z_pred_thresholded"][sure]
+    )
 
 
 @pytest.mark.cases("jodiffusion_label_vae*")

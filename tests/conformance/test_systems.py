@@ -230,8 +230,7 @@ def test_uvit_sampling_and_loss(case):
 @pytest.mark.cases("unidiffuser_guidance*")
 def test_unidiffuser_guidance(case):
     schedule, given, scale = ScaledLinear(), arrays(case), case.config["scale"] + 1
-    joint = system(case, schedule)
-    denoise = jax.jit(functools.partial(joint.denoise, params_of(case)))
+    joint, params = system(case, schedule), params_of(case)
     state = {"image": given["z"], "clip": given["clip_img"], "text": given["text"]}
     noise = {n: given[f"{k}_noise"] for n, k in NAMES.items()}
     nothing = jnp.broadcast_to(given["empty_text"][None], given["text"].shape)
@@ -243,8 +242,14 @@ def test_unidiffuser_guidance(case):
     picture, words = dict.fromkeys(PICTURE, scale), {"text": scale}
 
     def ask(unconditional, *, image=t, text=t, conditional=None):
-        times = {"image": image, "clip": image, "text": text}
-        return guided(denoise, conditional or Branch(), unconditional)(state, times, jnp.int32(0))
+        @jax.jit
+        def answer(params):
+            denoise = functools.partial(joint.denoise, params)
+            times = {"image": image, "clip": image, "text": text}
+            predict = guided(denoise, conditional or Branch(), unconditional)
+            return predict(state, times, jnp.int32(0))
+
+        return answer(params)
 
     modes = {
         "t2i_true_uncond": (PICTURE, ask([(no_text, picture)], text=clean)),
