@@ -112,6 +112,16 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def global_batch(rows: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """The batch of all hosts from the rows of this one; what only the host needs stays out."""
+    place = batch_sharding(mesh)
+    return {
+        k: jax.make_array_from_process_local_data(place, v)
+        for k, v in rows.items()
+        if k not in ("index", "valid")
+    }
+
+
 def data_parallel(mesh: Mesh) -> int:
     """Number of shards of a batch."""
     return math.prod(mesh.shape[a] for a in LOGICAL_AXES["batch"])

@@ -18,12 +18,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jointseg_jax import compose, pictures, profiling, rules, sharding
 from jointseg_jax.build import build
 from jointseg_jax.data.pipeline import batches
-from jointseg_jax.systems.keys import sample_keys
 from jointseg_jax.training import frozen as frozen_codecs
 from jointseg_jax.training import state as states
 from jointseg_jax.training.checkpoints import Checkpoints
@@ -32,6 +30,7 @@ from jointseg_jax.training.digest import state_digest
 from jointseg_jax.training.lock import WorkdirLock
 from jointseg_jax.training.optimizer import OPTIMIZERS
 from jointseg_jax.training.preemption import Preemption
+from jointseg_jax.training.preview import previewer
 from jointseg_jax.training.step import make_update
 from jointseg_jax.training.telemetry import Telemetry
 from jointseg_jax.training.writers import run_writers
@@ -169,6 +168,20 @@ class _Run:
     def _meta(self) -> dict[str, Any]:
         return compose.plain(self.config) | {"source": compose.plain(self.source.fingerprint())}
 
+    def _previewer(self) -> Callable[[int, states.TrainState], None]:
+        draw = previewer(
+            self.system, self.config, self.facts, self.mesh, self.transforms, self.tokenizer
+        )
+
+        def write(step: int, state: states.TrainState) -> None:
+            sheet = draw(state, self.frozen)
+            folder = self.workdir / "samples"
+            folder.mkdir(exist_ok=True)
+            pictures.save_png(folder / f"{step:08d}.png", sheet)
+            self.writers.images(step, {"samples": sheet})
+
+        return write
+
     def _compile(self, state: states.TrainState, batch: Any) -> Callable:
         update = make_update(
             self.system,
@@ -192,17 +205,6 @@ class _Run:
         self.flops = profiling.step_flops(self.system, compiled, self.config["batch"])
         log.info(profiling.summary(state.params, compiled, time.perf_counter() - start, self.flops))
         return compiled
-
-    def _place(self, host: Mapping[str, np.ndarray]) -> tuple[Any, np.ndarray]:
-        """A global batch from this host's rows, and the record indices of these."""
-        rows = sharding.batch_sharding(self.mesh)
-        indices = host["index"]
-        arrays = {
-            k: jax.make_array_from_process_local_data(rows, v)
-            for k, v in host.items()
-            if k not in ("index", "valid")
-        }
-        return arrays, indices
 
     # --------------------------------------------------------------------- loop
 
@@ -231,9 +233,10 @@ class _Run:
         try:
             while step < steps:
                 start = time.perf_counter()
-                batch, indices = self._place(next(host))
+                rows = next(host)
+                indices, batch = rows["index"], sharding.global_batch(rows, self.mesh)
                 if compiled is None:
-                    compiled, preview = self._compile(state, batch), self._preview()
+                    compiled, preview = self._compile(state, batch), self._previewer()
                     start = time.perf_counter()
                     telemetry = Telemetry(total=steps, batch=self.config["batch"], flops=self.flops)
                 telemetry.waited(time.perf_counter() - start)
@@ -316,50 +319,6 @@ class _Run:
     def _profiled(self, step: int) -> Any:
         window = self.config.get("profile", {"start": -1, "steps": 0})
         return profiling.window(self.workdir / "profile", step, window["start"], window["steps"])
-
-    # ------------------------------------------------------------------ preview
-
-    def _preview(self) -> Callable[[int, states.TrainState], None]:
-        """Writes a picture of fixed samples; the same seeds and records at every step."""
-        count = sharding.data_parallel(self.mesh) * max(
-            1, self.config["preview"]["count"] // sharding.data_parallel(self.mesh)
-        )
-        held_out = compose.source(self.config, "val")
-        from jointseg_jax.data.pipeline import evaluation_batches
-
-        with evaluation_batches(
-            held_out,
-            batch=count,
-            transforms=self.transforms,
-            tokenizer=self.tokenizer.encode if self.tokenizer else None,
-            host=jax.process_index(),
-            hosts=jax.process_count(),
-        ) as source:
-            batch, _ = self._place(next(source))
-        rows = sharding.batch_sharding(self.mesh)
-
-        def pairs(params: Any, ema: Any, frozen: Any, batch: Any) -> dict[str, jax.Array]:
-            keys = sample_keys(self.config["seed"], jnp.arange(count, dtype=jnp.uint32))
-            averaged = states.averaged(params, ema)
-            made = self.system.preview(averaged, frozen, batch, keys)
-            return jax.lax.with_sharding_constraint(made, rows)
-
-        jitted = jax.jit(pairs)
-
-        def write(step: int, state: states.TrainState) -> None:
-            made = jitted(state.params, state.ema, self.frozen, batch)
-            if jax.process_count() > 1:
-                from jax.experimental import multihost_utils
-
-                made = multihost_utils.process_allgather(made, tiled=True)
-            made = jax.tree.map(np.asarray, made)
-            sheet = pictures.pair_sheet(made["image"], made["labels"], self.facts.classes)
-            folder = self.workdir / "samples"
-            folder.mkdir(exist_ok=True)
-            pictures.save_png(folder / f"{step:08d}.png", sheet)
-            self.writers.images(step, {"samples": sheet})
-
-        return write
 
 
 def _dump(config: Mapping[str, Any]) -> str:

@@ -1,0 +1,57 @@
+"""What a person sees while a model trains: fixed samples, drawn from the averaged parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+
+from jointseg_jax import compose, pictures, sharding
+from jointseg_jax.data.pipeline import evaluation_batches
+from jointseg_jax.systems.keys import sample_keys
+from jointseg_jax.training import state as states
+
+Draw = Callable[[states.TrainState, Any], np.ndarray]
+
+
+def previewer(
+    system: Any,
+    config: Mapping[str, Any],
+    facts: compose.Facts,
+    mesh: jax.sharding.Mesh,
+    transforms: tuple[Any, ...],
+    tokenizer: Any,
+) -> Draw:
+    """``draw(state, frozen) -> sheet``: the same validation records and seeds every time."""
+    shards = sharding.data_parallel(mesh)
+    count = shards * max(1, config["preview"]["count"] // shards)
+    with evaluation_batches(
+        compose.source(config, "val"),
+        batch=count,
+        transforms=transforms,
+        tokenizer=tokenizer.encode if tokenizer else None,
+        host=jax.process_index(),
+        hosts=jax.process_count(),
+    ) as source:
+        batch = sharding.global_batch(next(source), mesh)
+
+    @jax.jit
+    def pairs(params: Any, ema: Any, frozen: Any, batch: Any) -> dict[str, jax.Array]:
+        keys = sample_keys(config["seed"], jnp.arange(count, dtype=jnp.uint32))
+        made = system.preview(states.averaged(params, ema), frozen, batch, keys)
+        return jax.lax.with_sharding_constraint(made, sharding.batch_sharding(mesh))
+
+    def draw(state: states.TrainState, frozen: Any) -> np.ndarray:
+        made = pairs(state.params, state.ema, frozen, batch)
+        if jax.process_count() > 1:
+            made = multihost_utils.process_allgather(made, tiled=True)
+        made = jax.tree.map(np.asarray, made)
+        if "image" not in made:  # cached latents: only the annotation can be drawn
+            made["image"] = np.zeros((*made["labels"].shape, 3), np.uint8)
+        return pictures.pair_sheet(made["image"], made["labels"], facts.classes)
+
+    return draw
