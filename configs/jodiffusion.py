@@ -42,21 +42,23 @@ def get_config(arg: str = "") -> ConfigDict:
 
 def scenes() -> dict:
     """Embedded scenes at 32 px."""
-    config = small(presets.scenes(32), (32, 32), patch=4, steps=3000)
+    config = small(presets.scenes(32), (32, 32), patch=4, label_patch=1, batch=32, steps=3000)
     return config | {"evaluate": {"judge": "oracle", "transforms": {}}, "finish": {"num": 256}}
 
 
 def folders() -> dict:
-    """A folder data set at 64 x 64 pixels."""
-    data = presets.dataset("folders", (64, 64), workers=0, threads=2)
-    return small(data, (64, 64), patch=8, steps=20_000)
+    """A folder data set at 128 x 128 pixels."""
+    data = presets.dataset("folders", (128, 128), workers=0, threads=2)
+    return small(data, (128, 128), patch=8, label_patch=2, batch=16, steps=20_000)
 
 
-def small(data: dict, size: tuple[int, int], *, patch: int, steps: int) -> dict:
+def small(
+    data: dict, size: tuple[int, int], *, patch: int, label_patch: int, batch: int, steps: int
+) -> dict:
     """Pixels instead of SD latents, fixed word features instead of CLIP's."""
     return presets.run(
         steps=steps,
-        batch=32,
+        batch=batch,
         ema=0.999,
         data=data,
         system=joint(
@@ -67,15 +69,15 @@ def small(data: dict, size: tuple[int, int], *, patch: int, steps: int) -> dict:
                 "process": NOISE | {"clip": 1.0},
                 "tokens": {"patch": patch},
             },
-            label_patch=1,
+            label_patch=label_patch,
             denoiser={"name": "uvit", "width": 256, "depth": 6, "heads": 4, "norm": "post"},
             text={"name": "words", "width": 64, "length": 24, "trainable": False},
         ),
         optimizer={
-            "name": "adamw",
+            "name": "muon",
             "weight_decay": 0.01,
             "clip": 1.0,
-            "schedule": {"name": "cosine", "lr": 5e-4, "warmup": 500},
+            "schedule": {"name": "cosine", "lr": 5e-3, "warmup": 100},
         },
     )
 

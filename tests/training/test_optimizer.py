@@ -1,6 +1,7 @@
 """Schedules at named steps, rules over paths, and what Muon takes as a matrix."""
 
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -233,15 +234,146 @@ LABEL_AE = {
 
 def matrices(tree):
     """How each leaf that Muon takes is cut: (how many, inputs, outputs) by path."""
-    axes = rules.by_path(
-        rules.match(tree, [(p, (v,)) for p, v in MATRICES], where="x", dead="allow")
-    )
     found = {}
-    for (path, leaf), (cut,) in zip(rules.by_path(tree).items(), by_leaf(axes), strict=True):
-        if cut is None:
+    for path, leaf in rules.by_path(tree).items():
+        axes = next(v for pattern, v in MATRICES if re.search(pattern, "params/" + path))
+        if axes is None:
             continue
-        inputs, outputs = ([leaf.shape[i] for i in part] for part in cut)
+        inputs, outputs = ([leaf.shape[i] for i in part] for part in axes)
+        assert len({i % leaf.ndim for part in axes for i in part}) == len(inputs + outputs), path
         many = leaf.size // math.prod(inputs + outputs)
-        assert len({i % leaf.ndim for part in cut for i in part}) == len(inputs + outputs), path
         found[path] = (many, math.prod(inputs), math.prod(outputs))
     return found
+
+
+def expected(table, path, layers):
+    (cut,) = [v for end, v in table.items() if path.endswith(f"{end}/kernel")]
+    return (cut[0] * (layers if re.search("(in|out)_blocks/", path) else 1), *cut[1:])
+
+
+@pytest.mark.parametrize(
+    ("tree", "table", "layers"),
+    [(uvit(False), UVIT, 1), (uvit(True), UVIT, 2), (label_ae(), LABEL_AE, 1)],
+    ids=["uvit unrolled", "uvit scanned", "label_ae"],
+)
+def test_every_kernel_is_a_matrix_with_the_axes_of_its_layer(tree, table, layers):
+    found = matrices(tree)
+    assert sorted(found) == [p for p in sorted(rules.paths(tree)) if p.endswith("/kernel")]
+    assert found == {path: expected(table, path, layers) for path in found}
+    assert {end for end in table if any(p.endswith(end + "/kernel") for p in found)} == set(table)
+
+
+# Newton-Schulz as published stops early: singular values end somewhere in this band
+BAND = (0.6, 1.3)
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (6, 3), (3, 6)])
+def test_muon_moves_a_matrix_along_an_orthogonal_one(shape):
+    params = {"fc": {"kernel": jnp.zeros(shape)}}
+    updates, _ = step(Muon(schedule=CONSTANT), gradient(params), params)
+    found = np.linalg.svd(updates["fc"]["kernel"], compute_uv=False)
+    found /= LR * max(1, shape[1] / shape[0]) ** 0.5
+    assert BAND[0] < found.min() and found.max() < BAND[1]
+    grad = np.asarray(gradient(params)["fc"]["kernel"])
+    left, _, right = np.linalg.svd(grad, full_matrices=False)
+    along = np.einsum("ik,ij,kj->k", left, updates["fc"]["kernel"], right)
+    assert (along < 0).all()  # downhill along every singular direction
+
+
+def test_muon_takes_every_head_layer_and_tap_as_its_rule_says():
+    """Cut up by the rules, each part is orthogonal by itself: another cut would not be."""
+    shapes = {
+        "in_blocks/attn/qkv/kernel": (2, 8, 3, 2, 4),
+        "attn/out/kernel": (2, 4, 8),
+        "image_out/conv/kernel": (3, 3, 4, 8),
+        "double_0/kernel": (2, 2, 16, 4),
+    }
+    params = rules.nested({path: jnp.zeros(shape) for path, shape in shapes.items()})
+    updates, _ = step(Muon(schedule=CONSTANT), gradient(params), params)
+    cuts = {
+        "in_blocks/attn/qkv/kernel": lambda u: u.transpose(0, 2, 1, 3, 4).reshape(6, 8, 8),
+        "attn/out/kernel": lambda u: u.reshape(1, 8, 8),
+        "image_out/conv/kernel": lambda u: u.reshape(1, 36, 8),
+        "double_0/kernel": lambda u: u.transpose(2, 0, 1, 3).reshape(1, 16, 16),
+    }
+    for path, update in rules.by_path(updates).items():
+        found = np.linalg.svd(cuts[path](np.asarray(update)), compute_uv=False) / LR
+        assert BAND[0] < found.min() and found.max() < BAND[1], path
+
+
+def test_what_is_no_matrix_gets_adamw_with_its_own_length():
+    optimizer = Muon(schedule=CONSTANT, lr_ratio=0.1, eps=0.1)
+    updates, _ = step(optimizer, gradient())
+    adamw, _ = step(AdamW(schedule=CONSTANT, eps=0.1), gradient())
+    for layer, leaf in (("body", "bias"), ("head", "scale")):
+        close(jnp.sign(updates[layer][leaf]), jnp.sign(adamw[layer][leaf]))
+        assert float(jnp.abs(updates[layer][leaf]).max()) < 0.11 * LR
+    assert not np.allclose(updates["body"]["kernel"], adamw["body"]["kernel"], atol=0.1)
+
+
+def test_muon_leaves_frozen_parameters_out():
+    frozen = {"body": {"kernel": None, "bias": PARAMS["body"]["bias"]}, "head": PARAMS["head"]}
+    optimizer = Muon(schedule=CONSTANT, weight_decay=0.1)
+    updates, state = step(optimizer, gradient(frozen), frozen)
+    assert rules.paths(updates) == rules.paths(frozen)
+    assert not [p for p in rules.paths(state) if "body/kernel" in p]
+    whole, _ = step(optimizer, gradient(), PARAMS)
+    assert rules.paths(whole) != rules.paths(updates)
+
+
+def test_other_matrices_can_be_chosen():
+    rule = ((r"^params/body/kernel$", ((0,), (1,))), (r"", None))
+    (both, _), (one, _), (none, _) = (
+        step(o, gradient())
+        for o in (Muon(schedule=CONSTANT), Muon(schedule=CONSTANT, matrices=rule), NO_MATRICES)
+    )
+    close(one["body"]["kernel"], both["body"]["kernel"])
+    close(one["head"]["kernel"], none["head"]["kernel"])
+    assert not np.allclose(one["head"]["kernel"], both["head"]["kernel"], atol=0.1)
+
+
+NO_MATRICES = Muon(schedule=CONSTANT, matrices=((r"", None),))
+
+
+# ------------------------------------------------------------------------------ errors
+
+
+@pytest.mark.parametrize("kind", [AdamW, Muon])
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"b1": 1.0}, "b1, b2 = 1.0, 0.999 must lie in"),
+        ({"b2": -0.1}, "b1, b2 = 0.9, -0.1 must lie in"),
+        ({"weight_decay": -1.0}, "weight_decay -1.0 and clip 0.0 must be >= 0"),
+        ({"clip": -1.0}, "clip -1.0 must be >= 0"),
+        ({"eps": 0.0}, "eps 0.0 > 0"),
+        ({"schedule": {"name": "constant"}}, "schedule.lr 0.0 must be > 0"),
+        ({"schedule": {"name": "constant", "lr": 1.0, "warmup": -1}}, "schedule.warmup -1 >= 0"),
+    ],
+)
+def test_meaningless_settings_are_refused(kind, fields, said):
+    with pytest.raises(ValueError) as error:
+        kind(**({"schedule": CONSTANT} | fields))
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "said"),
+    [
+        ({"name": "cosin", "lr": 1.0}, "config.optimizer.schedule.name: 'cosin' is unknown (did"),
+        ({"name": "constant", "lr": 1.0, "final": 0.1}, "constant has no field 'final'"),
+        ({"lr": 1.0}, "config.optimizer.schedule: needs a `name`"),
+    ],
+)
+def test_a_mistaken_schedule_is_named(schedule, said):
+    with pytest.raises(UserError) as error:
+        AdamW(schedule=schedule).build(10)
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize("field", ["decay", "lr_scale", "matrices"])
+def test_rules_must_cover_every_parameter(field):
+    value = ((0,), (1,)) if field == "matrices" else 1.0
+    optimizer = Muon(schedule=CONSTANT, **{field: ((r"kernel$", value),)})
+    with pytest.raises(UserError, match=rf"optimizer\.{field} rules: .* match no rule, first: "):
+        step(optimizer, gradient())
