@@ -129,7 +129,7 @@ def codec(spec: Mapping[str, Any], known: Facts, where: str) -> Any:
 def autoencode(spec: dict[str, Any], known: Facts, codecs: Mapping[str, Any]) -> Autoencode:
     """The system that trains one codec."""
     del codecs
-    spec["codec"] = codec(spec["codec"], known, "system.codec")
+    spec |= {"codec": codec(spec["codec"], known, "system.codec"), "size": tuple(spec["size"])}
     return build({"autoencode": Autoencode}, {"name": "autoencode", **spec}, where="system")
 
 

@@ -16,7 +16,8 @@ import jax
 
 from jointseg_jax.types import UserError
 
-Rules = Sequence[tuple[str, Any]]
+Rules = Sequence[Sequence[Any]]
+"""``(regex, value)`` pairs; a pair is a list where the config went through JSON."""
 
 
 def path_of(key_path: Sequence[Any]) -> str:

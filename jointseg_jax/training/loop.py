@@ -27,6 +27,7 @@ from jointseg_jax.training import state as states
 from jointseg_jax.training.checkpoints import Checkpoints
 from jointseg_jax.training.differences import require_same
 from jointseg_jax.training.digest import state_digest
+from jointseg_jax.training.faults import Faults
 from jointseg_jax.training.lock import WorkdirLock
 from jointseg_jax.training.optimizer import OPTIMIZERS
 from jointseg_jax.training.preemption import Preemption
@@ -49,10 +50,6 @@ PREEMPTED = 75
 log = logging.getLogger("jointseg_jax")
 
 
-class NonFinite(UserError):
-    """The loss or a gradient was not finite, and the policy is to stop."""
-
-
 def train(config: Mapping[str, Any], workdir: Path) -> int:
     """Trains to ``config.steps`` and returns the exit status.
 
@@ -72,6 +69,7 @@ class _Run:
         self.config, self.workdir, self.preemption = config, workdir, preemption
         self.mesh = sharding.make_mesh(config["mesh"])
         self._check_batch()
+        self.faults = Faults(**config.get("nan", {}))
         self.source = compose.source(config, "train")
         self.facts = self._facts()
         self.transforms = compose.transforms(config)
@@ -212,9 +210,8 @@ class _Run:
         with jax.set_mesh(self.mesh):
             state = self._prepare()
             self.frozen = jax.device_put(self.frozen, sharding.replicated(self.mesh))
-            self.writers = run_writers(
-                self.workdir, total=self.config["steps"], step=int(state.step)
-            )
+            self.writers = None
+            self._open_writers(int(state.step))
             try:
                 state, status = self._steps(state)
             finally:
@@ -238,7 +235,7 @@ class _Run:
                 if compiled is None:
                     compiled, preview = self._compile(state, batch), self._previewer()
                     start = time.perf_counter()
-                    telemetry = Telemetry(total=steps, batch=self.config["batch"], flops=self.flops)
+                    telemetry = self._telemetry()
                 telemetry.waited(time.perf_counter() - start)
                 with self._profiled(step):
                     state, metrics = compiled(state, self.frozen, batch)
@@ -246,10 +243,11 @@ class _Run:
                 step += 1
                 if step % every["log"] == 0 or step == steps:
                     state = self._log(step, state, telemetry, host, leave=int(step < steps))
-                    step = int(state.step) if self._rolled_back else step
                     if self._rolled_back:
+                        step = int(state.step)
                         host.close()
-                        host = self._batches(step)
+                        host, telemetry = self._batches(step), self._telemetry()
+                        self._open_writers(step)
                         continue
                 self.checkpoints.check()
                 paused = telemetry.pause()
@@ -267,6 +265,15 @@ class _Run:
             return state, 0
         finally:
             host.close()
+
+    def _telemetry(self) -> Telemetry:
+        return Telemetry(total=self.config["steps"], batch=self.config["batch"], flops=self.flops)
+
+    def _open_writers(self, step: int) -> None:
+        """Opens the writers at a step; what they hold of later steps no longer counts."""
+        if self.writers is not None:
+            self.writers.close()
+        self.writers = run_writers(self.workdir, total=self.config["steps"], step=step)
 
     def _save(self, step: int, state: states.TrainState, *, wait: bool) -> None:
         self.checkpoints.save(step, state, {"config": self._meta()})
@@ -287,34 +294,21 @@ class _Run:
         return self._not_finite(state, bad) if bad else state
 
     def _not_finite(self, state: states.TrainState, bad: list) -> states.TrainState:
-        policy = self.config.get("nan", {"policy": "skip", "limit": 10})
-        step, indices = bad[0]
-        found = (
-            f"step {step}: the loss or a gradient is not finite ({len(bad)} such steps in this "
-            f"window; the update was not applied); records {indices[:16].tolist()} were in the batch; "
-            f"last checkpoint: {self._last_saved()}"
+        saved = self._last_saved()
+        if not self.faults.go_back(bad, refused=int(state.skipped), saved=saved):
+            return state
+        retries = int(state.retries) + 1
+        abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
         )
-        in_a_row = int(state.skipped)
-        if policy["policy"] == "stop" or in_a_row > policy["limit"]:
-            raise NonFinite(
-                f"ERROR [train] {found}. Lower config.optimizer.schedule.lr, check these records, "
-                "or set config.nan.policy to skip or rollback."
-            )
-        log.warning("%s", found)
-        if policy["policy"] == "rollback" and self._last_saved() is not None:
-            retries = int(state.retries) + 1
-            abstract = jax.tree.map(
-                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
-            )
-            self.checkpoints.wait()
-            state, _ = self.checkpoints.restore_newest(abstract)
-            self._rolled_back = True
-            log.warning("rolled back to step %d, retry %d", int(state.step), retries)
-            return state.replace(retries=jnp.full_like(state.retries, retries))
-        return state
+        state, _ = self.checkpoints.restore_newest(abstract)
+        self._rolled_back = True
+        log.warning("rolled back to step %d, retry %d", int(state.step), retries)
+        return state.replace(retries=jnp.full_like(state.retries, retries))
 
     def _last_saved(self) -> int | None:
-        return max(self.checkpoints.steps(), default=None)
+        self.checkpoints.wait()
+        return self.checkpoints.newest()
 
     def _profiled(self, step: int) -> Any:
         window = self.config.get("profile", {"start": -1, "steps": 0})

@@ -129,6 +129,8 @@ def _scaled(scales: rules.Rules) -> optax.GradientTransformation:
 class Muon(AdamW):
     """Muon on matrices, AdamW on the rest: orthogonalised momentum, far fewer steps when small.
 
+    Both parts have Nesterov momentum.
+
     Attributes:
       matrices: path rules, see ``MATRICES``.
       beta: momentum of the matrices; ``b1``, ``b2`` and ``eps`` are those of the AdamW part.
