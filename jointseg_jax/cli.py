@@ -29,7 +29,9 @@ def run(main: Callable[[], int | None]) -> None:
 def _parse(argv: Sequence[str]) -> list[str]:
     try:
         rest = flags.FLAGS(list(argv))
-    except (AttributeError, KeyError, TypeError, ValueError, flags.Error, UserError) as error:
+    except (AttributeError, KeyError) as error:
+        _refuse(f"ERROR [flags] --config.*: no such field in this config: {error}\nSee --help.")
+    except (TypeError, ValueError, flags.Error, UserError) as error:
         _refuse(f"ERROR [flags] {error}\nSee --help.")
     if len(rest) > 1:
         hints = " ".join("--" + word if "=" in word else word for word in rest[1:])

@@ -28,7 +28,8 @@ from jointseg_jax.types import UserError
 def trained_streams(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The streams of a config whose codec is another run's."""
     streams = config["system"].get("streams", {})
-    return {k: dict(v["codec"]) for k, v in streams.items() if v["codec"]["name"] == "trained"}
+    codecs = {k: dict(v["codec"]) for k, v in streams.items() if "codec" in v}
+    return {k: codec for k, codec in codecs.items() if codec["name"] == "trained"}
 
 
 def load(workdir: Path, config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -84,9 +84,9 @@ def test_mistakes_are_one_block_and_status_2(launch, tmp_path, arguments, said):
 
 
 def test_another_config_is_refused_with_the_difference(launch, trained):
-    done = launch("train", *QUICK, f"--workdir={trained}", "--config.optimizer.b1=0.5", status=2)
-    assert "optimizer/b1" in done.error
-    assert "0.9" in done.error and "0.5" in done.error
+    done = launch("train", *QUICK, f"--workdir={trained}", "--config.optimizer.b2=0.5", status=2)
+    assert "optimizer/b2" in done.error
+    assert "0.99" in done.error and "0.5" in done.error
 
 
 def _wait_for_step(workdir, step, process):

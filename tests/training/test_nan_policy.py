@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import importlib.util
 import logging
 from pathlib import Path
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jointseg_jax import compose
+from jointseg_jax import compose, sharding
 from jointseg_jax.data.pipeline import batches
 from jointseg_jax.data.scenes import Scenes
 from jointseg_jax.training.checkpoints import Checkpoints
@@ -55,6 +56,13 @@ def setting(monkeypatch, caplog):
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    """Eight take three times as long, most of it in the checkpoints."""
+    make = functools.partial(sharding.make_mesh, devices=jax.devices()[:1])
+    monkeypatch.setattr(sharding, "make_mesh", make)
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +117,7 @@ def named(message, records):
     )
 
 
-def test_skip_leaves_the_step_out(tmp_path, records, caplog):
+def test_skip_leaves_the_step_out(one_device, tmp_path, records, caplog):
     assert train(config(records[5], doses=99, policy="skip"), tmp_path) == 0
     (warning,) = caplog.messages
     assert named(warning, records)
@@ -118,7 +126,7 @@ def test_skip_leaves_the_step_out(tmp_path, records, caplog):
     assert all(np.isfinite(r["loss"]) for r in read_records(tmp_path / "metrics.jsonl"))
 
 
-def test_stop_ends_the_run_with_what_a_user_needs(tmp_path, records):
+def test_stop_ends_the_run_with_what_a_user_needs(one_device, tmp_path, records):
     with pytest.raises(NonFinite) as error:
         train(config(records[5], doses=99, policy="stop"), tmp_path)
     assert isinstance(error.value, UserError) and named(str(error.value), records)
@@ -136,7 +144,7 @@ def test_rollback_goes_back_and_on(tmp_path, records, caplog):
     assert [r["step"] for r in read_records(tmp_path / "metrics.jsonl")] == [2, 4, 6, 8]
 
 
-def test_rollback_gives_up_where_nothing_changes(tmp_path, records, caplog):
+def test_rollback_gives_up_where_nothing_changes(one_device, tmp_path, records, caplog):
     with pytest.raises(NonFinite) as error:
         train(config(records[5], doses=99, policy="rollback"), tmp_path)
     assert [m for m in caplog.messages if m.startswith("rolled back")] == [
@@ -155,7 +163,7 @@ BAD = [(7, np.arange(3)), (9, np.arange(3, 6))]
 def test_too_many_refusals_in_a_row_end_a_run():
     faults = Faults(policy="skip", limit=3)
     assert not faults.go_back(BAD, refused=3, saved=None)
-    with pytest.raises(NonFinite, match="4 updates in a row were refused.*config.nan.limit = 3"):
+    with pytest.raises(NonFinite, match=r"4 updates in a row were refused.*config.nan.limit = 3"):
         faults.go_back(BAD, refused=4, saved=None)
 
 
