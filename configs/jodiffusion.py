@@ -5,16 +5,17 @@
   python launch/sample.py --workdir runs/jodiffusion --out pairs --num 64 --absorb 20
 
 The label latents come from the codec trained first (``streams.mask.codec.workdir``). All streams
-predict noise; image, CLIP and label share one time, text has its own; a stream counts in the loss in
-proportion to its size; guidance replaces the text by noise at the last time.
+predict noise; image, CLIP and label share one time, text has its own; a stream counts in the loss
+in proportion to its size; guidance replaces the text by noise at the last time.
 
 | data | streams | denoiser |
 |---|---|---|
-| scenes, folders | pixels, label latents, words | small, minutes to hours on CPU or one chip |
-| voc, coco_panoptic, ade20k | cached SD latents, CLIP-B/32 image token, label latents, CLIP-L text | 954 M, 2129 tokens, as published |
+| scenes, folders | pixels, label latents, words | small, CPU or one chip |
+| voc, coco_panoptic, ade20k | SD latents, CLIP-B/32 image, label latents, CLIP-L text | 954 M |
 
-The last three read image_latents, clip and text features that were computed beforehand, one .npy per
-record: data/VOC_features/image_latents/SPLIT/ID.npy and so on (``jointseg_jax/data/features.py``).
+The last three (2129 tokens, as published) read image_latents, clip and text features that were
+computed beforehand, one .npy per record, ``data/voc_features/image_latents/SPLIT/ID.npy`` and so on
+(``jointseg_jax/data/features.py``). COCO has its 133 panoptic classes here; the paper paints 80.
 """
 
 from ml_collections import ConfigDict

@@ -4,14 +4,16 @@
   python launch/train.py --config configs/pdm.py:data=folders --workdir runs/pdm \\
       --config.data.train.root=data/camvid --config.data.val.root=data/camvid
 
-The image predicts noise, the map predicts its bits; the map's noise has standard deviation kappa = 2
-in training and at the start of sampling. Joint DPM-Solver++ of order 3, guidance 2 on both, the map
-read from one more evaluation at the end time.
+The image predicts noise, the map predicts its bits; the map's noise has standard deviation
+kappa = 2 in training and at the start of sampling. Joint DPM-Solver++ of order 3, guidance 2 on
+both, the map read from one more evaluation at the end time.
 
 | data | image stream | denoiser |
 |---|---|---|
-| scenes, folders | pixels | small, minutes to hours on CPU or one chip |
-| coco_panoptic | cached SD latents (record field image_latents, scale 0.23010), CLIP-L text features | U-ViT-S, 44.9 M, 590 tokens, as published |
+| scenes, folders | pixels | small, CPU or one chip |
+| coco_panoptic | cached SD latents, scale 0.23010; CLIP-L text features | U-ViT-S, 44.9 M, 590 tokens |
+
+The last reads the features image_latents and text (``jointseg_jax/data/features.py``).
 """
 
 from ml_collections import ConfigDict

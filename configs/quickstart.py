@@ -3,8 +3,8 @@
   python launch/train.py --config configs/quickstart.py --workdir runs/quickstart
 
 Image pixels (velocity prediction) and analog bits of the label map (data prediction) are denoised
-together by one small U-ViT, from captions. Two CPU cores are enough. When training ends it generates
-256 pairs and judges them by an exact oracle: every category of the scenes owns a hue.
+together by one small U-ViT, from captions. Two CPU cores are enough. When training ends it
+generates 256 pairs and judges them by an exact oracle: every category of the scenes owns a hue.
 The one-stream mechanism is PDM's (section 3.2); its full-size config is configs/pdm.py.
 """
 

@@ -72,7 +72,7 @@ def last_line(values: dict[str, Any]) -> None:
 
 
 def use_compile_cache() -> None:
-    """Keeps compiled programs between runs (``$JAX_COMPILATION_CACHE_DIR``, else the user's cache)."""
+    """Keeps compiled programs between runs, in ``$JAX_COMPILATION_CACHE_DIR`` or ``~/.cache``."""
     import jax
 
     default = os.path.join(os.path.expanduser("~"), ".cache", "jointseg_jax", "xla")

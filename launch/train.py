@@ -6,8 +6,8 @@
 
 Any value of the config can be set on the command line as --config.PATH=VALUE. What a run writes
 into its workdir: config.json, facts.json (classes, words), metrics.jsonl, tensorboard/, samples/
-(pictures while it trains), checkpoints/. Exit status: 0 done, 2 a mistake in config or data (said in
-one block), 75 stopped on SIGTERM after saving (run the same command again).
+(pictures while it trains), checkpoints/. Exit status: 0 done, 2 a mistake in config or data (said
+in one block), 75 stopped on SIGTERM after saving (run the same command again).
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file, with its arguments after a colon: configs/pdm.py:data=folders."
 )
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; the same folder resumes.")
+ALLOW = flags.DEFINE_multi_string(
+    "allow", [], "Config path (regex, as steps or optimizer/.*) that a resumed run may change."
+)
 flags.mark_flags_as_required(["config", "workdir"])
 
 
@@ -35,7 +38,7 @@ def main() -> int:
 
     config = CONFIG.value.to_dict()
     workdir = Path(WORKDIR.value)
-    status = train(config, workdir)
+    status = train(config, workdir, ALLOW.value)
     if status == 0 and config["finish"]["num"]:
         from jointseg_jax.evaluation.loop import evaluate
 

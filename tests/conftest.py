@@ -1,4 +1,4 @@
-"""JAX made strict for every test: 8 host devices, no rank promotion, no key reuse, shapes checked."""
+"""JAX made strict: 8 host devices, no rank promotion, no key reuse, shapes checked."""
 
 import os
 

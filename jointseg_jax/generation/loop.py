@@ -109,7 +109,7 @@ def made_batches(
         rows = None if text is None else text[indices % len(text)]
         return indices, make(rows, seed, indices)
 
-    # whole batches from a multiple of the batch on: a resumed run makes the batches of a straight one
+    # from a multiple of the batch on: a resumed run makes the same batches as a straight one
     firsts = list(range(start - start % make.batch, stop, make.batch))
     ahead = begin(firsts[0]) if firsts else None
     for n in range(len(firsts)):

@@ -80,7 +80,7 @@ class PairWriter:
         self.lines.append(dict(line))
 
     def _verified(self) -> list[dict[str, Any]]:
-        """Manifest lines up to the first that is torn, out of order, or whose files are not whole."""
+        """Manifest lines up to the first that is torn, out of order, or of files not whole."""
         if not self._manifest.exists():
             return []
         lines: list[dict[str, Any]] = []

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,22 +50,31 @@ PREEMPTED = 75
 log = logging.getLogger("jointseg_jax")
 
 
-def train(config: Mapping[str, Any], workdir: Path) -> int:
+def train(config: Mapping[str, Any], workdir: Path, allow: Sequence[str] = ()) -> int:
     """Trains to ``config.steps`` and returns the exit status.
 
     Args:
       config: plain nested mapping.
       workdir: where everything about the run is kept; the same workdir resumes.
+      allow: regexes of config paths (``optimizer/schedule/lr``) that may differ from those the
+        checkpoint was made with; the run then is no longer one that a straight run would equal.
     """
     workdir.mkdir(parents=True, exist_ok=True)
     with WorkdirLock(workdir), Preemption() as preemption:
-        return _Run(config, workdir, preemption).train()
+        return _Run(config, workdir, preemption, allow).train()
 
 
 class _Run:
     """One process's part of a run, in the fixed order of the module docstring."""
 
-    def __init__(self, config: Mapping[str, Any], workdir: Path, preemption: Preemption):
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        workdir: Path,
+        preemption: Preemption,
+        allow: Sequence[str],
+    ):
+        self.allow = (*MAY_CHANGE, *allow)
         self.config, self.workdir, self.preemption = config, workdir, preemption
         self.mesh = sharding.make_mesh(config["mesh"])
         self._check_batch()
@@ -161,7 +170,10 @@ class _Run:
 
     def _accept(self, meta: Mapping[str, Any]) -> None:
         where = f"the checkpoint of step {meta['step']} in {self.workdir}"
-        require_same(meta["config"], self._meta(), MAY_CHANGE, where=where)
+        remedy = (
+            "Put these settings back, choose another --workdir, or --allow=FIELD to change one."
+        )
+        require_same(meta["config"], self._meta(), self.allow, where=where, remedy=remedy)
 
     def _meta(self) -> dict[str, Any]:
         return compose.plain(self.config) | {"source": compose.plain(self.source.fingerprint())}

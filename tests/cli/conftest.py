@@ -30,7 +30,9 @@ class Launcher:
             text=True,
         )
 
-    def __call__(self, name: str, *arguments: object, devices: int = 1, status: int = 0) -> "Finished":
+    def __call__(
+        self, name: str, *arguments: object, devices: int = 1, status: int = 0
+    ) -> "Finished":
         """Runs a launcher to its end and checks its exit status."""
         process = self.start(name, *arguments, devices=devices)
         out, error = process.communicate(timeout=600)
@@ -58,9 +60,7 @@ class Finished:
 @pytest.fixture(scope="session")
 def launch(tmp_path_factory):
     cache = tmp_path_factory.getbasetemp().parent / "xla"
-    return Launcher(
-        {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(cache)}
-    )
+    return Launcher({**os.environ, "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(cache)})
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,11 @@ import time
 
 import pytest
 
-QUICK = ("--config=configs/quickstart.py:smoke", "--config.finish.num=0", "--config.preview.every=0")
+QUICK = (
+    "--config=configs/quickstart.py:smoke",
+    "--config.finish.num=0",
+    "--config.preview.every=0",
+)
 
 
 def test_quickstart_ends_with_a_grid_and_one_json_object(launch, tmp_path):
@@ -52,7 +56,12 @@ def test_killed_runs_end_with_the_same_bits(launch, tmp_path, workers):
 
 
 def test_sigterm_saves_and_leaves(launch, tmp_path):
-    options = (*QUICK, "--config.steps=2000", "--config.checkpoint.every=1000", "--config.log.every=1")
+    options = (
+        *QUICK,
+        "--config.steps=2000",
+        "--config.checkpoint.every=1000",
+        "--config.log.every=1",
+    )
     process = launch.start("train", *options, f"--workdir={tmp_path}")
     _wait_for_step(tmp_path, 3, process)
     process.send_signal(signal.SIGTERM)
