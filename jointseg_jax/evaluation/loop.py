@@ -8,6 +8,7 @@ masks hold what the real ones of these captions hold (MCD).
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -41,16 +42,25 @@ Judge = Callable[[np.ndarray], np.ndarray]
 log = logging.getLogger("jointseg_jax")
 
 
-def evaluate(workdir: Path, num: int = 256, seed: int = 0) -> dict[str, Any]:
+def evaluate(
+    workdir: Path, num: int = 256, seed: int = 0, size: tuple[int, int] | None = None
+) -> dict[str, Any]:
     """Measures a workdir, writes ``WORKDIR/evaluation.json`` and returns it.
 
     Args:
       num: pairs to generate; a codec run has none.
       seed: of the pairs' noise and of the shuffle for chance.
+      size: (height, width) to which a codec run's validation maps are resized and cropped, in
+        place of the config's.
     """
     workdir = Path(workdir)
     run = load_run(workdir)
     report: dict[str, Any] = {"step": run.step, "checkpoint_digest": run.digest}
+    if size is not None:
+        resize = {"name": "resize", "size": size, "mode": "crop"}
+        own = run.config["evaluate"] | {"transforms": {"resize": resize}}
+        run = dataclasses.replace(run, config=run.config | {"evaluate": own})
+        report["size"] = list(size)
     if isinstance(run.system, Autoencode):
         report |= codec_report(run, run.system.codec, run.params, run.system.field, None)
     else:

@@ -1,0 +1,222 @@
+"""Every config under every argument: it can be built, and the published networks have their size.
+
+``JOINTSEG_REFRESH_GOLDEN=1 python -m pytest tests/test_configs.py`` writes tests/golden anew; read
+the difference before committing it: a renamed parameter makes old checkpoints unreadable.
+"""
+
+import difflib
+import functools
+import importlib.util
+import json
+import os
+import re
+from pathlib import Path
+
+import jax
+import pytest
+from ml_collections import ConfigDict
+
+from jointseg_jax import compose, rules, sharding
+from jointseg_jax.build import build
+from jointseg_jax.data.classes import Classes
+from jointseg_jax.training import state as states
+from jointseg_jax.training.faults import Faults
+from jointseg_jax.training.optimizer import OPTIMIZERS
+
+ROOT = Path(__file__).parents[1]
+GOLDEN = ROOT / "tests/golden"
+CONFIGS = sorted(p.stem for p in (ROOT / "configs").glob("*.py"))
+
+CLASSES = {"folders": 11, "voc": 21, "ade20k": 150, "coco_panoptic": 133}
+DATA = {
+    "quickstart": (),
+    "jodiffusion_codec": ("scenes", "folders", "voc", "coco_panoptic", "ade20k"),
+    "jodiffusion": ("scenes", "folders", "voc", "coco_panoptic", "ade20k"),
+    "pdm": ("scenes", "folders", "coco_panoptic"),
+}
+CASES = [
+    (name, argument)
+    for name, names in DATA.items()
+    for argument in ("", "smoke", *(f"data={n}" for n in names))
+]
+
+
+@functools.cache
+def module(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"configs/{name}.py")
+    found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    return found
+
+
+def config(name, argument=""):
+    return module(name).get_config(argument).to_dict()
+
+
+def facts(classes):
+    names = tuple(f"class {i}" for i in range(classes))
+    return compose.Facts(Classes(names=names), ("a", "bus", "in", "rain"), ("a bus in rain",))
+
+
+def facts_of(given, argument):
+    """The facts of data that need no files; else made-up ones with the right number of classes."""
+    if given["data"]["train"]["name"] == "scenes":
+        return compose.facts(compose.source(given, "train"), captions=2)
+    return facts(CLASSES[argument.removeprefix("data=")])
+
+
+def system(name, argument="", known=None, given=None):
+    """The system of a config, and the shapes of its parameters."""
+    given = given or config(name, argument)
+    codecs = {}
+    if name == "jodiffusion":  # in place of a trained codec: what its own config would train
+        codecs = {"mask": config("jodiffusion_codec", argument)["system"]["codec"]}
+    found = compose.system(given, known or facts_of(given, argument), codecs)
+    return found, jax.eval_shape(found.init, jax.random.key(0))
+
+
+def count(shapes):
+    return sum(leaf.size for leaf in jax.tree.leaves(shapes))
+
+
+# ------------------------------------------------------------------------ every config
+
+
+def test_every_config_is_tested():
+    assert sorted(DATA) == CONFIGS
+
+
+@pytest.mark.parametrize(("name", "argument"), CASES)
+def test_a_config_is_data_under_lock(name, argument):
+    found = module(name).get_config(argument)
+    assert isinstance(found, ConfigDict) and found.is_locked
+    with pytest.raises(AttributeError, match="stepz"):
+        found.stepz = 1
+    assert json.loads(json.dumps(compose.plain(found.to_dict()))) == compose.plain(found.to_dict())
+    assert found.steps > 0 and found.batch % found.accumulate == 0
+    Faults(**found.nan)
+
+
+@pytest.mark.parametrize(("name", "argument"), CASES)
+def test_a_config_makes_a_system_and_rules_that_fit_it(name, argument):
+    given = config(name, argument)
+    _, shapes = system(name, argument, given=given)
+    trainable = rules.match(shapes, given["trainable"], where="trainable", prefix="params/")
+    optimizer = build(OPTIMIZERS, given["optimizer"], where="optimizer").build(given["steps"])
+    state = jax.eval_shape(lambda params: states.create(params, trainable, optimizer), shapes)
+    sharding.state_shardings(state, given["sharding"], sharding.make_mesh(given["mesh"]))
+    moments = count(state.opt)
+    assert count(shapes) < moments < 2 * count(shapes) + 100  # Muon has one, AdamW has two
+
+
+@pytest.mark.parametrize(("name", "argument"), CASES)
+def test_a_config_read_back_from_json_makes_the_same_system(name, argument):
+    given = config(name, argument)
+    again = json.loads(json.dumps(compose.plain(given)))
+    known = facts_of(given, argument)
+    (first, shapes), (second, same) = (
+        system(name, argument, known=known, given=g) for g in (given, again)
+    )
+    assert first == second and shapes == same
+
+
+@pytest.mark.parametrize(("name", "argument"), CASES)
+def test_transforms_give_pairs_of_the_size_of_the_system(name, argument):
+    given = config(name, argument)
+    size = tuple(given["system"]["size"])
+    compose.evaluation_transforms(given)
+    if given["data"]["train"]["name"] == "scenes":
+        record = compose.source(given, "val")[0]
+        assert record["labels"].shape == size
+    sizes = {tuple(t["size"]) for t in given["data"]["transforms"].values() if "size" in t}
+    assert sizes <= {size} and compose.transforms(given) is not None
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_mistaken_argument_is_named(name):
+    get = module(name).get_config
+    with pytest.raises(ValueError, match=r"config argument 'dat' is unknown; one of: .*smoke"):
+        get("dat=voc")
+    with pytest.raises(ValueError, match="'smoke=yes': smoke is a switch; write smoke alone"):
+        get("smoke=yes")
+    if DATA[name]:
+        with pytest.raises(ValueError) as error:
+            get("data=vox")
+        expected = f"config argument data=vox is unknown; one of: {', '.join(DATA[name])}."
+        assert str(error.value) == expected
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_docstring_tells_the_command(name):
+    text = module(name).__doc__
+    assert f"python launch/train.py --config configs/{name}.py --workdir runs/" in text
+
+
+def documented():
+    """Every ``configs/NAME.py:ARGUMENT`` that a docstring or the README names."""
+    pages = [ROOT / "README.md", *(ROOT / "configs").glob("*.py"), *(ROOT / "launch").glob("*.py")]
+    pattern = re.compile(r"configs/(\w+)\.py(?::([\w=,]+))?")
+    return sorted({pair for page in pages for pair in pattern.findall(page.read_text())})
+
+
+@pytest.mark.parametrize(("name", "argument"), documented())
+def test_documented_arguments_work(name, argument):
+    assert module(name).get_config(argument).steps > 0
+
+
+# ---------------------------------------------------------------------- published sizes
+
+
+@pytest.mark.parametrize("data", ["voc", "coco_panoptic", "ade20k"])
+def test_jodiffusion_has_its_published_size(data):
+    _, shapes = system("jodiffusion", f"data={data}")
+    unused = 26_112  # the diffusers port carries the projection of a position embedding it skips
+    assert count(shapes) == 954_258_336 - unused == 954_232_224
+
+
+def test_pdm_has_its_published_size():
+    """The published count is that of the smallest map (factor 1): 8 x pooling, patches of 2."""
+    given = config("pdm", "data=coco_panoptic")
+    mask = given["system"]["streams"]["mask"]
+    assert (mask["codec"]["pool"], mask["tokens"]["patch"]) == (4, 4)  # ours: factor 2
+    _, ours = system("pdm", "data=coco_panoptic")
+    mask["codec"]["pool"], mask["tokens"]["patch"] = 8, 2
+    _, published = system("pdm", "data=coco_panoptic", given=given)
+    embedding = 8 * 2 * 2 * 512 + 512  # 8 bits, 2 x 2 cells; a second one exists and is not used
+    assert count(published) == 44_874_508 - embedding
+    # patches of 4 make three more times 8 x 2 x 2 weights of the way in, and of the way out
+    assert count(ours) - count(published) == 3 * 8 * 2 * 2 * (512 + 512) + 3 * 8 * 2 * 2
+
+
+@pytest.mark.parametrize(
+    ("data", "classes", "parameters"),
+    [("voc", 21, 14_815_517), ("coco_panoptic", 81, 15_094_361), ("ade20k", 151, 15_418_143)],
+)
+def test_the_label_autoencoder_has_its_published_size(data, classes, parameters):
+    """With the published numbers of classes: things of COCO, and a background everywhere."""
+    _, shapes = system("jodiffusion_codec", f"data={data}", known=facts(classes))
+    assert count(shapes) == parameters
+
+
+@pytest.mark.parametrize("argument", ["", "data=folders"])
+def test_the_small_label_autoencoder_has_less_than_two_million_parameters(argument):
+    assert count(system("jodiffusion_codec", argument)[1]) < 2_000_000
+
+
+@pytest.mark.parametrize("case", ["jodiffusion.voc", "pdm.coco_panoptic", "jodiffusion_codec.voc"])
+def test_parameters_are_those_of_the_golden_text(case):
+    name, data = case.split(".")
+    _, shapes = system(name, f"data={data}")
+    lines = [
+        f"{path} {leaf.dtype}[{','.join(map(str, leaf.shape))}]"
+        for path, leaf in rules.by_path(shapes).items()
+    ]
+    text = "\n".join([*sorted(lines), f"total {count(shapes):,}", ""])
+    path = GOLDEN / f"{case}.txt"
+    if os.environ.get("JOINTSEG_REFRESH_GOLDEN") == "1":
+        path.write_text(text)
+    assert path.exists(), f"{path} is missing: refresh it (see above)"
+    different = "\n".join(
+        difflib.unified_diff(path.read_text().splitlines(), text.splitlines(), lineterm="", n=0)
+    )
+    assert not different, f"other parameters than in {path.name}; refresh it:\n{different}"
