@@ -129,7 +129,7 @@ def codec(spec: Mapping[str, Any], known: Facts, where: str) -> Any:
 def autoencode(spec: dict[str, Any], known: Facts, codecs: Mapping[str, Any]) -> Autoencode:
     """The system that trains one codec."""
     del codecs
-    spec |= {"codec": codec(spec["codec"], known, "system.codec"), "size": tuple(spec["size"])}
+    spec["codec"] = codec(spec["codec"], known, "system.codec")
     return build({"autoencode": Autoencode}, {"name": "autoencode", **spec}, where="system")
 
 
@@ -199,3 +199,10 @@ def plain(config: Any) -> Any:
     if isinstance(config, float) and math.isfinite(config) and config == int(config):
         return float(config)
     return config
+
+
+def from_plain(values: Any) -> Any:
+    """A config read back from JSON: sequences are tuples again, as in the files of configs."""
+    if isinstance(values, Mapping):
+        return {k: from_plain(v) for k, v in values.items()}
+    return tuple(map(from_plain, values)) if isinstance(values, list) else values

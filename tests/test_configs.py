@@ -112,7 +112,7 @@ def test_a_config_makes_a_system_and_rules_that_fit_it(name, argument):
 @pytest.mark.parametrize(("name", "argument"), CASES)
 def test_a_config_read_back_from_json_makes_the_same_system(name, argument):
     given = config(name, argument)
-    again = json.loads(json.dumps(compose.plain(given)))
+    again = compose.from_plain(json.loads(json.dumps(compose.plain(given))))
     known = facts_of(given, argument)
     (first, shapes), (second, same) = (
         system(name, argument, known=known, given=g) for g in (given, again)

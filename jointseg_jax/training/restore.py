@@ -43,7 +43,7 @@ def load_run(workdir: Path | str) -> Run:
             f"{workdir}: no trained run here (config.json is missing). "
             f"Train one: launch/train.py --config configs/quickstart.py --workdir {workdir}"
         )
-    config = json.loads(config_file.read_text())
+    config = compose.from_plain(json.loads(config_file.read_text()))
     known = compose.Facts.load(workdir / "facts.json")
     specs, frozen = frozen_codecs.load(workdir, config)
     system = compose.system(config, known, specs)

@@ -62,6 +62,7 @@ class Case:
             atol=tolerance["atol"],
             err_msg=f"{self.name}: {name}",
         )
+        print(f"checked {self.name}: {name}")
 
 
 def fixtures_folder(config) -> Path:
@@ -94,3 +95,18 @@ def pytest_generate_tests(metafunc):
     if not found:
         raise pytest.UsageError(f"no fixture in {folder} matches {marker.args}")
     metafunc.parametrize("case", [pytest.param(Case(d), id=d.name) for d in found])
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Says what was compared: fixture folders, arrays at their tolerance, and cases inside them."""
+    passed = [r for r in terminalreporter.stats.get("passed", []) if "conformance/" in r.nodeid]
+    lines = [line for r in passed if r.when == "call" for line in r.capstdout.splitlines() if line]
+    arrays = {line for line in lines if line.startswith("checked ")}
+    folders = {r.nodeid.split("[")[1].split("]")[0].split("-")[0] for r in passed if "[" in r.nodeid}
+    if passed:
+        terminalreporter.section("conformance")
+        for line in sorted({line for line in lines if line not in arrays}):
+            terminalreporter.line(line)
+        terminalreporter.line(
+            f"{len(folders)} fixture folders, {len(passed)} tests, {len(arrays)} arrays compared"
+        )
