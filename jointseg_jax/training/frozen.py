@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from safetensors.numpy import load_file, save_file
 
 from jointseg_jax import compose, rules
@@ -56,7 +57,7 @@ def gather(
     known: compose.Facts,
     batches: Iterable[Mapping[str, np.ndarray]],
 ) -> None:
-    """Copies trained codecs into the workdir, once.
+    """Copies trained codecs into the workdir, once; every process calls it.
 
     Args:
       batches: host batches, read only when a scale is to be fitted.
@@ -73,11 +74,16 @@ def gather(
             scale = _fit(codec, params, field, batches)
         if scale is not None:
             codec_spec["scale"] = scale
-        target.parent.mkdir(parents=True, exist_ok=True)
-        file = target.with_suffix(".safetensors")
-        save_file({k: np.asarray(v) for k, v in rules.by_path(params).items()}, file)
-        record = {"codec": codec_spec, "from": spec["workdir"], "sha256": _sha256(file)}
-        target.write_text(json.dumps(record, indent=1) + "\n")
+        if jax.process_index() == 0:  # the others would fit the scale to other rows
+            _write(target, {"codec": codec_spec, "from": spec["workdir"]}, params)
+    multihost_utils.sync_global_devices("frozen.gather")
+
+
+def _write(target: Path, record: dict[str, Any], params: Any) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    file = target.with_suffix(".safetensors")
+    save_file({k: np.asarray(v) for k, v in rules.by_path(params).items()}, file)
+    target.write_text(json.dumps(record | {"sha256": _sha256(file)}, indent=1) + "\n")
 
 
 def _of_run(workdir: Path, known: compose.Facts, stream: str) -> tuple[dict[str, Any], Any]:
