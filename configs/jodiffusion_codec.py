@@ -28,6 +28,9 @@ SMALL = {
 
 PAPER = {"name": "label_ae", "background": "zero", "latent": "sample", "prob_threshold": 0.5}
 
+# These data sets have no background class; the original calls their label 0 one.
+NO_BACKGROUND = {"background": "code", "threshold_to": "void"}
+
 # steps and learning rate: spec of the released training scripts (50, 20 and 100 epochs)
 RUNS = {
     "voc": {"steps": 16_550, "lr": 1e-5},
@@ -61,10 +64,10 @@ def scenes() -> dict:
 
 
 def folders() -> dict:
-    """A folder data set: 128-px crops of maps whose shorter side is 384 to 576 px."""
+    """A folder data set: 128-px crops of maps whose shorter side is 576 to 768 px."""
     data = presets.dataset("folders", (128, 128), workers=0, threads=2)
-    data["transforms"]["resize"]["random_scale"] = (3.0, 4.5)
-    config = small(data, (128, 128), steps=4000)
+    data["transforms"]["resize"]["random_scale"] = (4.5, 6.0)
+    config = small(data, (128, 128), steps=5000)
     # validated as the paper does: shorter side 512, centre crop
     resize = {"name": "resize", "size": (512, 512), "mode": "crop"}
     return config | {"evaluate": {"judge": "", "transforms": {"resize": resize}}}
@@ -91,12 +94,13 @@ def small(data: dict, size: tuple[int, int], *, steps: int) -> dict:
 def paper(name: str) -> dict:
     """The published network and training."""
     run = RUNS[name]
+    codec = PAPER if name == "voc" else PAPER | NO_BACKGROUND
     return presets.run(
         steps=run["steps"],
         batch=32,
         ema=0.0,  # the paper keeps no average
         data=presets.dataset(name, (512, 512)),
-        system={"name": "autoencode", "size": (512, 512), "codec": dict(PAPER)},
+        system={"name": "autoencode", "size": (512, 512), "codec": codec},
         optimizer={
             "name": "adamw",
             "weight_decay": 0.05,

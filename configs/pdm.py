@@ -11,7 +11,7 @@ both, the map read from one more evaluation at the end time.
 | data | image stream | denoiser |
 |---|---|---|
 | scenes, folders | pixels | small, CPU or one chip |
-| coco_panoptic | cached SD latents, scale 0.23010; CLIP-L text features | U-ViT-S, 44.9 M, 590 tokens |
+| coco_panoptic | cached SD latents (scale 0.23010), CLIP-L text | U-ViT-S, 45.0 M, 590 tokens |
 
 The last reads the features image_latents and text (``jointseg_jax/data/features.py``).
 """

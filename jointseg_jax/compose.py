@@ -42,13 +42,13 @@ class Facts:
     vocabulary: tuple[str, ...]
     captions: tuple[str, ...]
 
-    def save(self, path: Path) -> None:
-        """Writes the facts as JSON."""
-        path.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+    def dump(self) -> str:
+        """The facts as JSON text."""
+        return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
 
     @staticmethod
     def load(path: Path) -> Facts:
-        """Reads what ``save`` wrote."""
+        """Reads what ``dump`` gave."""
         values = json.loads(path.read_text())
         c = values["classes"]
         classes = Classes(

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from jointseg_jax import pictures
+from jointseg_jax.data import files
 from jointseg_jax.data.classes import Classes
 from jointseg_jax.types import UserError
 
@@ -55,7 +56,7 @@ class PairWriter:
         if index != self.done:
             raise ValueError(f"pair {index} out of order; {self.done} is next.")
         name = f"{index:08d}"
-        files = {
+        contents = {
             "image": (f"images/{name}.png", pictures.png_bytes(image)),
             "annotation": (
                 f"annotations/{name}.png",
@@ -64,8 +65,8 @@ class PairWriter:
         }
         line: dict[str, Any] = {"id": name, "index": index, "prompt": prompt, **facts}
         line |= {"height": int(labels.shape[0]), "width": int(labels.shape[1])}
-        for key, (path, data) in files.items():
-            _publish(self.folder / path, data)
+        for key, (path, data) in contents.items():
+            files.write(self.folder / path, data)
             line |= {key: path, key + "_sha256": hashlib.sha256(data).hexdigest()}
         self._append(line)
 
@@ -106,7 +107,7 @@ class PairWriter:
     def _rewrite_manifest(self) -> None:
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in self.lines)
         if not self._manifest.exists() or self._manifest.read_text() != text:
-            _publish(self._manifest, text.encode())
+            files.write(self._manifest, text.encode())
 
 
 def _agree(path: Path, settings: Mapping[str, Any]) -> None:
@@ -122,14 +123,4 @@ def _agree(path: Path, settings: Mapping[str, Any]) -> None:
                 "Give the same settings to go on, or another --out."
             )
         return
-    _publish(path, (json.dumps(settings, indent=1) + "\n").encode())
-
-
-def _publish(path: Path, data: bytes) -> None:
-    """Writes a file under another name and renames it, so that it is whole or absent."""
-    draft = path.with_name(path.name + ".partial")
-    with draft.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
+    files.write(path, (json.dumps(settings, indent=1) + "\n").encode())

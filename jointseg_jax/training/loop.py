@@ -21,6 +21,7 @@ import jax.numpy as jnp
 
 from jointseg_jax import compose, pictures, profiling, rules, sharding
 from jointseg_jax.build import build
+from jointseg_jax.data import files
 from jointseg_jax.data.pipeline import batches
 from jointseg_jax.training import frozen as frozen_codecs
 from jointseg_jax.training import state as states
@@ -117,8 +118,13 @@ class _Run:
                     "classes). Use the same data, or another --workdir."
                 )
         else:
-            known.save(path)
+            self._keep("facts.json", known.dump())
         return known
+
+    def _keep(self, name: str, text: str) -> None:
+        """A small file of the workdir, whole or absent, written by one process."""
+        if jax.process_index() == 0:
+            files.write(self.workdir / name, text.encode())
 
     def _batches(self, start: int) -> Any:
         data = self.config["data"]
@@ -161,7 +167,7 @@ class _Run:
             self.shardings,
         )
         found = self.checkpoints.restore_newest(abstract, accept=self._accept)
-        (self.workdir / "config.json").write_text(_dump(self.config))
+        self._keep("config.json", _dump(self.config))
         if found is None:
             return jax.jit(init, out_shardings=self.shardings)(key)
         restored, _ = found

@@ -102,7 +102,9 @@ def pytest_terminal_summary(terminalreporter):
     passed = [r for r in terminalreporter.stats.get("passed", []) if "conformance/" in r.nodeid]
     lines = [line for r in passed if r.when == "call" for line in r.capstdout.splitlines() if line]
     arrays = {line for line in lines if line.startswith("checked ")}
-    folders = {r.nodeid.split("[")[1].split("]")[0].split("-")[0] for r in passed if "[" in r.nodeid}
+    folders = {
+        r.nodeid.split("[")[1].split("]")[0].split("-")[0] for r in passed if "[" in r.nodeid
+    }
     if passed:
         terminalreporter.section("conformance")
         for line in sorted({line for line in lines if line not in arrays}):

@@ -47,7 +47,7 @@ def leave(workdir, config, known, params, ema=None):
     workdir.mkdir(parents=True, exist_ok=True)
     config |= {"trainable": ((r"", True),)}
     (workdir / "config.json").write_text(json.dumps(compose.plain(config)))
-    known.save(workdir / "facts.json")
+    (workdir / "facts.json").write_text(known.dump())
     everything = jax.tree.map(lambda _: True, params)
     state = states.create(params, everything, optax.identity())
     with Checkpoints(workdir / "checkpoints") as checkpoints:
