@@ -19,7 +19,7 @@ def get_config(arg: str = "") -> ConfigDict:
     size = 32  # pixels
     cosine = {"name": "cosine"}
     config = presets.run(
-        steps=2000,
+        steps=1400,
         batch=32,
         ema=0.995,
         data=presets.scenes(size, things=2, thing_size=(0.4, 0.6), texture=0.3),
