@@ -64,9 +64,9 @@ def scenes() -> dict:
 
 
 def folders() -> dict:
-    """A folder data set: 128-px crops of maps whose shorter side is 576 to 768 px."""
+    """A folder data set: 128-px crops of maps whose shorter side is 384 to 576 px."""
     data = presets.dataset("folders", (128, 128), workers=0, threads=2)
-    data["transforms"]["resize"]["random_scale"] = (4.5, 6.0)
+    data["transforms"]["resize"]["random_scale"] = (3.0, 4.5)
     config = small(data, (128, 128), steps=5000)
     # validated as the paper does: shorter side 512, centre crop
     resize = {"name": "resize", "size": (512, 512), "mode": "crop"}
