@@ -4,6 +4,9 @@
   python launch/prepare.py --source voc --root VOCdevkit/VOC2012 --split trainaug --out shards/voc
   python launch/prepare.py --source ade20k --root ADEChallengeData2016 --split training --out O
   python launch/prepare.py --source coco_panoptic --root coco --split val2017 --out O --threads 16
+  python launch/prepare.py --source coco_stuff --root cocostuff --split train2017 --out O
+  python launch/prepare.py --source cityscapes --root cityscapes --split train --out O
+  python launch/prepare.py --source celebamask_hq_parts --root CelebAMask-HQ --split train --out O
   python launch/prepare.py --source tfds --root ~/tensorflow_datasets/oxford_iiit_pet/4.0.0 \\
       --split train --out O --set classes=pets.json --set first_label=1
   python launch/prepare.py --source scenes --split train --out O --set size=64 --set count=2000

@@ -6,11 +6,13 @@
 | ade20k | file value 0 is void, file value n is class n - 1 |
 | coco_panoptic | raw category ids (``COCO_PANOPTIC_IDS``), contiguous here in that order |
 | coco | the 80 countable ones of those, in the same order |
+| coco_stuff | category ids - 1 as in the stuffthingmaps (``COCO_STUFF_IDS``), contiguous here |
 | cityscapes | train ids; ``CITYSCAPES_IDS`` are the ids in ``*_labelIds.png`` |
 | celeba_mask | 0 background, then the parts in painting order, left/right as seen from the person |
 
-Source: PASCAL VOC 2012, ADE20K scene parsing benchmark, COCO 2017 panoptic task, Cityscapes,
-CelebAMask-HQ (names as in the data sets' own tools; ADE20K things as in its panoptic benchmark).
+Source: PASCAL VOC 2012, ADE20K scene parsing benchmark, COCO 2017 panoptic task, COCO-Stuff,
+Cityscapes, CelebAMask-HQ (names as in the data sets' own tools; ADE20K things as in its panoptic
+benchmark).
 """
 
 from jointseg_jax.data.classes import Classes
@@ -77,7 +79,7 @@ _COCO_GAPS = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)
 
 COCO_IDS = tuple(i for i in range(1, 91) if i not in _COCO_GAPS)
 
-_COCO_STUFF = _names(
+_PANOPTIC_STUFF = _names(
     """banner, blanket, bridge, cardboard, counter, curtain, door-stuff, floor-wood, flower, fruit,
     gravel, house, light, mirror-stuff, net, pillow, platform, playingfield, railroad, river, road,
     roof, sand, sea, shelf, snow, stairs, tent, towel, wall-brick, wall-stone, wall-tile,
@@ -87,7 +89,7 @@ _COCO_STUFF = _names(
     building-other-merged, rock-merged, wall-other-merged, rug-merged"""
 )
 
-COCO_PANOPTIC = Classes(names=COCO.names + _COCO_STUFF, isthing=(True,) * 80 + (False,) * 53)
+COCO_PANOPTIC = Classes(names=COCO.names + _PANOPTIC_STUFF, isthing=(True,) * 80 + (False,) * 53)
 
 COCO_PANOPTIC_IDS = (
     *COCO_IDS,
@@ -96,12 +98,37 @@ COCO_PANOPTIC_IDS = (
     *range(184, 201),
 )
 
+COCO_STUFF = Classes(
+    names=COCO.names
+    + _names(
+        """banner, blanket, branch, bridge, building-other, bush, cabinet, cage, cardboard, carpet,
+        ceiling-other, ceiling-tile, cloth, clothes, clouds, counter, cupboard, curtain, desk-stuff,
+        dirt, door-stuff, fence, floor-marble, floor-other, floor-stone, floor-tile, floor-wood,
+        flower, fog, food-other, fruit, furniture-other, grass, gravel, ground-other, hill, house,
+        leaves, light, mat, metal, mirror-stuff, moss, mountain, mud, napkin, net, paper, pavement,
+        pillow, plant-other, plastic, platform, playingfield, railing, railroad, river, road, rock,
+        roof, rug, salad, sand, sea, shelf, sky-other, skyscraper, snow, solid-other, stairs, stone,
+        straw, structural-other, table, tent, textile-other, towel, tree, vegetable, wall-brick,
+        wall-concrete, wall-other, wall-panel, wall-stone, wall-tile, wall-wood, water-other,
+        waterdrops, window-blind, window-other, wood"""
+    ),
+    isthing=(True,) * 80 + (False,) * 91,
+)
+
+COCO_STUFF_IDS = (*(i - 1 for i in COCO_IDS), *range(91, 182))
+
 CITYSCAPES = Classes(
     names=_names(
         """road, sidewalk, building, wall, fence, pole, traffic light, traffic sign, vegetation,
         terrain, sky, person, rider, car, truck, bus, train, motorcycle, bicycle"""
     ),
     isthing=_except(19, *range(11)),
+    palette=(
+        *((128, 64, 128), (244, 35, 232), (70, 70, 70), (102, 102, 156), (190, 153, 153)),
+        *((153, 153, 153), (250, 170, 30), (220, 220, 0), (107, 142, 35), (152, 251, 152)),
+        *((70, 130, 180), (220, 20, 60), (255, 0, 0), (0, 0, 142), (0, 0, 70), (0, 60, 100)),
+        *((0, 80, 100), (0, 0, 230), (119, 11, 32)),
+    ),
 )
 
 CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
@@ -119,6 +146,7 @@ CLASS_LISTS = {
     "ade20k": ADE20K,
     "coco_panoptic": COCO_PANOPTIC,
     "coco": COCO,
+    "coco_stuff": COCO_STUFF,
     "cityscapes": CITYSCAPES,
     "celeba_mask": CELEBA_MASK,
 }

@@ -8,17 +8,16 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
 from jointseg_jax.data import captions, files
 from jointseg_jax.data.class_file import read_classes
 from jointseg_jax.data.class_lists import CLASS_LISTS
 from jointseg_jax.data.classes import Classes, Colour
-from jointseg_jax.data.images import PIXEL_LIMIT, Decoding, decode_image, decode_segment_ids
+from jointseg_jax.data.entries import enlarge, read_image, read_labels
+from jointseg_jax.data.images import PIXEL_LIMIT, Decoding
 from jointseg_jax.data.labels import LabelRule
-from jointseg_jax.data.layouts import LAYOUTS, Entry, Listing
+from jointseg_jax.data.layouts import LAYOUTS
+from jointseg_jax.data.listing import Entry, Listing
 from jointseg_jax.data.records import BadSample, Record, check_record
-from jointseg_jax.data.segments import labels_of_segments
 from jointseg_jax.types import UserError
 
 
@@ -89,8 +88,8 @@ class Folders:
             given |= {"table": self.label_map, "shift": 0}
         if listing.rule is None and given:
             raise ValueError(
-                f"layout={self.layout!r} takes its labels from segments; void, label_map and "
-                "colour_map do not apply. Leave them out."
+                f"layout={self.layout!r} takes its labels from segments or parts; void, "
+                "label_map and colour_map do not apply. Leave them out."
             )
         return listing.rule and dataclasses.replace(listing.rule, **given)
 
@@ -107,8 +106,12 @@ class Folders:
         entry = self.entries[index]
         if entry.problem is not None:
             raise entry.problem
-        image = decode_image(self.original(index), str(self.path(entry.image)), self.decoding)
-        labels, segments = self._labels(entry)
+        image = read_image(Path(self.root), entry, self.decoding)
+        labels, segments = read_labels(
+            Path(self.root), entry, self.rule, self.classes, pixel_limit=self.pixel_limit
+        )
+        if entry.parts:
+            labels = enlarge(labels, image.shape[:2])
         record = Record(id=entry.id, image=image, labels=labels, captions=entry.captions)
         if not entry.captions:
             record["captions"] = (captions.describe(labels, self.classes),)
@@ -125,14 +128,6 @@ class Folders:
         """Returns the path of a file of the listing."""
         return files.inside(Path(self.root), name)
 
-    def _labels(self, entry: Entry) -> tuple[np.ndarray, np.ndarray | None]:
-        path = self.path(entry.labels)
-        data, limit = files.read(path), self.pixel_limit
-        if self.rule is not None:
-            return self.rule.read(data, str(path), self.classes, pixel_limit=limit), None
-        ids = decode_segment_ids(data, str(path), pixel_limit=limit)
-        return labels_of_segments(ids, entry.segments, str(path))
-
     def words(self) -> tuple[str, ...]:
         """Lists every word its captions can contain, sorted."""
         found = captions.words_of(text for entry in self.entries for text in entry.captions)
@@ -142,7 +137,9 @@ class Folders:
 
     def fingerprint(self) -> dict[str, object]:
         """Returns the plain values that must match when a run resumes."""
-        rows = [(e.id, e.image, e.labels, e.captions, e.problem is None) for e in self.entries]
+        rows = [
+            (e.id, e.image, e.labels, e.captions, e.problem is None, *e.parts) for e in self.entries
+        ]
         rules = repr((self.rule, self.orientation))
         return {
             "name": "folders",

@@ -10,60 +10,44 @@ ImageSets/Segmentation/SPLIT.txt | ImageSets/Caption/SPLIT.json |
 annotations_caption/SPLIT.json |
 | coco_panoptic | SPLIT/ID.jpg | annotations/panoptic_SPLIT/ID.png | \
 annotations/panoptic_SPLIT.json | annotations/captions_SPLIT.json |
+| coco_stuff | SPLIT/ID.jpg | annotations/SPLIT/ID.png | metas/SPLIT.txt, else the folder | \
+annotations/captions_SPLIT.json |
+| cityscapes | leftImg8bit/SPLIT/ID_leftImg8bit.png | gtFine/SPLIT/ID_gtFine_labelTrainIds.png, \
+else _labelIds.png | metas/SPLIT.txt, else the folder | none |
+| celebamask_hq | CelebA-512-img/ID.jpg | CelebAMask-HQ-mergemask/ID.png | metas/SPLIT.txt | none |
+| celebamask_hq_parts | CelebA-HQ-img/ID.jpg | CelebAMask-HQ-mask-anno/*/ID_PART.png, ID of five \
+digits | metas/SPLIT.txt | none |
 
 Label conventions: ``folders`` and ``mmseg`` as their classes.json says; ``voc`` 0..20 and 255 void;
 ``ade20k`` 0 "other" is void and value n is class n - 1 (``reduce_zero_label=True`` elsewhere),
 ``ade20k_other`` keeps "other" as class 0; ``coco_panoptic`` the categories of the JSON in the order
 of their ids (the 133 of COCO are 0..132), void where the id is 0. Segments keep their ids; a crowd
-keeps its class and loses its id, for it is not one instance.
-
-A listing is sorted by id. What is wrong with an id stands in its entry; everything is collected,
-so that one run shows all problems.
+keeps its class and loses its id, for it is not one instance. ``coco_stuff`` the stuffthingmaps as
+released, category id - 1 with eleven gaps, 171 classes, 255 void (for maps that hold 0..170 give
+``label_map`` or the layout ``folders``). ``cityscapes`` the 19 train ids and 255 void; raw ids
+without a train id are void. ``celebamask_hq`` 0..18, no void; ``celebamask_hq_parts`` paints the
+part files as the data set's own tool does, background first, later parts over earlier ones, and
+enlarges the 512x512 labels to the 1024x1024 of their images. Both need lists of ids, which the
+release has not: 0..27999 and 28000..29999 is a usual choice. Painting opens a dozen files a
+record: ``launch/prepare.py`` does it once.
 """
 
 from __future__ import annotations
 
 import functools
-import os
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
 
 import numpy as np
 
 from jointseg_jax.data import captions, files
-from jointseg_jax.data.captions import Captions
 from jointseg_jax.data.class_file import class_list, read_classes
-from jointseg_jax.data.class_lists import CLASS_LISTS
+from jointseg_jax.data.class_lists import CITYSCAPES_IDS, CLASS_LISTS, COCO_STUFF_IDS
 from jointseg_jax.data.classes import Classes
 from jointseg_jax.data.labels import LabelRule
+from jointseg_jax.data.listing import Entry, Found, Listing, find, lines_of, listed, optional, pair
 from jointseg_jax.data.records import BadSample
-from jointseg_jax.types import UserError
-
-
-class Entry(NamedTuple):
-    """One id of a split: its files, relative to the root, or what is wrong with it.
-
-    ``segments`` holds (segment id, class, is crowd, area) per row, for panoptic labels.
-    """
-
-    id: str
-    image: str = ""
-    labels: str = ""
-    captions: tuple[str, ...] = ()
-    segments: np.ndarray | None = None
-    problem: BadSample | None = None
-
-
-class Listing(NamedTuple):
-    """A split: entries in order, problems that belong to no entry, and what labels mean."""
-
-    entries: tuple[Entry, ...]
-    problems: tuple[BadSample, ...]
-    classes: Classes | None
-    rule: LabelRule | None
-
+from jointseg_jax.types import FILE_VOID, UserError
 
 Layout = Callable[[Path, str], Listing]
 
@@ -152,6 +136,90 @@ def coco_names(categories: list[dict]) -> list[dict]:
     ]
 
 
+def list_coco_stuff(root: Path, split: str) -> Listing:
+    """Lists COCO images with the pixel maps of COCO-Stuff."""
+    short = split.removesuffix("2017")
+    folder = f"{short}2017" if short in ("train", "val") else split
+    pictures = find(root, folder, ".jpg")
+    masks = find(root, f"annotations/{folder}", ".png")
+    ids = listed(root, (f"metas/{split}.txt", f"metas/{short}.txt"), pictures, masks)
+    texts, problems = optional(root / f"annotations/captions_{folder}.json", captions.read_coco)
+    if texts is not None:
+        texts = {key: texts.get(key.lstrip("0"), ()) for key in ids}
+    entries = pair(root, ids, pictures, masks, texts)
+    rule = LabelRule(table=tuple(zip(COCO_STUFF_IDS, range(len(COCO_STUFF_IDS)))))
+    return Listing(entries, problems, CLASS_LISTS["coco_stuff"], rule)
+
+
+def list_cityscapes(root: Path, split: str) -> Listing:
+    """Lists Cityscapes with fine annotations; train ids go before raw ids."""
+    pictures = find(root, f"leftImg8bit/{split}", ".png", suffix="_leftImg8bit")
+    masks = find(root, f"gtFine/{split}", ".png", suffix="_gtFine_labelTrainIds")
+    rule = LabelRule()
+    if not masks.names:
+        masks = find(root, f"gtFine/{split}", ".png", suffix="_gtFine_labelIds")
+        unused = sorted(set(range(CITYSCAPES_IDS[-1] + 1)) - set(CITYSCAPES_IDS))
+        table = tuple(zip(CITYSCAPES_IDS, range(len(CITYSCAPES_IDS))))
+        rule = LabelRule(void=(FILE_VOID, *unused), table=table)
+    ids = listed(root, (f"metas/{split}.txt",), pictures, masks)
+    return Listing(pair(root, ids, pictures, masks, None), (), CLASS_LISTS["cityscapes"], rule)
+
+
+FACE_LISTS = (
+    " The release has no lists: write one, an id a line, such as `seq 0 27999 > metas/train.txt`."
+)
+
+
+def list_celebamask_hq(root: Path, split: str) -> Listing:
+    """Lists CelebAMask-HQ with merged masks."""
+    ids = lines_of(root, f"metas/{split}.txt", FACE_LISTS)
+    pictures = find(root, "CelebA-512-img", ".jpg")
+    masks = find(root, "CelebAMask-HQ-mergemask", ".png")
+    entries = pair(root, ids, pictures, masks, None)
+    # No void: a 255 is the sign of a part mask (0 and 255) in place of a merged one.
+    return Listing(entries, (), CLASS_LISTS["celeba_mask"], LabelRule(void=()))
+
+
+def list_celebamask_hq_parts(root: Path, split: str) -> Listing:
+    """Lists CelebAMask-HQ as released: one mask file per face and part."""
+    ids = lines_of(root, f"metas/{split}.txt", FACE_LISTS)
+    pictures = find(root, "CelebA-HQ-img", ".jpg")
+    painted = find(root, "CelebAMask-HQ-mask-anno", ".png")
+    parts = parts_by_face(painted)
+    firsts = {key: [found[0][1]] for key, found in parts.items()}
+    masks = Found(painted.prefix, "_PART.png", firsts)
+    entries = pair(root, ids, pictures, masks, None)
+    entries = tuple(e if e.problem else with_parts(root, e, parts[e.id]) for e in entries)
+    return Listing(entries, (), CLASS_LISTS["celeba_mask"], None)
+
+
+def parts_by_face(painted: Found) -> dict[str, list[tuple[str, str]]]:
+    """Returns (part, file) by id, sorted; ``3/06012_l_eye.png`` is part ``l_eye`` of id 6012."""
+    parts: dict[str, list[tuple[str, str]]] = {}
+    for stem, names in painted.names.items():
+        number, _, part = PurePosixPath(stem).name.partition("_")
+        key = number.lstrip("0") or "0"
+        parts.setdefault(key, []).extend((part, name) for name in names)
+    return {key: sorted(found) for key, found in parts.items()}
+
+
+def with_parts(root: Path, entry: Entry, found: list[tuple[str, str]]) -> Entry:
+    """Returns the entry with its part files in painting order, or with what is wrong with them."""
+    known = CLASS_LISTS["celeba_mask"].names
+    kinds = [part for part, _ in found]
+    wrong = sorted({part for part in kinds if part not in known[1:] or kinds.count(part) > 1})
+    if wrong:
+        names = ", ".join(name for part, name in found if part in wrong)
+        problem = BadSample(
+            str(root / found[0][1]),
+            f"id {entry.id!r} has part files that are unknown or double: {names}",
+            f"one file for each of {', '.join(known[1:])}",
+            "Remove or rename them.",
+        )
+        return entry._replace(problem=problem)
+    return entry._replace(parts=tuple(sorted((known.index(part), name) for part, name in found)))
+
+
 LAYOUTS: dict[str, Layout] = {
     "folders": functools.partial(list_folders, images="images", labels="annotations"),
     "mmseg": functools.partial(list_folders, images="img_dir", labels="ann_dir"),
@@ -159,116 +227,8 @@ LAYOUTS: dict[str, Layout] = {
     "ade20k": functools.partial(list_ade20k, other=False),
     "ade20k_other": functools.partial(list_ade20k, other=True),
     "coco_panoptic": list_coco_panoptic,
+    "coco_stuff": list_coco_stuff,
+    "cityscapes": list_cityscapes,
+    "celebamask_hq": list_celebamask_hq,
+    "celebamask_hq_parts": list_celebamask_hq_parts,
 }
-
-
-class Found(NamedTuple):
-    """The picture files under a folder: names by id, an id being a name without its ending."""
-
-    pattern: str  # where the file of an id is expected
-    names: dict[str, list[str]]
-
-
-def find(root: Path, folder: str, ending: str, *, needed: bool = True) -> Found:
-    """Returns the picture files under a folder; ``ending`` is the usual one."""
-    top = files.inside(root, folder)
-    if needed and not top.is_dir():
-        beside = sorted(p.name for p in top.parent.iterdir()) if top.parent.is_dir() else []
-        raise UserError(
-            f"ERROR [data] {top}: no such folder; the layout keeps files there"
-            f"{f', and beside it there are: {chr(44).join(beside[:20])}' if beside else ''}. "
-            "Check config.data.*.root, config.data.*.split and config.data.*.layout."
-        )
-    found: dict[str, list[str]] = {}
-    for where, _, names in os.walk(top):
-        for name in names:
-            stem, ending = os.path.splitext(os.path.relpath(os.path.join(where, name), top))
-            if ending.lower() in files.PICTURES and not name.startswith("."):
-                found.setdefault(stem, []).append(f"{folder}/{stem}{ending}")
-    return Found(f"{folder}/{{}}{ending}", found)
-
-
-def lines_of(root: Path, name: str) -> list[str]:
-    """Returns the ids of a split file, as they stand."""
-    path = files.inside(root, name)
-    if not path.exists():
-        have = sorted(p.stem for p in path.parent.glob("*.txt"))
-        raise UserError(
-            f"ERROR [data] {path}: no such split; there are: {', '.join(have) or 'none'}. "
-            "Check config.data.*.root and config.data.*.split."
-        )
-    return [line.strip() for line in files.read_text(path).splitlines() if line.strip()]
-
-
-def optional(
-    path: Path, reader: Callable[[Path], tuple[Captions, list[BadSample]]]
-) -> tuple[Captions | None, tuple[BadSample, ...]]:
-    """Reads a caption file if there is one; its ids lose file endings."""
-    if not path.exists():
-        return None, ()
-    texts, problems = reader(path)
-    pictures = files.PICTURES
-    plain = {
-        k.rsplit(".", 1)[0] if k.lower().endswith(pictures) else k: v for k, v in texts.items()
-    }
-    return plain, tuple(problems)
-
-
-def pair(
-    root: Path, ids: Iterable[str], images: Found, labels: Found, texts: Captions | None
-) -> tuple[Entry, ...]:
-    """Joins images, labels and captions by id; what does not fit becomes the entry's problem."""
-    ids = sorted(ids)
-    same = Counter(key.casefold() for key in ids)
-    entries = []
-    for key in dict.fromkeys(ids):
-        try:
-            if same[key.casefold()] > 1:
-                raise clash(root, [k for k in ids if k.casefold() == key.casefold()], images)
-            entries.append(entry_of(root, key, images, labels, texts))
-        except BadSample as problem:
-            entries.append(Entry(key, problem=problem))
-    return tuple(entries)
-
-
-def entry_of(root: Path, key: str, images: Found, labels: Found, texts: Captions | None) -> Entry:
-    """Returns the entry of an id, or raises what is wrong with it."""
-    files.check_name(root, key)
-    image = only(root, images, key, "image")
-    mask = only(root, labels, key, "label file")
-    if texts is not None and not texts.get(key):
-        raise BadSample(
-            str(root / image),
-            "has no caption",
-            "where there is a caption file it has every id",
-            "Add its caption, or remove the caption file to have captions made from the labels.",
-        )
-    return Entry(key, image, mask, (texts or {}).get(key, ()))
-
-
-def only(root: Path, found: Found, key: str, what: str) -> str:
-    """Returns the one file of an id, refusing none, several, and links out of the root."""
-    names = found.names.get(key, [])
-    if not names:
-        raise files.missing(root / found.pattern.format(key), f"{what} of id {key!r}")
-    if len(names) > 1:
-        raise BadSample(
-            str(root / names[0]),
-            f"id {key!r} has {len(names)} files: {', '.join(sorted(names))}",
-            f"one {what} per id",
-            "Remove or rename all but one.",
-        )
-    files.inside(root, names[0])
-    return names[0]
-
-
-def clash(root: Path, keys: list[str], images: Found) -> BadSample:
-    """Returns the complaint about ids that are equal, or equal but for case."""
-    paths = [name for key in dict.fromkeys(keys) for name in images.names.get(key, [key])]
-    return BadSample(
-        str(root / paths[0]),
-        f"ids {', '.join(map(repr, keys))} are the same or differ by case only "
-        f"({', '.join(paths)})",
-        "ids differ on every file system",
-        "Rename or remove all but one.",
-    )

@@ -33,6 +33,19 @@ def test_voc_palette_is_the_published_one():
         ),
         ("coco", 80, 80, {0: "person", 11: "stop sign", 56: "chair", 79: "toothbrush"}),
         ("coco_panoptic", 133, 80, {79: "toothbrush", 80: "banner", 132: "rug-merged"}),
+        (
+            "coco_stuff",
+            171,
+            80,
+            {
+                0: "person",
+                79: "toothbrush",
+                80: "banner",
+                126: "net",
+                145: "sky-other",
+                170: "wood",
+            },
+        ),
         ("cityscapes", 19, 8, {0: "road", 10: "sky", 11: "person", 18: "bicycle"}),
         ("celeba_mask", 19, 0, {0: "background", 4: "l_eye", 13: "hair", 18: "cloth"}),
     ],
@@ -53,8 +66,24 @@ def test_raw_ids_of_coco_and_cityscapes():
     anchors |= {130: "light", 149: "road", 178: "water-other", 187: "sky-other-merged"}
     anchors |= {200: "rug-merged"}
     assert {i: names[i] for i in anchors} == anchors
+    stuff = dict(zip(class_lists.COCO_STUFF_IDS, class_lists.COCO_STUFF.names, strict=True))
+    anchors = {0: "person", 12: "stop sign", 66: "dining table", 89: "toothbrush", 91: "banner"}
+    anchors |= {129: "light", 148: "road", 156: "sky-other", 177: "water-other", 181: "wood"}
+    assert {i: stuff[i] for i in anchors} == anchors
+    gaps = (11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90)
+    assert list(stuff) == [i for i in range(182) if i not in gaps]
+    # One numbering of categories: what both sets call the same is one apart in the files.
+    assert all(stuff[i - 1] == name for i, name in names.items() if "merged" not in name)
     city = dict(zip(class_lists.CITYSCAPES_IDS, class_lists.CITYSCAPES.names, strict=True))
     assert (city[7], city[23], city[33]) == ("road", "sky", "bicycle")
+
+
+def test_cityscapes_has_its_own_colours():
+    colours = dict(zip(class_lists.CITYSCAPES.names, class_lists.CITYSCAPES.palette, strict=True))
+    assert len(set(colours.values())) == 19
+    anchors = {"road": (128, 64, 128), "vegetation": (107, 142, 35), "sky": (70, 130, 180)}
+    anchors |= {"person": (220, 20, 60), "car": (0, 0, 142), "bicycle": (119, 11, 32)}
+    assert {name: colours[name] for name in anchors} == anchors
 
 
 def test_ade20k_things_and_stuff():

@@ -418,7 +418,7 @@ def test_panoptic_json_that_is_none(coco):
 
 
 def test_panoptic_labels_have_their_own_rule(coco):
-    with pytest.raises(ValueError, match="takes its labels from segments; void, label_map and"):
+    with pytest.raises(ValueError, match="takes its labels from segments or parts; void,"):
         coco(void=(0,))
 
 

@@ -67,6 +67,37 @@ def test_crop_equals_scale_then_crop():
     assert abs(out["image"].astype(int) - whole["image"][:, 6:30]).max() <= 1
 
 
+@pytest.mark.parametrize("source", [(48, 113), (113, 48), (50, 50), (640, 427)])
+@pytest.mark.parametrize("train", [True, False])
+def test_a_square_crop_is_a_square_along_the_longer_side(source, train):
+    rows, columns = np.indices(source, dtype=np.int32)
+    record = {"id": "a", "image": np.zeros((*source, 3), np.uint8), "captions": ()}
+    record |= {"labels": rows.astype(np.int16), "segments": columns}
+    short, generator = min(source), rng()
+    step = short / 32  # an output pixel in source pixels; all that follows is exact to so much
+    starts = set()
+    for _ in range(40 if train else 1):
+        out = Resize(size=32)(record, generator, train)
+        spans = [(int(out[k].min()), int(out[k].max())) for k in ("labels", "segments")]
+        for (low, high), length in zip(spans, source):
+            # 2: the samples are centres of output pixels, half a pixel inside at both ends, and
+            # the scaled length of the longer side is rounded to whole pixels.
+            assert abs((high - low + 1) - short) <= 2 * step
+            if not train or length == short:
+                assert abs((low + high + 1) - length) / 2 <= step
+        starts.add(spans[int(np.argmax(source))][0])
+    assert (len(starts) > 5) == (train and max(source) > short)
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_two_to_one_pictures_are_whole_at_half_size(train):
+    record = make_record(32, 64)
+    wanted = record["labels"][1::2, 1::2]  # centres between two pixels take the later one
+    for mode in ("crop", "stretch"):
+        out = Resize(size=(16, 32), mode=mode)(record, rng(), train)
+        np.testing.assert_array_equal(out["labels"], wanted)
+
+
 def test_random_scale_shows_a_smaller_part():
     record = make_record(64, 64)
     record["segments"] = np.arange(64 * 64, dtype=np.int32).reshape(64, 64)

@@ -1,0 +1,251 @@
+"""What a user feeds to a sampler: the label maps or images of a folder, one by one.
+
+1. ``plain``: every picture under the folder, also nested. Labels are PNG of class indices with 255
+   void, unless a ``classes.json`` beside them says what their values mean; ``captions.jsonl``, if
+   there, has a caption for every id. An id is a path below the folder without its ending.
+2. any other layout: the images or the labels of a split of it (``layouts.py``).
+3. Headers are checked at the start, all files at once; pixels when an item is loaded.
+4. ``load`` resizes as ``transforms.Resize`` does in evaluation: centre crop, or stretch.
+
+Pictures that EXIF says are turned are turned: no labels go with a given image.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int16, UInt8
+from PIL import Image
+
+from jointseg_jax.data import captions, files
+from jointseg_jax.data.class_file import read_classes
+from jointseg_jax.data.classes import Classes
+from jointseg_jax.data.entries import label_files, read_image, read_labels
+from jointseg_jax.data.folders import list_split
+from jointseg_jax.data.images import CONVERSIONS, PIXEL_LIMIT, Decoding, open_picture
+from jointseg_jax.data.labels import LabelRule, stored_rule
+from jointseg_jax.data.layouts import LAYOUTS
+from jointseg_jax.data.listing import Entry, Listing, find, optional, pair
+from jointseg_jax.data.records import BadSample
+from jointseg_jax.data.transforms import BOXES, Resize, resize_image, resize_labels
+from jointseg_jax.data.workers import in_order
+from jointseg_jax.types import UserError
+
+PLAIN = "plain"
+TURNED = Decoding(orientation="apply")
+THREADS = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Given:
+    """Label maps or images of a folder, in the order of their ids.
+
+    Args:
+      classes: of the labels; ``None`` for images.
+      rule: what the values of label files mean; ``None`` for images, segments and parts.
+      mode: ``crop`` shows the centre, ``stretch`` the whole.
+      digest: SHA-256 over ids, file contents and label rule.
+    """
+
+    root: Path
+    entries: tuple[Entry, ...] = field(repr=False, compare=False)  # the digest tells them apart
+    classes: Classes | None
+    rule: LabelRule | None
+    layout: str
+    mode: str
+    digest: str = ""
+
+    def __post_init__(self) -> None:
+        Resize(size=1, mode=self.mode)  # knows the modes
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    @property
+    def kind(self) -> str:
+        """Tells labels from images."""
+        return "images" if self.classes is None else "labels"
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """Names the items."""
+        return tuple(entry.id for entry in self.entries)
+
+    @property
+    def captions(self) -> tuple[tuple[str, ...], ...]:
+        """Returns the captions of every item, which may be none."""
+        return tuple(entry.captions for entry in self.entries)
+
+    def load(
+        self, index: int, size: int | tuple[int, int]
+    ) -> Int16[np.ndarray, "height width"] | UInt8[np.ndarray, "height width 3"]:
+        """Returns one item at ``size``: labels (VOID where nothing is annotated) or RGB.
+
+        Raises:
+          BadSample: its pixels cannot be used.
+        """
+        resize = Resize(size=size, mode=self.mode)
+        whole = self.read(index)
+        box = BOXES[self.mode](resize, whole.shape[:2], np.random.default_rng(0), False)
+        filtered = resize_image if self.classes is None else resize_labels
+        return filtered(whole, resize.target, box)
+
+    def read(self, index: int) -> np.ndarray:
+        """Returns one item at its own size."""
+        entry = self.entries[index]
+        if self.classes is None:
+            return read_image(self.root, entry, TURNED)
+        return read_labels(self.root, entry, self.rule, self.classes)[0]
+
+    def fingerprint(self) -> dict[str, object]:
+        """Returns the plain values that must match when an interrupted run goes on."""
+        return {
+            "kind": self.kind,
+            "layout": self.layout,
+            "mode": self.mode,
+            "count": len(self),
+            "sha256": self.digest,
+        }
+
+    def examine(self, index: int) -> str | BadSample:
+        """Checks the headers of one item; returns the digest of its files, or what is wrong."""
+        entry = self.entries[index]
+        names = (entry.image,) if self.classes is None else label_files(entry)
+        digest = hashlib.sha256(b"" if entry.segments is None else entry.segments.tobytes())
+        try:
+            for name in names:
+                path = files.inside(self.root, name)
+                data = files.read(path)
+                digest.update(hashlib.sha256(data).digest())
+                if not self._expects(open_picture(data, str(path), PIXEL_LIMIT), entry):
+                    self.read(index)  # says what is wrong
+        except BadSample as problem:
+            return problem
+        return digest.hexdigest()
+
+    def _expects(self, picture: Image.Image, entry: Entry) -> bool:
+        """Tells whether a header is of the usual kind."""
+        if self.classes is None:
+            return picture.mode in CONVERSIONS
+        painted = picture.mode in ("RGB", "RGBA")
+        paints = self.rule is None or bool(self.rule.colours)
+        return picture.format == "PNG" and (painted == paints or bool(entry.parts))
+
+
+def given_labels(
+    folder: str | Path,
+    classes: Classes,
+    *,
+    layout: str = PLAIN,
+    split: str = "",
+    mode: str = "crop",
+) -> Given:
+    """Lists and checks label maps for a model of ``classes``.
+
+    Raises:
+      UserError: files that cannot be used, all of them at once, or labels of other classes.
+    """
+    listing = listing_of(Path(folder), layout, split, "labels", stored_rule(len(classes)))
+    if listing.classes is not None:
+        check_names(listing.classes, classes, folder)
+    return checked(listing, Path(folder), classes, layout, mode)
+
+
+def given_images(
+    folder: str | Path, *, layout: str = PLAIN, split: str = "", mode: str = "crop"
+) -> Given:
+    """Lists and checks images.
+
+    Raises:
+      UserError: files that cannot be used, all of them at once.
+    """
+    listing = listing_of(Path(folder), layout, split, "images", None)
+    return checked(listing._replace(rule=None), Path(folder), None, layout, mode)
+
+
+def listing_of(root: Path, layout: str, split: str, kind: str, rule: LabelRule | None) -> Listing:
+    """Lists a folder in its layout; ``rule`` is that of plain labels."""
+    if layout not in (PLAIN, *LAYOUTS):
+        raise UserError(
+            f"ERROR [given] layout {layout!r} of {root} is unknown; one of: "
+            f"{', '.join((PLAIN, *LAYOUTS))}."
+        )
+    if bool(split) != (layout != PLAIN):
+        raise UserError(
+            f"ERROR [given] {root}: layout {layout!r} with split {split!r}; the layout {PLAIN!r} "
+            "is one folder without splits, every other one needs the name of a split."
+        )
+    try:
+        if layout == PLAIN:
+            return list_plain(root, kind, rule)
+        return list_split(root, split, layout)
+    except (UserError, BadSample) as problem:
+        raise UserError(
+            f"{problem}\nERROR [given] {root}: no {kind} can be listed in the layout {layout!r}. "
+            "Mend the folder, or give another folder, layout or split."
+        ) from None
+
+
+def list_plain(root: Path, kind: str, rule: LabelRule | None) -> Listing:
+    """Lists every picture under a folder."""
+    if not root.is_dir():
+        raise UserError(f"ERROR [given] {root}: {'not a' if root.exists() else 'no such'} folder.")
+    found = find(root, ".", ".png")
+    classes, texts = None, files.inside(root, "captions.jsonl")
+    if kind == "labels" and files.inside(root, "classes.json").exists():
+        classes, rule = read_classes(root / "classes.json")
+    texts, problems = optional(texts, captions.read_lines)
+    sides = (None, found) if kind == "labels" else (found, None)
+    entries = pair(root, found.names, *sides, texts)
+    if not entries:
+        ending = ".png" if kind == "labels" else ", ".join(files.PICTURES)
+        here = sorted({path.suffix or path.name for path in root.iterdir()})
+        raise UserError(
+            f"ERROR [given] {root}: no {kind} in it ({ending}); there are: "
+            f"{', '.join(here[:20]) or 'no files'}."
+        )
+    return Listing(entries, problems, classes, rule)
+
+
+def checked(listing: Listing, root: Path, classes: Classes | None, layout: str, mode: str) -> Given:
+    """Reads all headers; refuses the folder if anything is wrong, with everything that is."""
+    problems = [*listing.problems, *(e.problem for e in listing.entries if e.problem)]
+    given = Given(
+        root=root,
+        entries=tuple(entry for entry in listing.entries if not entry.problem),
+        classes=classes,
+        rule=listing.rule,
+        layout=layout,
+        mode=mode,
+    )
+    seen = list(in_order(given.examine, range(len(given)), THREADS))
+    problems += [finding for finding in seen if isinstance(finding, BadSample)]
+    if problems:
+        lines = "\n".join(map(str, problems[:50]))
+        more = f"\n... and {len(problems) - 50} more" if len(problems) > 50 else ""
+        hint = f" A data set folder needs its layout ({', '.join(LAYOUTS)}) and split."
+        raise UserError(
+            f"{lines}{more}\nERROR [given] {root}: problems: {len(problems)}, {given.kind} found: "
+            f"{len(listing.entries)}. Mend or remove them.{hint if layout == PLAIN else ''}"
+        )
+    rows = repr((given.ids, seen, given.rule)).encode()
+    return dataclasses.replace(given, digest=hashlib.sha256(rows).hexdigest())
+
+
+def check_names(found: Classes, wanted: Classes, where: str | Path) -> None:
+    """Refuses labels of classes that are not the model's, naming the first difference."""
+    rows = itertools.zip_longest(found.names, wanted.names, fillvalue="absent")
+    for index, (theirs, ours) in enumerate(rows):
+        if theirs != ours:
+            raise UserError(
+                f"ERROR [given] {where}: class {index} is {theirs!r} there and {ours!r} in the "
+                f"model ({len(found)} and {len(wanted)} classes); names and order must be equal. "
+                "Give labels of the model's classes, or put the label files into one folder with "
+                "a classes.json that lists the model's classes and has a label_map {file value: "
+                "class name or null}, and give that as plain."
+            )
