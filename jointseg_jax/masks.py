@@ -61,17 +61,24 @@ def absorb(
     *,
     mode: Literal["sequential", "fast"] = "sequential",
     keep_void: bool = False,
+    only: Bool[np.ndarray, "height width"] | None = None,
 ) -> LabelMap:
     """Returns the map with every region of fewer than ``tau`` pixels merged into its surroundings.
 
     Sequential mode is compiled where numba is installed (extra ``fast``); the result is the same.
+
+    Args:
+      only: whole regions that may change; the others stay, whatever their size (fast mode).
     """
-    _check(labels, tau, mode)
+    _check(labels, tau, mode, only)
     if labels.size == 0 or tau <= 1:
         return labels.copy()
     ranked = _ranked(labels)
-    absorber = {"sequential": sequential, "fast": jacobi}[mode]
-    absorber(ranked, tau, ranked.void if keep_void else NONE)
+    frozen = ranked.void if keep_void else NONE
+    if mode == "fast":
+        jacobi(ranked, tau, frozen, only)
+    else:
+        sequential(ranked, tau, frozen)
     return ranked.values[ranked.ranks].astype(labels.dtype)
 
 
@@ -197,13 +204,15 @@ def compiled() -> Callable[..., None] | None:
     return numba.njit(cache=True)(inspect.unwrap(sweep_pixels))
 
 
-def jacobi(ranked: Ranked, tau: int, frozen: int) -> None:
+def jacobi(ranked: Ranked, tau: int, frozen: int, only: np.ndarray | None = None) -> None:
     """Absorbs in place, all small regions that touch a settled one at once, until none is left."""
     ranks, count = ranked.ranks, len(ranked.values)
-    regions, areas = _regions(ranks)
+    regions, areas = connected(ranks)
     rank_of = np.zeros(len(areas), ranks.dtype)
     rank_of[regions.ravel()] = ranks.ravel()
     settled = (areas >= tau) | (rank_of == frozen)
+    if only is not None:
+        settled[regions[~only]] = True
     if settled.all() or not settled.any():
         return
     touching = _touching(regions, ~settled)
@@ -255,8 +264,8 @@ def _winners(
     return small[best], ranks[best]
 
 
-def _regions(ranks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The number of every pixel's region, and the regions' areas.
+def connected(ranks: LabelMap) -> tuple[np.ndarray, np.ndarray]:
+    """The number of every pixel's region (0 ..), and the regions' areas.
 
     Runs of equal pixels along the rows are joined to those below that they overlap.
     """
@@ -338,7 +347,7 @@ def _ring(part: np.ndarray) -> np.ndarray:
     return ring & ~part
 
 
-def _check(labels: np.ndarray, tau: int, mode: str) -> None:
+def _check(labels: np.ndarray, tau: int, mode: str, only: np.ndarray | None = None) -> None:
     if labels.ndim != 2 or labels.dtype.kind not in "iu":
         raise ValueError(
             f"masks.absorb: a {labels.dtype} array of shape {labels.shape} given; it takes one "
@@ -348,3 +357,8 @@ def _check(labels: np.ndarray, tau: int, mode: str) -> None:
         raise ValueError(f"masks.absorb: tau={tau} given; an area in pixels, 0 or more.")
     if mode not in ("sequential", "fast"):
         raise ValueError(f"masks.absorb: mode={mode!r} given; one of: sequential, fast.")
+    if only is not None and (mode != "fast" or only.shape != labels.shape):
+        raise ValueError(
+            f"masks.absorb: only of shape {only.shape} given with mode={mode!r} and a map of shape "
+            f"{labels.shape}; it belongs to mode='fast' and has the shape of the map."
+        )

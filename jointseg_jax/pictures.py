@@ -41,15 +41,26 @@ def borders(labels: Labels) -> Bool[np.ndarray, "height width"]:
 
 
 def overlay(
-    image: Picture, labels: Labels, classes: Classes, alpha: float = 0.5, outlines: bool = True
+    image: Picture,
+    labels: Labels,
+    classes: Classes,
+    alpha: float = 0.5,
+    outlines: bool = True,
+    segments: Labels | None = None,
 ) -> Picture:
-    """Blends the coloured labels over a picture; pixels without annotation stay as they are."""
+    """Blends the coloured labels over a picture; pixels without annotation stay as they are.
+
+    Args:
+        segments: instance ids, which are outlined as the labels are.
+    """
     _same_size(image, labels)
     colours = colourise(labels, classes)
     weight = np.where(labels == VOID, 0.0, alpha)[..., None]
     mixed = np.round((1.0 - weight) * image + weight * colours).astype(np.uint8)
     if outlines:
         mixed[borders(labels)] = PAPER
+        if segments is not None:
+            mixed[borders(segments)] = PAPER
     return mixed
 
 
@@ -60,10 +71,18 @@ def enlarge(image: np.ndarray, scale: int) -> np.ndarray:
     return image.repeat(scale, axis=0).repeat(scale, axis=1)
 
 
-def triplet(image: Picture, labels: Labels, classes: Classes, scale: int = 1) -> Picture:
+def triplet(
+    image: Picture,
+    labels: Labels,
+    classes: Classes,
+    scale: int = 1,
+    segments: Labels | None = None,
+) -> Picture:
     """Sets picture, label map and overlay side by side; borders are drawn at the final size."""
     large, marked = enlarge(image, scale), enlarge(labels, scale)
-    return beside([large, colourise(marked, classes), overlay(large, marked, classes)], GAP // 3)
+    outlined = None if segments is None else enlarge(segments, scale)
+    mixed = overlay(large, marked, classes, segments=outlined)
+    return beside([large, colourise(marked, classes), mixed], GAP // 3)
 
 
 def pair_sheet(
@@ -75,15 +94,21 @@ def pair_sheet(
     columns: int = 4,
     scale: int | None = None,
     title: str = "",
+    segments: Sequence[Labels] | None = None,
 ) -> Picture:
-    """Lays out pairs as captioned triplets in columns, with a legend of the classes present."""
+    """Lays out pairs as captioned triplets in columns, with a legend of the classes present.
+
+    Args:
+        segments: instance ids of every pair, outlined in its overlay.
+    """
     if len(images) != len(labels) or not len(images):
         raise ValueError(
             f"pair_sheet: {len(images)} pictures and {len(labels)} label maps given; "
             "give one map per picture, and at least one pair"
         )
     scale = scale or max(1, round(READABLE / images[0].shape[0]))
-    cells = [triplet(i, m, classes, scale) for i, m in zip(images, labels)]
+    instances = [None] * len(images) if segments is None else segments
+    cells = [triplet(i, m, classes, scale, s) for i, m, s in zip(images, labels, instances)]
     rows = [cells[i : i + columns] for i in range(0, len(cells), columns)]
     words = [captions[i : i + columns] for i in range(0, len(cells), columns)] if captions else ()
     present = np.unique(np.concatenate([np.unique(m) for m in labels])).tolist()

@@ -80,6 +80,24 @@ def test_sequential_is_the_original_pixel_for_pixel(labels, tau):
     np.testing.assert_array_equal(sequential(labels, tau, masks.sweep_pixels), want)
 
 
+@settings(max_examples=80, deadline=None)
+@given(label_maps(), AREAS)
+def test_only_the_chosen_regions_change(labels, tau):
+    chosen = labels > 2
+    got = masks.absorb(labels, tau, mode="fast", only=chosen)
+    np.testing.assert_array_equal(got[~chosen], labels[~chosen])
+    everything = masks.absorb(labels, tau, mode="fast", only=np.ones(labels.shape, bool))
+    np.testing.assert_array_equal(everything, masks.absorb(labels, tau, mode="fast"))
+    small = [r for v, r in regions_of(got) if v > 2 and r.sum() < tau]
+    large = [r for v, r in regions_of(labels) if v <= 2 or r.sum() >= tau]
+    assert not small or not large  # left over only where there is nothing to merge with
+
+
+def test_only_belongs_to_fast_mode():
+    with pytest.raises(ValueError, match=r"only of shape \(2, 2\) given with mode='sequential'"):
+        masks.absorb(np.zeros((2, 2), int), 2, only=np.ones((2, 2), bool))
+
+
 def scattered(size=512, classes=21):
     """Large blobs under small regions, about 1,000 of these on 512 x 512 pixels."""
     rng = np.random.default_rng(0)

@@ -47,6 +47,24 @@ def test_overlay_blends_and_leaves_void_alone():
         pictures.overlay(flat(3, 3, 0), LABELS, CLASSES)
 
 
+def test_overlays_outline_instances_too():
+    image, labels = flat(4, 6, 100), np.ones((4, 6), int)
+    segments = np.array([[1, 1, 2, 2, 2, 3]] * 4)
+    mixed = pictures.overlay(image, labels, CLASSES, segments=segments)
+    np.testing.assert_array_equal((mixed == 255).all(-1), pictures.borders(segments))
+    both = labels.copy()
+    both[2:] = 2
+    mixed = pictures.overlay(image, both, CLASSES, segments=segments)
+    drawn = pictures.borders(segments) | pictures.borders(both)
+    np.testing.assert_array_equal((mixed == 255).all(-1), drawn)
+    sheet, marked = (
+        pictures.pair_sheet([image], [labels], CLASSES, scale=8, segments=s)
+        for s in (None, [segments])
+    )
+    assert sheet.shape == marked.shape
+    assert (marked != sheet).any(-1).sum() == 2 * 4 * 8  # two lines down 32 pixels
+
+
 def test_palette_png_keeps_every_value_and_255_for_void(tmp_path):
     path = tmp_path / "a.png"
     pictures.save_palette_png(path, LABELS, CLASSES)

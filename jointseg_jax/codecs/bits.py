@@ -169,7 +169,7 @@ class Bits:
         """The ids read, and the probability of each under the noise model (line 4 above)."""
         x = jnp.asarray(latents, jnp.float32)
         labels, confidence = self._threshold(x) if self.decoding == "threshold" else self._snap(x)
-        return _enlarged(labels, self.pool), _enlarged(confidence, self.pool)
+        return enlarged(labels, self.pool), enlarged(confidence, self.pool)
 
     def _codewords(self, labels: AnyArray) -> AnyArray:
         # VOID + offset is code 0 in both of the "code" rows of the table (-1 + 1, and masked to 0).
@@ -252,7 +252,8 @@ def _mode(windows: Int32[Array, "batch rows columns window"]) -> Int32[Array, "b
     return jnp.where(counts == most, windows, jnp.iinfo(jnp.int32).max).min(-1)
 
 
-def _enlarged(values: Array, pool: int) -> Array:
+def enlarged(values: Array, pool: int) -> Array:
+    """Repeats the value of each cell over its ``pool`` x ``pool`` pixels."""
     if pool == 1:
         return values
     return repeat(values, "b h w -> b (h y) (w x)", y=pool, x=pool)

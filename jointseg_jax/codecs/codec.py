@@ -16,7 +16,7 @@ from jointseg_jax.types import Array, Params
 class Codec(Protocol):
     """Maps a batch of one stream to latents and back; ``kind`` is what the pixels are."""
 
-    kind: ClassVar[Literal["image", "labels", "latents"]]
+    kind: ClassVar[Literal["image", "labels", "panoptic", "latents"]]
 
     def init(self, key: Array) -> Params:
         """Fresh parameters, ``{}`` if there are none."""
@@ -40,6 +40,14 @@ class AnnotationCodec(Codec, Protocol):
 
     def decode_with_confidence(self, params: Params, latents: Array) -> tuple[Array, Array]:
         """int32 labels and float32 confidences in [0, 1], both ``[batch, height, width]``."""
+        ...
+
+
+class PanopticCodec(Codec, Protocol):
+    """A codec of ``[batch, height, width, 2]`` maps of labels and instance numbers (0: none)."""
+
+    def read(self, params: Params, latents: Array) -> tuple[Array, Array, Array]:
+        """int32 labels, int32 numbers and float32 confidences, all ``[batch, height, width]``."""
         ...
 
 

@@ -10,8 +10,9 @@ So the position is the whole state: resuming is ``start_step=k``, whatever the n
 workers or threads. Bad samples cannot be dropped (that would shift all later positions); they are
 replaced by the next good record of the source and reported with the batch they would have been in.
 
-A batch has image (uint8), labels (int16), index (int64) and, with a tokenizer, text (int32). The
-``features`` of a record (arrays computed beforehand) become fields of their own names, untouched.
+A batch has image (uint8), labels (int16), index (int64); with a tokenizer, text (int32); with
+``instances``, panoptic (int16: label and instance number, ``segments.py``). The ``features`` of a
+record (arrays computed beforehand) become fields of their own names, untouched.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import grain
 import numpy as np
 
 from jointseg_jax.data.records import BadSample, Record, Source, check_record
+from jointseg_jax.data.segments import panoptic
 from jointseg_jax.data.transforms import Transform
 from jointseg_jax.data.workers import Reading
 from jointseg_jax.types import UserError
@@ -40,6 +42,7 @@ class Rows:
 
     Args:
       mark: adds ``valid``, true where the record read is the one at its own position.
+      instances: the highest instance number of the field ``panoptic``; 0: no such field.
     """
 
     source: Source
@@ -50,6 +53,7 @@ class Rows:
     train: bool
     bad: str
     mark: bool
+    instances: int = 0
 
     def __post_init__(self) -> None:
         if self.bad not in POLICIES:
@@ -73,6 +77,8 @@ class Rows:
         }
         if self.tokenizer is not None:
             out["text"] = np.asarray(self.tokenizer(caption), np.int32)
+        if self.instances:
+            out["panoptic"] = panoptic(record, self.source.classes, self.instances)
         if self.mark:
             out["valid"] = np.bool_(position == index == used)
         return out
@@ -221,6 +227,7 @@ def batches(
     train: bool = True,
     bad: str = "replace",
     bad_limit: int = 100,
+    instances: int = 0,
 ) -> Batches:
     """Returns the endless, shuffled batches of one host from ``start_step`` on.
 
@@ -231,6 +238,7 @@ def batches(
       train: ``False`` keeps the order of training but switches augmentation off.
       bad: ``replace`` puts the next good record in place of a bad one, ``stop`` raises.
       bad_limit: how many different bad samples a run may meet before it stops.
+      instances: the highest instance number of the field ``panoptic``; 0: no such field.
     """
     check_source(source)
     check_hosts(batch, host, hosts)
@@ -245,6 +253,7 @@ def batches(
         train=train,
         bad=bad,
         mark=False,
+        instances=instances,
     )
     # Grain shuffles epoch e with seed + e; hashing first keeps neighbouring seeds apart.
     mixed = int(np.random.SeedSequence(seed).generate_state(1)[0])
@@ -270,6 +279,7 @@ def evaluation_batches(
     hosts: int = 1,
     bad: str = "replace",
     bad_limit: int = 100,
+    instances: int = 0,
 ) -> Batches:
     """Returns the records of ``source`` once, in order, each batch with a ``valid`` mask.
 
@@ -291,6 +301,7 @@ def evaluation_batches(
         train=False,
         bad=bad,
         mark=True,
+        instances=instances,
     )
     count = len(source) if limit is None else min(limit, len(source))
     padded = -(-count // batch) * batch

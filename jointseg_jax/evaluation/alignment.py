@@ -1,7 +1,8 @@
 """Label maps compared: a codec's output with its input, a judge's labels with a generated mask.
 
 1. reconstruction: IoU of what a codec gives back with what it was given; the same over edge pixels,
-   those with another label at most ``EDGE`` pixels away; the class with the lowest IoU
+   those with another label at most ``EDGE`` pixels away; the class with the lowest IoU; MCD,
+   the floor for that of masks which are read through the codec
 2. alignment: IoU of a generated mask with what a judge sees in the image generated beside it
 3. chance: the same with masks from other images. These follow a random cycle through all images, so
    that no image keeps its own mask; it is the level that a model without alignment reaches
@@ -20,6 +21,7 @@ from jaxtyping import Bool, Int64, Integer
 
 from jointseg_jax import masks
 from jointseg_jax.evaluation.confusion import Confusion
+from jointseg_jax.evaluation.counts import share_difference, shares
 from jointseg_jax.types import VOID
 
 EDGE = 2
@@ -34,11 +36,16 @@ class Reconstruction:
     def __init__(self, names: Sequence[str]):
         self.names = tuple(names)
         self.whole, self.edges = Confusion(len(names)), Confusion(len(names))
+        self._differences: dict[bool, list[np.ndarray]] = {True: [], False: []}
 
     def add(
         self, labels: Maps, decoded: Maps, valid: Bool[np.ndarray, "*batch"] | None = None
     ) -> None:
         """Counts a batch of maps (or one) and what came back for them."""
+        before, after = (shares(maps, len(self.names)) for maps in (labels, decoded))
+        for void, found in self._differences.items():
+            difference = share_difference(before, after, void=void)
+            found.append(np.ravel(difference if valid is None else difference[valid]))
         self.whole.add(labels, decoded, valid)
         edge = masks.boundary(labels, EDGE)
         self.edges.add(np.where(edge, labels, VOID).astype(labels.dtype), decoded, valid)
@@ -51,7 +58,13 @@ class Reconstruction:
             "worst_class": worst(self.whole, self.names),
             "pixel_accuracy": number(self.whole.pixel_accuracy),
             "per_class_iou": per_class(self.whole, self.names),
+            "reconstruction_mcd": self._mcd(void=True),
+            "reconstruction_mcd_without_void": self._mcd(void=False),
         }
+
+    def _mcd(self, *, void: bool) -> float | None:
+        found = np.concatenate([*self._differences[void], np.zeros(0)])
+        return number(found.mean()) if found.size else None
 
 
 class Alignment:

@@ -237,3 +237,40 @@ def test_wrong_fields_are_refused():
     codec = small(patch=2)
     with pytest.raises(UserError, match="multiples of 4"):
         encode(codec, started(codec), maps()[:, :6])
+
+
+def row_errors(codec, params, labels, latents):
+    """Cross-entropy of each row."""
+    logits = logits_of(codec, params, latents)
+    return jax.vmap(cross_entropy)(logits[:, None], labels[:, None])
+
+
+def test_refinement_brings_every_row_nearer_to_its_labels():
+    plain, refined = small(), small(refine=12)
+    params, labels = started(plain), maps(3)
+    before = row_errors(plain, params, labels, encode(plain, params, labels))
+    after = row_errors(plain, params, labels, encode(refined, params, labels))
+    assert (after < before).all()
+    more = row_errors(plain, params, labels, encode(small(refine=60), params, labels))
+    assert more.mean() < after.mean()
+
+
+def test_refinement_treats_every_row_alone():
+    codec, labels = small(refine=5), maps(3).at[0, :2].set(VOID)
+    params = started(codec)
+    whole = encode(codec, params, labels)
+    for row in range(3):
+        alone = encode(codec, params, labels[row : row + 1])
+        # float32, another batch size: the sums of convolutions may run in another order, and Adam
+        # divides by small numbers
+        np.testing.assert_allclose(whole[row : row + 1], alone, atol=1e-3)
+
+
+def test_refinement_steps_are_as_long_as_the_docstring_says():
+    codec = small(refine=1, refine_rate=0.25)
+    params, labels = started(codec), maps(2)
+    start = encode(small(), params, labels)
+    moved = jnp.abs(encode(codec, params, labels) - start)
+    unit = 0.25 * jnp.std(start, axis=(1, 2, 3), keepdims=True)
+    # the first Adam step has the length of the rate wherever there is a gradient at all
+    np.testing.assert_allclose(moved, jnp.broadcast_to(unit, moved.shape), rtol=1e-3)

@@ -96,6 +96,32 @@ def test_features_become_fields():
     assert batch["clip"].dtype == np.float32 and "features" not in batch
 
 
+def test_panoptic_batches_number_the_instances_of_their_own_crop():
+    (batch,) = read(1, instances=3)
+    assert batch["panoptic"].dtype == np.int16 and batch["panoptic"].shape == (4, 16, 16, 2)
+    np.testing.assert_array_equal(batch["panoptic"][..., 0], batch["labels"])
+    for labels, numbers in zip(batch["labels"], batch["panoptic"][..., 1]):
+        assert not numbers[labels < 5].any()  # the first five classes are stuff
+        assert set(np.unique(numbers)) - {0} == set(range(1, numbers.max() + 1))
+    assert "panoptic" not in read(1)[0]
+    with evaluation_batches(SOURCE, batch=5, transforms=(), instances=255) as stream:
+        whole = next(stream)
+    for index, numbers in enumerate(whole["panoptic"][..., 1]):
+        segments = SOURCE[index]["segments"]
+        np.testing.assert_array_equal(numbers > 0, segments > 0)
+        pairs = {*zip(segments.ravel().tolist(), numbers.ravel().tolist())}
+        assert len(pairs) == len(np.unique(segments))  # the same instances by other names
+
+
+def test_panoptic_batches_need_segments():
+    source = Spoilt(())
+    plain = source.good
+    source.good = lambda i: {k: v for k, v in plain(i).items() if k != "segments"}
+    with pytest.raises(UserError, match=r"has no segments, and config\.data\.panoptic asks for"):
+        read(1, source, instances=255)
+    assert "panoptic" not in read(1, source)[0]
+
+
 def test_every_epoch_is_another_whole_permutation():
     order = np.concatenate([b["index"] for b in read(15)])  # 60 rows = 6 epochs of 10
     epochs = [tuple(epoch) for epoch in order.reshape(6, 10)]

@@ -10,6 +10,7 @@ import pytest
 
 from jointseg_jax import compose, pictures
 from jointseg_jax.codecs.bits import Bits
+from jointseg_jax.codecs.panoptic import PanopticBits
 from jointseg_jax.data.scenes import Scenes
 from jointseg_jax.evaluation import loop
 from jointseg_jax.training.restore import Run
@@ -66,6 +67,22 @@ def test_pooling_loses_edges_first(run):
     worst = report["worst_class"]
     present = {k: v for k, v in report["per_class_iou"].items() if v is not None}
     assert worst == {"name": min(present, key=present.get), "iou": min(present.values())}
+
+
+def test_panoptic_codecs_are_measured_by_their_segments_too(run):
+    run.config["data"]["panoptic"] = True
+    codec = PanopticBits(classes=len(SCENES.classes), instance_bits=3)
+    report = loop.codec_report(run, codec, {}, "panoptic", None)
+    assert report["reconstruction_miou"] == report["reconstruction_pq"] == 1.0
+    assert report["reconstruction_mcd"] == 0.0
+    pooled = loop.codec_report(run, dataclasses.replace(codec, pool=4), {}, "panoptic", None)
+    assert 0 < pooled["reconstruction_pq"] < pooled["reconstruction_sq"] < 1.0
+    assert 0 < pooled["reconstruction_mcd_without_void"] <= pooled["reconstruction_mcd"]
+    stream = SimpleNamespace(field="panoptic", codec=codec)
+    run.system.streams["mask"] = stream
+    assert loop.label_stream(run) == ("mask", stream)
+    _, _, real = loop.references(run, 5)
+    assert loop.pairs_report(run, true_pairs(), real, None, seed=0)["mcd"] == 0.0
 
 
 def test_real_pairs_align_and_shuffled_ones_do_not(run):

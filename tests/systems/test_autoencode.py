@@ -1,12 +1,17 @@
-"""A codec as a system of its own: its loss, rows and preview."""
+"""A codec as a system of its own: its loss, rows and preview, of labels and of images."""
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
+from jointseg_jax.codecs.image_tiny import ImageTiny
 from jointseg_jax.codecs.label_ae import LabelAE
+from jointseg_jax.codecs.palette import Palette
+from jointseg_jax.codecs.pixels import normalise, quantise
 from jointseg_jax.systems.autoencode import Autoencode
 from jointseg_jax.systems.keys import sample_keys
 from jointseg_jax.types import VOID
@@ -21,6 +26,10 @@ CODEC = LabelAE(
     latent="sample",
 )
 SYSTEM = Autoencode(codec=CODEC, size=(8, 8))
+
+TINY = ImageTiny(widths=(4, 4), blocks=(1, 0), up_widths=(4, 4), up_blocks=(0, 1))
+PALETTE = Palette(classes=5, perturbation=6.0)
+IMAGES = Autoencode(codec=TINY, size=(8, 8), field="image")
 
 
 @functools.cache
@@ -74,3 +83,57 @@ def test_the_preview_shows_images_beside_what_the_codec_gives_back():
     assert labels.dtype == jnp.int32 and confidence.dtype == jnp.float32
     assert set(np.unique(labels)) <= {VOID, *range(5)}
     assert (confidence > 0).all() and (confidence <= 1).all()
+
+
+@functools.cache
+def image_params():
+    return jax.jit(IMAGES.init)(jax.random.key(0))
+
+
+def test_the_preview_of_an_image_codec_shows_what_it_gives_back_beside_the_labels():
+    shown = jax.jit(IMAGES.preview)(image_params(), {}, batch(), keys())
+    latents = TINY.encode(image_params(), batch()["image"])
+    want = quantise(np.asarray(TINY.decode(image_params(), latents)))
+    assert shown["image"].dtype == jnp.uint8
+    # one program or several: a value half way between two levels may round either way
+    assert np.abs(np.asarray(shown["image"], int) - want).max() <= 1
+    np.testing.assert_array_equal(shown["labels"], batch()["labels"])
+    assert shown["labels"].dtype == jnp.int32 and (shown["confidence"] == 1).all()
+
+
+def test_a_palette_takes_the_place_of_some_images():
+    def values(painted, seed=0, rows=slice(None)):
+        system = Autoencode(
+            codec=TINY, size=(8, 8), field="image", palette=PALETTE, painted=painted
+        )
+        one = {k: v[rows] for k, v in batch(64).items()}
+        return np.asarray(system._values(one, sample_keys(seed, jnp.arange(64))[rows]))
+
+    image = values(0.0)
+    # dividing by 127.5 or multiplying by its inverse: the last bit of float32
+    np.testing.assert_allclose(image, normalise(np.asarray(batch(64)["image"])), atol=2e-7)
+    read = PALETTE.decode({}, values(1.0))
+    np.testing.assert_array_equal(read, batch(64)["labels"])
+    mixed = values(0.5)
+    painted = (mixed != image).any((1, 2, 3))
+    assert 16 < painted.sum() < 48  # 64 fair coins: 32 +- 4 deviations of 4
+    np.testing.assert_array_equal(mixed[painted], values(1.0)[painted])  # the same perturbation
+    np.testing.assert_array_equal(values(0.5, rows=slice(5, 9)), mixed[5:9])
+    assert (values(0.5, seed=1) != mixed).any()
+
+
+def test_the_loss_of_painted_rows_is_that_of_their_colours():
+    system = dataclasses.replace(IMAGES, palette=PALETTE, painted=1.0)
+    got = jax.jit(system.loss)(image_params(), {}, batch(), keys())[0]
+    colours = system._values(batch(), keys())
+    want = jax.jit(TINY.loss)(image_params(), colours, keys())[0]
+    np.testing.assert_allclose(got, want, rtol=1e-5)  # float32, one program and two
+    plain = jax.jit(IMAGES.loss)(image_params(), {}, batch(), keys())[0]
+    assert abs(float(plain - got)) > 1e-3
+
+
+def test_a_palette_is_for_image_codecs():
+    with pytest.raises(ValueError, match="a codec of labels and a palette of labels were given"):
+        Autoencode(codec=CODEC, size=(8, 8), palette=PALETTE)
+    with pytest.raises(ValueError, match=r"painted = 1\.5 was given; it must be in \[0, 1\]"):
+        dataclasses.replace(IMAGES, palette=PALETTE, painted=1.5)

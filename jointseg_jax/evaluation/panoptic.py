@@ -1,0 +1,223 @@
+"""Panoptic quality: how well predicted segments match the true ones, by class.
+
+A segment is what shares a (category, instance) pair in one map; of stuff the instance is ignored.
+A category that is neither thing nor stuff is void, in the truth and in a prediction alike.
+
+1. ``IoU(g, p) = |g & p| / (|g| - |g in predicted void| + |p| - |p in true void| - |g & p|)``
+2. ``g`` and ``p`` of one category match when ``IoU > 1/2``, which can be true of one pair only
+3. TP: matches. FN: true segments without one. FP: predicted segments without one. A segment more
+   than half of which lies in the other map's void is neither FN nor FP.
+4. ``SQ = sum of IoU / TP``, ``RQ = TP / (TP + FP/2 + FN/2)``, ``PQ = SQ RQ``; a mean runs over the
+   classes with ``TP + FP + FN > 0``
+5. modified PQ: for stuff, the IoU of every overlap over the number of true segments, whether it
+   matches or not; a mean runs over stuff in the truth and things as above
+
+Everything is summed over the maps first. A thing without an instance (instance 0) is a segment like
+any other; give a crowd another category, or VOID, to leave it out.
+
+Source: Kirillov et al., Panoptic Segmentation (1801.00868), section 4; Porzi et al., Seamless Scene
+Segmentation (1905.01220), section 4 (modified).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float, Int64, Integer
+
+from jointseg_jax.data.classes import Classes
+from jointseg_jax.data.segments import Parts, parts
+from jointseg_jax.evaluation.alignment import Reconstruction, number
+
+PerClass = Float[np.ndarray, " classes"]
+
+COUNTS = ("tp", "fp", "fn", "true")
+IOUS = ("iou", "overlap")
+
+
+class PanopticQuality:
+    """Counts of matched and missed segments that grow map by map.
+
+    Attributes:
+      categories: the order of everything that is per class: things ascending, then stuff.
+    """
+
+    def __init__(self, things: Sequence[int], stuff: Sequence[int]):
+        both = sorted(set(things) & set(stuff))
+        if both or not (len(things) or len(stuff)):
+            raise ValueError(
+                f"PanopticQuality: things {list(things)} and stuff {list(stuff)} given; at least "
+                f"one category is needed, and none may be both{f' as {both} are' if both else ''}."
+            )
+        self.things, self.stuff = sorted(set(things)), sorted(set(stuff))
+        self.categories = np.array(self.things + self.stuff, np.int64)
+        self._sums = {name: np.zeros(len(self.categories), np.int64) for name in COUNTS}
+        self._sums |= {name: np.zeros(len(self.categories)) for name in IOUS}
+
+    def add(
+        self,
+        gt: Integer[np.ndarray, "*batch height width 2"],
+        pred: Integer[np.ndarray, "*batch height width 2"],
+        valid: Bool[np.ndarray, "*batch"] | None = None,
+    ) -> None:
+        """Counts a batch of (category, instance) maps, or one.
+
+        Args:
+          valid: rows to count; all when not given.
+        """
+        if gt.shape != pred.shape:
+            raise ValueError(
+                f"PanopticQuality.add: truth {gt.shape} and prediction {pred.shape} given; their "
+                "shapes must be equal."
+            )
+        if valid is not None:
+            gt, pred = gt[valid], pred[valid]
+        for true, made in zip(gt.reshape(-1, *gt.shape[-3:]), pred.reshape(-1, *gt.shape[-3:])):
+            self._match(self._segments(true), self._segments(made))
+
+    def merge(self, other: PanopticQuality) -> None:
+        """Adds what another metric of the same categories has counted."""
+        if (self.things, self.stuff) != (other.things, other.stuff):
+            raise ValueError(
+                f"PanopticQuality.merge: things {other.things} and stuff {other.stuff} given, here "
+                f"are {self.things} and {self.stuff}; they must be equal."
+            )
+        for name, values in other._sums.items():
+            self._sums[name] += values
+
+    def _segments(self, pairs: np.ndarray) -> Parts:
+        """The segments of a map, their labels counted in ``categories``; void comes last."""
+        order = np.argsort(self.categories)
+        place = np.searchsorted(self.categories, pairs[..., 0], sorter=order)
+        place = order[np.minimum(place, len(order) - 1)]
+        known = self.categories[place] == pairs[..., 0]
+        place = np.where(known, place, len(order))
+        return parts(place, np.where(place < len(self.things), pairs[..., 1], 0))
+
+    def _match(self, gt: Parts, pred: Parts) -> None:
+        classes = len(self.categories)
+        overlap = parts(gt.codes, pred.codes)
+        g, p, shared = overlap.labels, overlap.segments, overlap.areas
+        gt_void, pred_void = gt.labels == classes, pred.labels == classes
+        pred_outside = _sum(p, shared * gt_void[g], len(pred.areas))
+        gt_outside = _sum(g, shared * pred_void[p], len(gt.areas))
+        union = gt.areas[g] - gt_outside[g] + pred.areas[p] - pred_outside[p] - shared
+        same = (gt.labels[g] == pred.labels[p]) & ~gt_void[g]
+        match = same & (2 * shared > union)
+        missed, invented = ~gt_void, ~pred_void
+        missed[g[match]] = invented[p[match]] = False
+        missed &= 2 * gt_outside <= gt.areas
+        invented &= 2 * pred_outside <= pred.areas
+        category, iou = gt.labels[g], shared / np.maximum(union, 1)  # 0 only where both are void
+        found = {
+            "tp": category[match],
+            "fn": gt.labels[missed],
+            "fp": pred.labels[invented],
+            "true": gt.labels[~gt_void],
+        }
+        for name, where in found.items():
+            self._sums[name] += np.bincount(where, minlength=classes)
+        for name, rows in zip(IOUS, (match, same)):
+            self._sums[name] += np.bincount(category[rows], iou[rows], minlength=classes)
+
+    @property
+    def tp(self) -> Int64[np.ndarray, " classes"]:
+        """Matches."""
+        return self._sums["tp"].copy()
+
+    @property
+    def fp(self) -> Int64[np.ndarray, " classes"]:
+        """Predicted segments that match none."""
+        return self._sums["fp"].copy()
+
+    @property
+    def fn(self) -> Int64[np.ndarray, " classes"]:
+        """True segments that none matches."""
+        return self._sums["fn"].copy()
+
+    @property
+    def iou_sum(self) -> PerClass:
+        """Summed IoU of the matches."""
+        return self._sums["iou"].copy()
+
+    @property
+    def present(self) -> Bool[np.ndarray, " classes"]:
+        """The classes that a mean runs over."""
+        return (self.tp + self.fp + self.fn) > 0
+
+    @property
+    def sq(self) -> PerClass:
+        """Segmentation quality: mean IoU of the matches; 0 without any, NaN for absent classes."""
+        return np.where(self.present, self.iou_sum / np.maximum(self.tp, 1), np.nan)
+
+    @property
+    def rq(self) -> PerClass:
+        """Recognition quality: the F1 score of the matches; NaN for absent classes."""
+        errors = (self.fp + self.fn) / 2
+        return np.where(self.present, self.tp / np.maximum(self.tp + errors, 0.5), np.nan)
+
+    @property
+    def pq(self) -> PerClass:
+        """Panoptic quality; NaN for absent classes."""
+        return self.sq * self.rq
+
+    @property
+    def modified(self) -> PerClass:
+        """Panoptic quality, of stuff without a threshold; NaN for absent classes."""
+        true = self._sums["true"]
+        loose = np.where(true > 0, self._sums["overlap"] / np.maximum(true, 1), np.nan)
+        return np.where(np.arange(len(true)) < len(self.things), self.pq, loose)
+
+    def report(self, names: Sequence[str]) -> dict[str, Any]:
+        """The numbers as JSON values; None where there was nothing to measure.
+
+        Args:
+          names: of the categories, which must be indices into them.
+        """
+        things = len(self.things)
+        means = {
+            "pq": self.pq,
+            "sq": self.sq,
+            "rq": self.rq,
+            "pq_things": self.pq[:things],
+            "pq_stuff": self.pq[things:],
+            "modified_pq": self.modified,
+        }
+        per_class = {names[c]: number(value) for c, value in zip(self.categories, self.pq)}
+        return {k: number(mean(v)) for k, v in means.items()} | {"per_class_pq": per_class}
+
+
+class PanopticReconstruction:
+    """What a codec makes of panoptic maps: of their labels, and of their segments."""
+
+    def __init__(self, classes: Classes):
+        self.labels = Reconstruction(classes.names)
+        self.segments = PanopticQuality(classes.things, classes.stuff)
+
+    def add(
+        self,
+        values: Integer[np.ndarray, "*batch height width 2"],
+        decoded: Integer[np.ndarray, "*batch height width 2"],
+        valid: Bool[np.ndarray, "*batch"] | None = None,
+    ) -> None:
+        """Counts a batch of (label, segment) maps and what came back for them."""
+        self.labels.add(values[..., 0], decoded[..., 0], valid)
+        self.segments.add(values, decoded, valid)
+
+    def report(self) -> dict[str, Any]:
+        """The numbers as JSON values, those of the segments as ``reconstruction_pq`` and so on."""
+        quality = self.segments.report(self.labels.names)
+        return self.labels.report() | {"reconstruction_" + k: v for k, v in quality.items()}
+
+
+def mean(values: PerClass) -> float:
+    """The mean over the classes that are not NaN; NaN when all are."""
+    kept = values[~np.isnan(values)]
+    return float(kept.mean()) if kept.size else float("nan")
+
+
+def _sum(index: np.ndarray, values: np.ndarray, count: int) -> np.ndarray:
+    """Sums whole numbers by index."""
+    return np.bincount(index, values, minlength=count).astype(np.int64)
