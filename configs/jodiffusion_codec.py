@@ -24,6 +24,8 @@ SMALL = {
     "middle_blocks": 2,
     "up_widths": (96, 64),
     "groups": 16,
+    "refine": 20,  # gradient steps on a latent when it is encoded
+    "refine_in_training": 0,
 }
 
 PAPER = {"name": "label_ae", "background": "zero", "latent": "sample", "prob_threshold": 0.5}
@@ -64,9 +66,9 @@ def scenes() -> dict:
 
 
 def folders() -> dict:
-    """A folder data set: 128-px crops of maps whose shorter side is 384 to 576 px."""
+    """A folder data set: 128-px crops of maps whose shorter side is about 512 px."""
     data = presets.dataset("folders", (128, 128), workers=0, threads=2)
-    data["transforms"]["resize"]["random_scale"] = (3.0, 4.5)
+    data["transforms"]["resize"]["random_scale"] = (3.6, 4.4)
     config = small(data, (128, 128), steps=5000)
     # validated as the paper does: shorter side 512, centre crop
     resize = {"name": "resize", "size": (512, 512), "mode": "crop"}

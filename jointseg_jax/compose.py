@@ -15,14 +15,18 @@ from pathlib import Path
 from typing import Any
 
 from jointseg_jax.build import build
+from jointseg_jax.codecs.chain import Chain
+from jointseg_jax.codecs.panoptic import PanopticBits
 from jointseg_jax.codecs.table import CODECS
 from jointseg_jax.data import text as data_text
 from jointseg_jax.data.classes import Classes
 from jointseg_jax.data.features import WithFeatures
 from jointseg_jax.data.records import BadSample, Source
 from jointseg_jax.data.table import SOURCES, TRANSFORMS
+from jointseg_jax.models.two_stream import TwoStream
 from jointseg_jax.models.uvit import UViT
 from jointseg_jax.systems.autoencode import Autoencode
+from jointseg_jax.systems.bridge import IMAGE, STATE, Bridge
 from jointseg_jax.systems.joint import TEXT_STREAM, Joint
 from jointseg_jax.systems.stream import Stream
 from jointseg_jax.systems.text import TEXTS
@@ -31,7 +35,7 @@ from jointseg_jax.transport.schedules import SCHEDULES
 from jointseg_jax.transport.table import DISTRIBUTIONS, SOLVERS, TIMES
 from jointseg_jax.types import UserError
 
-DENOISERS = {"uvit": UViT}
+DENOISERS = {"uvit": UViT, "two_stream": TwoStream}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +100,31 @@ def _transforms(specs: Mapping[str, Any], where: str) -> tuple[Any, ...]:
     return tuple(build(TRANSFORMS, spec, where=f"{where}.{name}") for name, spec in specs.items())
 
 
+def instances(config: Mapping[str, Any]) -> int:
+    """The highest instance number of the batch field ``panoptic``; 0 where nothing needs one.
+
+    ``config.data.panoptic`` asks for the field; the codec that reads it says how high to number.
+
+    Raises:
+      UserError: a stream codes panoptic maps and has no such field.
+    """
+    streams = config.get("system", {}).get("streams", {})
+    wanted = bool(config["data"].get("panoptic", False))
+    numbers = []
+    for name, stream in streams.items():
+        spec = stream.get("codec", {})
+        if spec.get("name") != "panoptic_bits":
+            continue
+        if not wanted or stream["field"] != "panoptic":
+            raise UserError(
+                f"config.system.streams.{name}: its codec panoptic_bits codes the batch field "
+                f"`panoptic`; field = {stream['field']!r} and data.panoptic = {wanted} are given. "
+                "Set field='panoptic' and config.data.panoptic=True, or take the codec `bits`."
+            )
+        numbers.append(2 ** spec.get("instance_bits", PanopticBits.instance_bits) - 1)
+    return min(numbers, default=2**PanopticBits.instance_bits - 1) if wanted else 0
+
+
 def tokenizer(config: Mapping[str, Any], vocabulary: tuple[str, ...]) -> data_text.Words | None:
     """The host side of the text encoder; None where text is no words."""
     spec = config["system"].get("text")
@@ -111,7 +140,7 @@ def system(config: Mapping[str, Any], known: Facts, codecs: Mapping[str, Any] | 
       known: classes and vocabulary of the data.
       codecs: specs of trained codecs by stream, in place of their ``trained`` entries.
     """
-    makers = {"joint": joint, "autoencode": autoencode}
+    makers = {"joint": joint, "bridge": bridge, "autoencode": autoencode}
     spec = dict(config["system"])
     name = spec.pop("name", None)
     if name not in makers:
@@ -120,8 +149,11 @@ def system(config: Mapping[str, Any], known: Facts, codecs: Mapping[str, Any] | 
 
 
 def codec(spec: Mapping[str, Any], known: Facts, where: str) -> Any:
-    """One codec; annotation codecs are told the number of classes."""
-    if spec.get("name") in ("bits", "label_ae") and "classes" not in spec:
+    """One codec and those it is made of; annotation codecs are told the number of classes."""
+    parts = {k: v for k, v in spec.items() if isinstance(v, Mapping) and "name" in v}
+    spec = dict(spec) | {k: codec(v, known, f"{where}.{k}") for k, v in parts.items()}
+    told = ("bits", "panoptic_bits", "label_ae", "palette")
+    if spec.get("name") in told and "classes" not in spec:
         return build(CODECS, spec, where=where, classes=len(known.classes))
     return build(CODECS, spec, where=where)
 
@@ -129,8 +161,35 @@ def codec(spec: Mapping[str, Any], known: Facts, where: str) -> Any:
 def autoencode(spec: dict[str, Any], known: Facts, codecs: Mapping[str, Any]) -> Autoencode:
     """The system that trains one codec."""
     del codecs
-    spec["codec"] = codec(spec["codec"], known, "system.codec")
+    for part in ("codec", "palette"):
+        if spec.get(part):
+            spec[part] = codec(spec[part], known, f"system.{part}")
     return build({"autoencode": Autoencode}, {"name": "autoencode", **spec}, where="system")
+
+
+def bridge(spec: dict[str, Any], known: Facts, codecs: Mapping[str, Any]) -> Bridge:
+    """The bridge system: two ends in the image codec's latents and a denoiser that fits them."""
+    size = tuple(spec["size"])
+    image = codec(codecs.get(IMAGE, spec["image"]), known, "system.image")
+    del spec["image"]
+    palette = codec(spec.pop("palette"), known, "system.palette")
+    mask = Chain(first=palette, second=image)
+    shape = mask.latent_shape(size)
+    tokens = {"kind": "patches", "grid": shape[:2], "channels": shape[2]} | spec.pop("tokens")
+    spec |= {
+        "size": size,
+        "mask": mask,
+        "denoiser": build(
+            DENOISERS,
+            dict(spec["denoiser"]) | {"time_tokens": (STATE,)},
+            where="system.denoiser",
+            streams={STATE: tokens},
+        ),
+        "process": _process(spec["process"], "system"),
+        "times": _times(spec["times"]),
+        "solver": build(SOLVERS, spec["solver"], where="system.solver"),
+    }
+    return build({"bridge": Bridge}, {"name": "bridge", **spec}, where="system")
 
 
 def joint(spec: dict[str, Any], known: Facts, codecs: Mapping[str, Any]) -> Joint:

@@ -2,10 +2,13 @@
 
   python launch/evaluate.py --workdir runs/quickstart --num 256
   python launch/evaluate.py --workdir runs/codec --size 360x480
+  python launch/evaluate.py --workdir runs/semflow --steps 1,2,5,10,25
 
 A joint run: reconstruction mIoU of its annotation codec, alignment of generated pairs (mIoU between
 a judge's labels of the generated image and the generated mask, with its chance level), MCD. A codec
-run: reconstruction mIoU, mIoU of edge pixels, worst class, on the whole validation split.
+run: reconstruction mIoU, mIoU of edge pixels, worst class, on the whole validation split. A bridge:
+segmentation mIoU, alignment of images made from validation maps, their diversity. --steps compares
+numbers of solver steps.
 """
 
 from __future__ import annotations
@@ -18,10 +21,21 @@ from jointseg_jax import cli
 from jointseg_jax.types import UserError
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a trained run.")
-NUM = flags.DEFINE_integer("num", 256, "Generated pairs to judge (joint runs).", lower_bound=1)
+NUM = flags.DEFINE_integer(
+    "num", 256, "Pairs to generate and judge (joint runs, bridges).", lower_bound=1
+)
 SEED = flags.DEFINE_integer("seed", 0, "Seed of the noise.", lower_bound=0)
 SIZE = flags.DEFINE_string(
     "size", None, "HEIGHTxWIDTH of validation maps for a codec run; default: the config's."
+)
+STEPS = flags.DEFINE_list(
+    "steps", [], "Numbers of solver steps to compare, as 1,2,5,10,25; default: the config's."
+)
+REFINE = flags.DEFINE_integer(
+    "refine",
+    None,
+    "Of a label autoencoder: gradient steps on each latent when encoding; default: the config's.",
+    lower_bound=0,
 )
 flags.mark_flags_as_required(["workdir"])
 
@@ -31,8 +45,18 @@ def main() -> None:
     cli.use_compile_cache()
     from jointseg_jax.evaluation.loop import evaluate
 
-    size = _size(SIZE.value)
-    cli.last_line(evaluate(Path(WORKDIR.value), num=NUM.value, seed=SEED.value, size=size))
+    size, steps = _size(SIZE.value), _steps(STEPS.value)
+    workdir = Path(WORKDIR.value)
+    report = evaluate(
+        workdir, num=NUM.value, seed=SEED.value, size=size, steps=steps, refine=REFINE.value
+    )
+    cli.last_line(report)
+
+
+def _steps(words: list[str]) -> list[int]:
+    if not all(word.isdigit() and int(word) for word in words):
+        raise UserError(f"ERROR [flags] --steps={','.join(words)}: give numbers, as 1,2,5,10,25.")
+    return [int(word) for word in words]
 
 
 def _size(text: str | None) -> tuple[int, int] | None:

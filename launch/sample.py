@@ -3,11 +3,14 @@
   python launch/sample.py --workdir runs/quickstart --out pairs --num 64
   python launch/sample.py --workdir runs/quickstart --out pairs --num 64 --prompts prompts.txt \\
       --seed 7 --steps 30 --guidance 2
+  python launch/sample.py --workdir runs/semflow --out read --given images=photos
+  python launch/sample.py --workdir runs/semflow --out made --given annotations=maps --num 40
 
 Writes OUT/images/ID.png, OUT/annotations/ID.png (palette PNG: pixel = class index, 255 = void),
-OUT/manifest.jsonl (prompt, seed, size, confidence, SHA-256 of both files) and OUT/grid.png. Pair i
-depends on (seed, i) alone; an interrupted run goes on with the same command and ends with the same
-bytes. The last line of output is one JSON object.
+OUT/manifest.jsonl (prompt, seed, size, confidence, SHA-256 of both files) and OUT/grid.png; with
+instance bits also OUT/panoptic/ID.png (RGB PNG of COCO segment ids). Pair i depends on (seed, i)
+alone; an interrupted run goes on with the same command and ends with the same bytes. The last line
+of output is one JSON object.
 """
 
 from __future__ import annotations
@@ -22,7 +25,37 @@ from jointseg_jax.types import UserError
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a trained `joint` run.")
 OUT = flags.DEFINE_string("out", None, "Folder for the pairs.")
-NUM = flags.DEFINE_integer("num", 64, "How many pairs.", lower_bound=1)
+NUM = flags.DEFINE_integer(
+    "num",
+    None,
+    "How many pairs; default: 64, or one for each given input. Beyond the inputs they come again, "
+    "with other noise.",
+    lower_bound=1,
+)
+GIVEN = flags.DEFINE_string(
+    "given",
+    None,
+    "annotations=DIR or images=DIR: your label maps (PNG of class indices, 255 = void) or pictures "
+    "to start from. A run trained on given maps needs annotations; a bridge takes either.",
+)
+LAYOUT = flags.DEFINE_string(
+    "layout", "plain", "How DIR is laid out: plain (a folder of files), folders, voc, ade20k, ..."
+)
+SPLIT = flags.DEFINE_string("split", "", "Split of DIR, for layouts that have splits.")
+FIT = flags.DEFINE_enum(
+    "fit", "crop", ["crop", "stretch"], "How given inputs come to the model's size."
+)
+DIRECTION = flags.DEFINE_enum(
+    "direction",
+    None,
+    ["segment", "synthesize"],
+    "Of a bridge: checked against what is given (images are segmented, annotations synthesized).",
+)
+WRITE = flags.DEFINE_list(
+    "write",
+    None,
+    "Further pictures per pair: overlay, confidence. Default: both for given images, else none.",
+)
 PROMPTS = flags.DEFINE_string(
     "prompts", None, "Text file, one prompt a line; default: captions of the training data."
 )
@@ -43,6 +76,12 @@ ABSORB = flags.DEFINE_integer(
     "Merge label regions of fewer pixels into their surroundings; 0 is off.",
     lower_bound=0,
 )
+MIN_INSTANCE = flags.DEFINE_integer(
+    "min_instance",
+    16,
+    "Of panoptic results: fewest pixels of a connected part of an instance.",
+    lower_bound=0,
+)
 PER_DEVICE = flags.DEFINE_integer("per_device", 16, "Pairs per device and batch.", lower_bound=1)
 flags.mark_flags_as_required(["workdir", "out"])
 
@@ -50,21 +89,56 @@ flags.mark_flags_as_required(["workdir", "out"])
 def main() -> None:
     """Samples."""
     cli.use_compile_cache()
-    from jointseg_jax.generation.loop import sample
+    from jointseg_jax.data.given import given_images, given_labels
+    from jointseg_jax.generation.loop import MORE, sample
+    from jointseg_jax.training.restore import load_facts
 
+    kind, folder = _given(GIVEN.value, DIRECTION.value)
+    more = WRITE.value if WRITE.value is not None else (MORE if kind == "images" else ())
+    if set(more) - set(MORE):
+        raise UserError(
+            f"ERROR [flags] --write={','.join(more)}: known are {', '.join(MORE)}."
+        )
+    given = None
+    if kind == "images":
+        given = given_images(folder, layout=LAYOUT.value, split=SPLIT.value, mode=FIT.value)
+    elif kind == "annotations":
+        classes = load_facts(Path(WORKDIR.value)).classes
+        given = given_labels(
+            folder, classes, layout=LAYOUT.value, split=SPLIT.value, mode=FIT.value
+        )
     report = sample(
         Path(WORKDIR.value),
         Path(OUT.value),
         num=NUM.value,
         prompts=_prompts(PROMPTS.value),
         features=_features(FEATURES.value),
+        given=given,
+        more=tuple(more),
         seed=SEED.value,
         steps=STEPS.value,
         guidance=GUIDANCE.value,
         per_device=PER_DEVICE.value,
         absorb=ABSORB.value,
+        min_instance=MIN_INSTANCE.value,
     )
     cli.last_line(report)
+
+
+DIRECTIONS = {"segment": "images", "synthesize": "annotations"}
+
+
+def _given(text: str | None, direction: str | None) -> tuple[str, Path]:
+    """What is given and where it lies; an empty kind where nothing is."""
+    kind, _, folder = (text or "").partition("=")
+    if text is not None and (kind not in DIRECTIONS.values() or not folder):
+        raise UserError(f"ERROR [flags] --given={text}: give annotations=DIR or images=DIR.")
+    if direction is not None and kind != DIRECTIONS[direction]:
+        raise UserError(
+            f"ERROR [flags] --direction={direction} needs --given {DIRECTIONS[direction]}=DIR; "
+            f"given: {text or 'nothing'}."
+        )
+    return kind, Path(folder)
 
 
 def _prompts(path: str | None) -> list[str] | None:

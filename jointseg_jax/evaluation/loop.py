@@ -1,14 +1,16 @@
 """What a trained workdir is worth, in numbers.
 
-A codec run: its labels against what it gives back, over the validation split. A joint run: its
-annotation codec on validation labels, then ``num`` pairs generated from validation captions: do
+A codec run: what it was given against what it gives back, over the validation split. A joint run:
+its annotation codec on validation labels, then ``num`` pairs generated from validation captions: do
 image and mask agree (a judge's labels of the image against the mask, chance beside it), and do the
-masks hold what the real ones of these captions hold (MCD).
+masks hold what the real ones of these captions hold (MCD). A run that needs maps given gets those
+of the validation split. A bridge: both directions (``bridge.py``).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,12 +24,19 @@ from PIL import Image
 from tqdm import tqdm
 
 from jointseg_jax import compose, sharding
+from jointseg_jax.codecs.chain import Chain
+from jointseg_jax.codecs.label_ae import LabelAE
 from jointseg_jax.data.pipeline import evaluation_batches
 from jointseg_jax.data.scenes import HUES, oracle_labels
 from jointseg_jax.evaluation.alignment import Alignment, Reconstruction, cycle, number
+from jointseg_jax.evaluation.bridge import bridge_report
 from jointseg_jax.evaluation.counts import share_difference, shares
+from jointseg_jax.evaluation.images import ImageReconstruction
+from jointseg_jax.evaluation.panoptic import PanopticReconstruction
 from jointseg_jax.generation.loop import sample
 from jointseg_jax.systems.autoencode import Autoencode
+from jointseg_jax.systems.bridge import Bridge
+from jointseg_jax.systems.joint import TEXT_STREAM, Joint
 from jointseg_jax.training.restore import Run, load_run
 from jointseg_jax.types import FILE_VOID, VOID, Array, UserError
 
@@ -43,7 +52,12 @@ log = logging.getLogger("jointseg_jax")
 
 
 def evaluate(
-    workdir: Path, num: int = 256, seed: int = 0, size: tuple[int, int] | None = None
+    workdir: Path,
+    num: int = 256,
+    seed: int = 0,
+    size: tuple[int, int] | None = None,
+    steps: Sequence[int] = (),
+    refine: int | None = None,
 ) -> dict[str, Any]:
     """Measures a workdir, writes ``WORKDIR/evaluation.json`` and returns it.
 
@@ -52,6 +66,8 @@ def evaluate(
       seed: of the pairs' noise and of the shuffle for chance.
       size: (height, width) to which a codec run's validation maps are resized and cropped, in
         place of the config's.
+      steps: numbers of solver steps to compare; the config's alone when there are none.
+      refine: refinement steps of a label autoencoder run, in place of its config's.
     """
     workdir = Path(workdir)
     run = load_run(workdir)
@@ -61,35 +77,52 @@ def evaluate(
         own = run.config["evaluate"] | {"transforms": {"resize": resize}}
         run = dataclasses.replace(run, config=run.config | {"evaluate": own})
         report["size"] = list(size)
-    if isinstance(run.system, Autoencode):
-        report |= codec_report(run, run.system.codec, run.params, run.system.field, None)
-    else:
-        report |= joint_report(run, num, seed)
+    if refine is not None:
+        run = dataclasses.replace(run, system=_refining(run, refine))
+        report["refine"] = refine
+    report |= REPORTS[type(run.system)](run, num, seed, steps)
     (workdir / "evaluation.json").write_text(json.dumps(report, indent=1) + "\n")
     return report
+
+
+def _refining(run: Run, steps: int) -> Autoencode:
+    codec = getattr(run.system, "codec", None)
+    if not isinstance(codec, LabelAE):
+        raise UserError(f"{run.workdir}: --refine is for runs of a label_ae codec; leave it out.")
+    return dataclasses.replace(run.system, codec=dataclasses.replace(codec, refine=steps))
+
+
+def autoencoder_report(run: Run, num: int, seed: int, steps: Sequence[int]) -> dict[str, Any]:
+    """The run's codec on the validation split, and under ``chain`` labels through a palette."""
+    codec, palette = run.system.codec, run.system.palette
+    report = codec_report(run, codec, run.params, run.system.field, None)
+    if palette is None:
+        return report
+    chain = Chain(first=palette, second=codec)
+    return report | {"chain": codec_report(run, chain, run.params, "labels", None)}
 
 
 def codec_report(
     run: Run, codec: Any, params: Any, field: str, limit: int | None
 ) -> dict[str, Any]:
-    """What an annotation codec gives back of the validation labels (the first ``limit``)."""
+    """What a codec gives back of a field of the validation records (the first ``limit``)."""
     mesh = sharding.make_mesh((-1, 1, 1))
     rows = sharding.batch_sharding(mesh)
 
     @jax.jit
-    def there_and_back(params: Any, labels: Array) -> tuple[Array, Array, Array]:
-        latents = codec.encode(params, labels).astype(jnp.float32)
+    def there_and_back(params: Any, values: Array) -> tuple[Array, Array, Array]:
+        latents = codec.encode(params, values).astype(jnp.float32)
         per_row = tuple(range(1, latents.ndim))
         moments = jnp.mean(latents, per_row), jnp.mean(jnp.square(latents), per_row)
         return codec.decode(params, latents), *moments
 
-    measured = Reconstruction(run.facts.classes.names)
+    measured = RECONSTRUCTIONS[codec.kind](run.facts.classes)
     moments: list[np.ndarray] = []
     params = jax.device_put(params, sharding.replicated(mesh))
     for batch in validation(run, PER_DEVICE * len(jax.devices()), limit, "codec"):
         with jax.set_mesh(mesh):
-            labels = jax.device_put(batch[field], rows)
-            decoded, mean, square = map(np.asarray, there_and_back(params, labels))
+            values = jax.device_put(batch[field], rows)
+            decoded, mean, square = map(np.asarray, there_and_back(params, values))
         valid = batch["valid"]
         measured.add(batch[field], decoded, valid)
         moments.append(np.stack([mean, square], axis=-1)[valid])
@@ -99,22 +132,83 @@ def codec_report(
     return measured.report() | {"latent_std": deviation, "validation_records": records}
 
 
-def joint_report(run: Run, num: int, seed: int) -> dict[str, Any]:
-    """The run's annotation codec, then its generated pairs."""
+RECONSTRUCTIONS = {
+    "labels": lambda classes: Reconstruction(classes.names),
+    "panoptic": PanopticReconstruction,
+    "image": lambda classes: ImageReconstruction(),
+}
+"""What measures a codec, by its kind, given the classes."""
+
+
+def both_directions(run: Run, num: int, seed: int, steps: Sequence[int]) -> dict[str, Any]:
+    """A bridge from images to labels and back."""
+    batches = functools.partial(validation, run, PER_DEVICE * len(jax.devices()), num, "pairs")
+    steps = steps or (run.system.solver.steps,)
+    return bridge_report(run, batches, find_judge(run), seed, steps)
+
+
+def joint_report(run: Run, num: int, seed: int, steps: Sequence[int]) -> dict[str, Any]:
+    """The run's annotation codec, then its generated pairs; a table if steps are compared."""
     name, stream = label_stream(run)
     judge = find_judge(run)
     report = codec_report(run, stream.codec, run.frozen.get(name, {}), stream.field, num)
     prompts, features, real = references(run, num)
-    folder = pairs_folder(run, seed, len(prompts))
-    made = sample(run.workdir, folder, num=num, prompts=prompts, features=features, seed=seed)
-    pairs = PairFolder(Path(made["out"]), num)
-    return report | pairs_report(run, pairs, real, judge, seed) | {"grid": made["grid"]}
+    given = HeldOutMaps(run, len(prompts)) if set(run.system.known) - {TEXT_STREAM} else None
+
+    def judged(count: int | None) -> dict[str, Any]:
+        made = sample(
+            run.workdir,
+            pairs_folder(run, seed, len(prompts), count),
+            num=num,
+            prompts=prompts,
+            features=features,
+            given=given,
+            seed=seed,
+            steps=count,
+        )
+        pairs = PairFolder(Path(made["out"]), num)
+        return pairs_report(run, pairs, real, judge, seed) | {"grid": made["grid"]}
+
+    if not steps:
+        return report | judged(None)
+    return report | {"table": [{"steps": count} | judged(count) for count in steps]}
+
+
+class HeldOutMaps:
+    """The first label maps of the validation split, as inputs to sample from."""
+
+    kind = "labels"
+
+    def __init__(self, run: Run, count: int):
+        self.source = compose.source(run.config, "val")
+        self.transforms = compose.evaluation_transforms(run.config)
+        self.ids = tuple(f"{i:08d}" for i in range(count))
+        self.captions = ((),) * count
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def load(self, index: int, size: tuple[int, int]) -> np.ndarray:
+        """One map, as the evaluation transforms bring it to the model's size."""
+        record = self.source[index]
+        for transform in self.transforms:
+            record = transform(record, np.random.default_rng(0), False)
+        if record["labels"].shape != size:
+            raise UserError(
+                f"config.evaluate.transforms give maps of {record['labels'].shape}, the model "
+                f"makes pairs of {size}; let them end with a resize to that size."
+            )
+        return record["labels"]
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What tells these maps from others."""
+        return compose.plain(self.source.fingerprint()) | {"count": len(self)}
 
 
 def label_stream(run: Run) -> tuple[str, Any]:
     """The stream of a joint run that is an annotation."""
     for name, stream in run.system.streams.items():
-        if stream.codec.kind == "labels":
+        if stream.codec.kind in ("labels", "panoptic"):
             return name, stream
     raise UserError(
         f"{run.workdir}: no stream of this run is an annotation "
@@ -141,6 +235,7 @@ def validation(
         threads=data.get("threads", 2),
         bad=data.get("bad", "replace"),
         bad_limit=data.get("bad_limit", 100),
+        instances=compose.instances(run.config),
     ) as batches:
         total = -(-count // batch)
         yield from tqdm(batches, total=total, unit="batch", desc=what, dynamic_ncols=True)
@@ -155,12 +250,11 @@ def references(run: Run, num: int) -> tuple[list[str], np.ndarray | None, np.nda
     The number of captions does not follow ``num`` below ``PROMPTS``, so that more pairs of the
     same seed go on where fewer ended.
     """
-    _, stream = label_stream(run)
     source = compose.source(run.config, "val")
     prompts, features, real = [], [], []
     for batch in validation(run, PER_DEVICE, max(num, PROMPTS), "captions"):
         valid = batch["valid"]
-        real.append(shares(batch[stream.field][valid], len(run.facts.classes)))
+        real.append(shares(batch["labels"][valid], len(run.facts.classes)))
         for index in batch["index"][valid]:
             prompts.append(next(iter(source[int(index)]["captions"]), ""))
         if "text" in batch:
@@ -168,9 +262,10 @@ def references(run: Run, num: int) -> tuple[list[str], np.ndarray | None, np.nda
     return prompts, np.concatenate(features) if features else None, np.concatenate(real)
 
 
-def pairs_folder(run: Run, seed: int, prompts: int) -> Path:
-    """Where the pairs of a checkpoint and a seed are kept."""
+def pairs_folder(run: Run, seed: int, prompts: int, steps: int | None = None) -> Path:
+    """Where the pairs of a checkpoint, a seed and a number of steps are kept."""
     more = f"-prompts{prompts}" if prompts > PROMPTS else ""
+    more += "" if steps is None else f"-steps{steps}"
     return run.workdir / "evaluation" / f"pairs-{run.step}-seed{seed}{more}"
 
 
@@ -259,3 +354,6 @@ def oracle(names: Sequence[str]) -> Judge:
 
 JUDGES = {"oracle": oracle}
 """Makers of judges, (class names) -> (uint8 image -> labels), by their name in a config."""
+
+REPORTS = {Autoencode: autoencoder_report, Bridge: both_directions, Joint: joint_report}
+"""What measures a run, (run, num, seed, steps) -> JSON values, by its system."""

@@ -1,8 +1,9 @@
 """The sampling loop: batches over all devices, every pair a function of (seed, index) alone.
 
-1. indices ``i .. i + B`` -> keys ``sample_keys(seed, index)``, prompts ``prompts[index mod n]``
+1. indices ``i .. i + B`` -> keys ``sample_keys(seed, index)``, prompts ``prompts[index mod n]``,
+   given images or label maps likewise
 2. one jitted call: solver, decode, uint8; the next batch is dispatched before this one is written
-3. host: mask clean-up, files, manifest
+3. host: clean-up of mask and instances, files, manifest
 
 The batch is the same at every call (a short last one is padded), so there is one compilation.
 """
@@ -21,26 +22,34 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from jointseg_jax import compose, masks, pictures, sharding
+from jointseg_jax import compose, instances, masks, pictures, sharding
+from jointseg_jax.data.classes import Classes
+from jointseg_jax.data.given import Given
+from jointseg_jax.data.images import decode_segment_ids
 from jointseg_jax.generation.writer import PairWriter
-from jointseg_jax.systems.joint import Joint
 from jointseg_jax.systems.keys import sample_keys
+from jointseg_jax.systems.system import Generator
 from jointseg_jax.training.restore import Run, load_run
 from jointseg_jax.types import FILE_VOID, VOID, UserError
 
 PER_DEVICE = 16
 
+ANNOTATIONS = {"labels", "panoptic"}
+"""Kinds of codecs that decode to labels."""
 
-def with_options(system: Joint, *, steps: int | None, guidance: float | None) -> Joint:
+
+def with_options(system: Any, *, steps: int | None, guidance: float | None) -> Any:
     """The system with another number of solver steps, or one guidance scale for all streams."""
-    if not isinstance(system, Joint):
-        raise UserError("this workdir holds a codec; pairs are sampled from a `joint` run.")
+    if not isinstance(system, Generator):
+        raise UserError("this workdir holds a codec; pairs are sampled from a joint or bridge run.")
     kinds = {k: s.codec.kind for k, s in system.streams.items()}
-    if not {"image", "labels"} <= set(kinds.values()):
+    if kinds and ("image" not in kinds.values() or not ANNOTATIONS & set(kinds.values())):
         raise UserError(
             f"the streams of this run decode to {kinds}; sampling writes an image and its labels. "
             "A run on cached latents needs an image codec that can decode them in their stead."
         )
+    if guidance is not None and system.text is None:
+        raise UserError("--guidance: this run has no text to be guided by; leave it out.")
     changes: dict[str, Any] = {}
     try:
         if steps is not None:
@@ -54,22 +63,29 @@ def with_options(system: Joint, *, steps: int | None, guidance: float | None) ->
         raise UserError(f"--steps {steps}, --guidance {guidance}: {error}") from error
 
 
-def generator(run: Run, system: Joint, *, per_device: int = PER_DEVICE) -> Callable:
-    """``make(text, seed, indices) -> pairs`` on the device, for exactly ``make.batch`` rows."""
+def panoptic(system: Any) -> bool:
+    """Whether the system's pairs have instances."""
+    return any(s.codec.kind == "panoptic" for s in system.streams.values())
+
+
+def generator(run: Run, system: Any, *, per_device: int = PER_DEVICE) -> Callable:
+    """``make(text, seed, indices, given) -> pairs`` on the device, for ``make.batch`` rows."""
     mesh = sharding.make_mesh((-1, 1, 1))
     rows, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
     params = jax.device_put(run.params, everywhere)
     frozen = jax.device_put(run.frozen, everywhere)
 
     @jax.jit
-    def pairs(params: Any, frozen: Any, text: Any, seed: jax.Array, indices: jax.Array) -> Any:
-        made = system.generate(params, frozen, text, sample_keys(seed, indices))
+    def pairs(
+        params: Any, frozen: Any, text: Any, given: Any, seed: jax.Array, indices: jax.Array
+    ) -> Any:
+        made = system.generate(params, frozen, text, sample_keys(seed, indices), given=given)
         return jax.lax.with_sharding_constraint(made, rows)
 
-    def make(text: np.ndarray | None, seed: int, indices: np.ndarray) -> Any:
-        placed = jax.device_put((text, indices.astype(np.uint32)), rows)
+    def make(text: np.ndarray | None, seed: int, indices: np.ndarray, given: Any) -> Any:
+        text, given, placed = jax.device_put((text, given, indices.astype(np.uint32)), rows)
         with jax.set_mesh(mesh):
-            return pairs(params, frozen, placed[0], jnp.uint32(seed), placed[1])
+            return pairs(params, frozen, text, given, jnp.uint32(seed), placed)
 
     make.batch = per_device * len(jax.devices())
     return make
@@ -99,15 +115,37 @@ def text_rows(
     return features.astype(np.float32)
 
 
+FIELDS = {"images": "image", "labels": "labels"}
+"""Kinds of given inputs -> the batch field they are."""
+
+
+def given_rows(given: Given | None, indices: np.ndarray, size: tuple[int, int]) -> dict[str, Any]:
+    """The known batch fields of some pairs; item ``index mod n`` belongs to pair ``index``."""
+    if given is None:
+        return {}
+    rows = [given.load(int(i) % len(given), size) for i in indices]
+    return {FIELDS[given.kind]: np.stack(rows)}
+
+
 def made_batches(
-    make: Callable, text: np.ndarray | None, *, seed: int, start: int, stop: int
+    make: Callable,
+    text: np.ndarray | None,
+    *,
+    seed: int,
+    start: int,
+    stop: int,
+    known: Callable[[np.ndarray], dict[str, Any]] = lambda indices: {},
 ) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
-    """``(indices, pairs)`` in index order, made one batch ahead of the reader."""
+    """``(indices, pairs)`` in index order, made one batch ahead of the reader.
+
+    Args:
+      known: the given fields of some indices.
+    """
 
     def begin(first: int) -> Any:
         indices = np.arange(first, first + make.batch)
         rows = None if text is None else text[indices % len(text)]
-        return indices, make(rows, seed, indices)
+        return indices, make(rows, seed, indices, known(indices))
 
     # from a multiple of the batch on: a resumed run makes the same batches as a straight one
     firsts = list(range(start - start % make.batch, stop, make.batch))
@@ -123,25 +161,40 @@ def sample(
     workdir: Path,
     out: Path,
     *,
-    num: int,
+    num: int | None = None,
     prompts: Sequence[str] | None = None,
     features: np.ndarray | None = None,
+    given: Given | None = None,
     seed: int = 0,
     steps: int | None = None,
     guidance: float | None = None,
     per_device: int = PER_DEVICE,
     absorb: int = 0,
+    min_instance: int = 16,
+    more: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Generates ``num`` pairs into ``out`` and returns what the last line reports.
 
     Args:
-      prompts: repeated in order; the first captions of the training data when not given.
+      num: default: one pair for each given input, else 64; beyond the inputs they come again,
+        with other noise.
+      prompts: repeated in order; when not given, the inputs' captions if they have any, else the
+        first captions of the training data.
       features: of the prompts, for a run whose text is precomputed features.
+      given: label maps or images to start from.
       absorb: regions of fewer pixels are merged into their surroundings (0: off).
+      min_instance: of panoptic results, parts of instances with fewer pixels are merged likewise.
+      more: further pictures to write, names of ``MORE``.
     """
     run = load_run(workdir)
     system = with_options(run.system, steps=steps, guidance=guidance)
-    prompts = list(prompts or run.facts.captions or ("",))
+    try:
+        system.check_given({} if given is None else {FIELDS[given.kind]: None})
+    except ValueError as error:
+        hint = "On the command line: --given annotations=DIR or --given images=DIR."
+        raise UserError(f"{error} {hint}") from error
+    num = num or (64 if given is None else len(given))
+    prompts = list(prompts or _captions(given) or run.facts.captions or ("",))
     settings = {
         "checkpoint_step": run.step,
         "checkpoint_digest": run.digest,
@@ -153,21 +206,50 @@ def sample(
         "prompts": len(prompts),
         "prompts_sha256": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
     }
+    if panoptic(system):
+        settings["min_instance"] = min_instance
+    if given is not None:
+        settings["given"] = given.fingerprint()
+    if more:
+        settings["more"] = sorted(more)
     writer = PairWriter(out, run.facts.classes, settings)
     start = writer.done
     text = text_rows(run, prompts, features)
     make = generator(run, system, per_device=per_device)
     bar = tqdm(total=num, initial=min(start, num), unit="pair", desc="sampling", dynamic_ncols=True)
+    made = made_batches(
+        make,
+        text,
+        seed=seed,
+        start=start,
+        stop=num,
+        known=lambda indices: given_rows(given, indices, system.size),
+    )
     with bar:
-        for indices, pairs in made_batches(make, text, seed=seed, start=start, stop=num):
-            for row, index in enumerate(indices):
-                labels = pairs["labels"][row]
-                if absorb:
-                    labels = masks.absorb(labels, absorb)
-                confidence = float(pairs["confidence"][row].mean(dtype=np.float64))
+        for indices, pairs in made:
+            for row, index in enumerate(indices.tolist()):
+                pair = cleaned(
+                    {k: v[row] for k, v in pairs.items()},
+                    run.facts.classes,
+                    absorb=absorb,
+                    min_instance=min_instance,
+                )
+                confidence = float(pair["confidence"].mean(dtype=np.float64))
                 facts = {"seed": seed, "confidence": round(confidence, 6)}
-                prompt = prompts[index % len(prompts)]
-                writer.write(int(index), prompt, pairs["image"][row], labels, facts)
+                name = None
+                if given is not None:
+                    facts["given"] = given.ids[index % len(given)]
+                    name = _name(given, index)
+                writer.write(
+                    index,
+                    prompts[index % len(prompts)],
+                    pair["image"],
+                    pair["labels"],
+                    facts,
+                    pair.get("segments"),
+                    name=name,
+                    more={k: MORE[k](pair, run.facts.classes) for k in more},
+                )
                 bar.update()
     writer.close()
     grid = contact_sheet(out, writer, run)
@@ -179,15 +261,60 @@ def sample(
     }
 
 
+def cleaned(
+    pair: dict[str, np.ndarray], classes: Classes, *, absorb: int, min_instance: int
+) -> dict[str, np.ndarray]:
+    """A generated pair after clean-up of its mask and its instances."""
+    labels = pair["labels"]
+    if absorb:
+        labels = masks.absorb(labels, absorb)
+    if "segments" not in pair:
+        return pair | {"labels": labels}
+    labels, segments = instances.clean(
+        labels, pair["segments"], classes.isthing, min_size=min_instance
+    )
+    return pair | {"labels": labels, "segments": segments}
+
+
+def _captions(given: Given | None) -> list[str]:
+    """A prompt for every given input; none if no input has a caption."""
+    found = [next(iter(c), "") for c in given.captions] if given is not None else []
+    return found if any(found) else []
+
+
+def _name(given: Given, index: int) -> str:
+    """The name of a pair made from an input: the input's, and a number from the second on."""
+    again, item = divmod(index, len(given))
+    return given.ids[item] + (f"-{again + 1}" if again else "")
+
+
+def _overlay(pair: dict[str, np.ndarray], classes: Classes) -> np.ndarray:
+    segments = pair.get("segments")
+    return pictures.overlay(pair["image"], pair["labels"], classes, segments=segments)
+
+
+def _confidence(pair: dict[str, np.ndarray], classes: Classes) -> np.ndarray:
+    return np.round(255 * pair["confidence"]).astype(np.uint8)
+
+
+MORE = {"overlay": _overlay, "confidence": _confidence}
+"""Further pictures of a pair, (pair, classes) -> uint8, by the name of their folder."""
+
+
 def contact_sheet(out: Path, writer: PairWriter, run: Run, count: int = 32) -> Path:
     """``OUT/grid.png``: the first pairs as image, mask and overlay with their prompts."""
     lines = writer.lines[:count]
-    images, labels = [], []
+    images, labels, segments = [], [], []
     for line in lines:
         images.append(np.asarray(Image.open(out / line["image"])))
         values = np.asarray(Image.open(out / line["annotation"])).astype(np.int16)
         labels.append(np.where(values == FILE_VOID, VOID, values))
+        if "panoptic" in line:
+            path = out / line["panoptic"]
+            segments.append(decode_segment_ids(path.read_bytes(), str(path)))
     prompts = [line["prompt"] for line in lines]
-    sheet = pictures.pair_sheet(images, labels, run.facts.classes, captions=prompts)
+    sheet = pictures.pair_sheet(
+        images, labels, run.facts.classes, captions=prompts, segments=segments or None
+    )
     pictures.save_png(out / "grid.png", sheet)
     return out / "grid.png"

@@ -1,9 +1,13 @@
-"""Pairs on disk: two PNG files and one manifest line each, written so that nothing is half there.
+"""Pairs on disk: PNG files and one manifest line each, written so that nothing is half there.
 
 ``OUT/images/ID.png``, ``OUT/annotations/ID.png`` (palette PNG whose pixels are class indices, 255
-for void), ``OUT/manifest.jsonl`` in index order. A file appears by rename; a manifest line follows
-its two files; a torn last line is cut off when a run goes on. Nothing written depends on the clock
-or the machine, so an interrupted run ends with the same bytes as one that was not.
+for void), ``OUT/manifest.jsonl`` in index order; if asked for, ``OUT/overlay/ID.png`` (the labels
+over the image) and ``OUT/confidence/ID.png`` (grey, 255 = certain). Of panoptic results also
+``OUT/panoptic/ID.png`` (RGB PNG of segment ids, ``data/segments.py``), whose COCO ``segments_info``
+stands in the manifest line, ``category_id`` being the class index. A file appears by rename; a
+manifest line follows its files; a torn last line is cut off when a run goes on. Nothing written
+depends on the clock or the machine, so an interrupted run ends with the same bytes as one that was
+not.
 """
 
 from __future__ import annotations
@@ -20,6 +24,8 @@ import numpy as np
 from jointseg_jax import pictures
 from jointseg_jax.data import files
 from jointseg_jax.data.classes import Classes
+from jointseg_jax.data.images import encode_segment_ids
+from jointseg_jax.data.segments import listed
 from jointseg_jax.types import UserError
 
 
@@ -51,11 +57,22 @@ class PairWriter:
         image: np.ndarray,
         labels: np.ndarray,
         facts: Mapping[str, Any],
+        segments: np.ndarray | None = None,
+        *,
+        name: str | None = None,
+        more: Mapping[str, np.ndarray] | None = None,
     ) -> None:
-        """Writes pair ``index``, the next one in order."""
+        """Writes pair ``index``, the next one in order.
+
+        Args:
+          facts: what else its manifest line says.
+          segments: instance numbers, if it has any.
+          name: its ID, with folders if it holds "/"; the index in eight digits when not given.
+          more: further uint8 pictures by the name of their folder.
+        """
         if index != self.done:
             raise ValueError(f"pair {index} out of order; {self.done} is next.")
-        name = f"{index:08d}"
+        name = name or f"{index:08d}"
         contents = {
             "image": (f"images/{name}.png", pictures.png_bytes(image)),
             "annotation": (
@@ -65,7 +82,13 @@ class PairWriter:
         }
         line: dict[str, Any] = {"id": name, "index": index, "prompt": prompt, **facts}
         line |= {"height": int(labels.shape[0]), "width": int(labels.shape[1])}
+        for folder, picture in (more or {}).items():
+            contents[folder] = (f"{folder}/{name}.png", pictures.png_bytes(picture))
+        if segments is not None:
+            ids, line["segments_info"] = listed(labels, segments, self.classes)
+            contents["panoptic"] = (f"panoptic/{name}.png", encode_segment_ids(ids))
         for key, (path, data) in contents.items():
+            (self.folder / path).parent.mkdir(parents=True, exist_ok=True)
             files.write(self.folder / path, data)
             line |= {key: path, key + "_sha256": hashlib.sha256(data).hexdigest()}
         self._append(line)
@@ -96,13 +119,13 @@ class PairWriter:
         return lines
 
     def _whole(self, line: Mapping[str, Any]) -> bool:
-        for key in ("image", "annotation"):
+        for key in (k.removesuffix("_sha256") for k in line if k.endswith("_sha256")):
             path = self.folder / line[key]
             if not path.is_file():
                 return False
             if hashlib.sha256(path.read_bytes()).hexdigest() != line[key + "_sha256"]:
                 return False
-        return True
+        return {"image_sha256", "annotation_sha256"} <= line.keys()
 
     def _rewrite_manifest(self) -> None:
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in self.lines)

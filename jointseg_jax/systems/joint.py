@@ -174,19 +174,27 @@ class Joint:
         latents = self.solver(predict, processes, start, keys=fold(keys, "solver"), given=known)
         return self.decode(frozen, latents)
 
+    def check_given(self, given: Pairs) -> None:
+        """Refuses fields that are no stream's, and the lack of one that the network must see."""
+        fields = {k: s.field for k, s in self.streams.items() if k != TEXT_STREAM}
+        strangers = sorted(set(given) - set(fields.values()))
+        if strangers:
+            raise ValueError(
+                f"joint: given has {', '.join(strangers)} and the streams' fields are "
+                f"{', '.join(fields.values())}; change `given`."
+            )
+        missing = [fields[k] for k in self.known if k in fields and fields[k] not in given]
+        if missing:
+            raise ValueError(
+                f"joint: the network was trained to see {', '.join(missing)}, and given has "
+                f"{', '.join(given) or 'nothing'}; add them to `given`."
+            )
+
     def decode(self, frozen: Params, latents: Streams) -> Pairs:
-        """Batch fields from clean latents: uint8 images, labels with their confidence."""
+        """What a person can use of clean latents: uint8 images, labels with their confidence."""
         out: Pairs = {}
         for name, stream in self.streams.items():
-            if stream.codec.kind == "labels":
-                labels, confidence = stream.codec.decode_with_confidence(
-                    frozen.get(name, {}), latents[name]
-                )
-                out |= {stream.field: labels, "confidence": confidence}
-            elif stream.codec.kind == "image":
-                out[stream.field] = quantise(
-                    stream.codec.decode(frozen.get(name, {}), latents[name])
-                )
+            out |= READERS[stream.codec.kind](stream, frozen.get(name, {}), latents[name])
         return out
 
     def latent_shape(self, name: str) -> tuple[int, ...]:
@@ -218,7 +226,7 @@ class Joint:
         self, params: Params, frozen: Params, text: Any, batch: int, given: Pairs, keys: Array
     ) -> Streams:
         """Clean latents of the streams that are not generated."""
-        self._check_given(given)
+        self.check_given(given)
         known = {}
         for name, stream in self.streams.items():
             if name == TEXT_STREAM:
@@ -230,21 +238,6 @@ class Joint:
                     frozen.get(name, {}), given[stream.field], keys=key
                 )
         return known
-
-    def _check_given(self, given: Pairs) -> None:
-        fields = {k: s.field for k, s in self.streams.items() if k != TEXT_STREAM}
-        strangers = sorted(set(given) - set(fields.values()))
-        if strangers:
-            raise ValueError(
-                f"joint: given has {', '.join(strangers)} and the streams' fields are "
-                f"{', '.join(fields.values())}; change `given`."
-            )
-        missing = [fields[k] for k in self.known if k in fields and fields[k] not in given]
-        if missing:
-            raise ValueError(
-                f"joint: the network was trained to see {', '.join(missing)}, and given has "
-                f"{', '.join(given) or 'nothing'}; add them to `given`."
-            )
 
     def _guided(self, params: Params, text: Array | None, keys: Array, free: list[str]) -> Any:
         """The network as the solver calls it, with guidance where a free stream asks for it."""
@@ -287,3 +280,25 @@ class Joint:
             return {k: self.streams[k].weight for k in latents}
         sizes = {k: z.size * (self.streams[k].weight > 0) for k, z in latents.items()}
         return {k: size / sum(sizes.values()) for k, size in sizes.items()}
+
+
+def _image(stream: Stream, params: Params, latents: Array) -> Pairs:
+    return {stream.field: quantise(stream.codec.decode(params, latents))}
+
+
+def _labels(stream: Stream, params: Params, latents: Array) -> Pairs:
+    labels, confidence = stream.codec.decode_with_confidence(params, latents)
+    return {stream.field: labels, "confidence": confidence}
+
+
+def _panoptic(stream: Stream, params: Params, latents: Array) -> Pairs:
+    labels, segments, confidence = stream.codec.read(params, latents)
+    return {"labels": labels, "segments": segments, "confidence": confidence}
+
+
+def _nothing(stream: Stream, params: Params, latents: Array) -> Pairs:
+    return {}
+
+
+READERS = {"image": _image, "labels": _labels, "panoptic": _panoptic, "latents": _nothing}
+"""What a stream adds to a generated pair, by the kind of its codec."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from jointseg_jax.types import Array, Params
 
@@ -32,7 +32,16 @@ class Objective(Protocol):
 
 @runtime_checkable
 class Generator(Protocol):
-    """Something that makes pairs."""
+    """Something that makes pairs, with a solver."""
+
+    size: tuple[int, int]
+    solver: Any
+    streams: Mapping[str, Any]
+    text: Any
+
+    def check_given(self, given: Pairs) -> None:
+        """Refuses (ValueError) batch fields that it cannot start from, or that it needs."""
+        ...
 
     def generate(
         self,

@@ -1,10 +1,12 @@
 """Trained codecs inside another run's workdir.
 
 ``codec = {"name": "trained", "workdir": "runs/codec", "scale": "fit"}`` in a stream of a joint
-config takes the codec of that run: its fields from the run's config, its averaged parameters from
-its newest checkpoint. Both are copied into ``WORKDIR/frozen/STREAM.{json,safetensors}`` before the
-first step, so that a workdir can be sampled and moved without the codec's. ``scale`` replaces the
-codec's latent scale; ``"fit"`` sets it to 1 / std of the latents of the first batches.
+config, or as the ``image`` codec of a bridge, takes the codec of that run: its fields from the
+run's config, its averaged parameters from its newest checkpoint. Both are copied into
+``WORKDIR/frozen/NAME.{json,safetensors}`` before the first step, so that a workdir can be sampled
+and moved without the codec's. ``scale`` replaces the codec's latent scale; ``"fit"`` sets it to
+1 / std of the latents of the first batches. Further entries replace fields of the codec that leave
+its parameters as they are (``refine``).
 """
 
 from __future__ import annotations
@@ -12,9 +14,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,19 +26,36 @@ from safetensors.numpy import load_file, save_file
 from jointseg_jax import compose, rules
 from jointseg_jax.types import UserError
 
+OWN = ("name", "workdir", "scale")
+"""Entries of a ``trained`` spec that are no fields of the codec."""
 
-def trained_streams(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The streams of a config whose codec is another run's."""
-    streams = config["system"].get("streams", {})
-    codecs = {k: dict(v["codec"]) for k, v in streams.items() if "codec" in v}
-    return {k: codec for k, codec in codecs.items() if codec["name"] == "trained"}
+
+class Place(NamedTuple):
+    """A codec of a config: its spec, the batch field it codes, and where it stands."""
+
+    spec: Mapping[str, Any]
+    field: str
+    where: str
+
+
+def trained_codecs(config: Mapping[str, Any]) -> dict[str, Place]:
+    """The codecs of a config that are another run's, by the name of their parameters."""
+    system = config["system"]
+    places = {
+        name: Place(stream["codec"], stream["field"], f"config.system.streams.{name}.codec")
+        for name, stream in system.get("streams", {}).items()
+        if "codec" in stream
+    }
+    if "image" in system:
+        places["image"] = Place(system["image"], "image", "config.system.image")
+    return {k: place for k, place in places.items() if place.spec["name"] == "trained"}
 
 
 def load(workdir: Path, config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Codec specs and parameters by stream, as ``gather`` left them in the workdir."""
+    """Codec specs and parameters by name, as ``gather`` left them in the workdir."""
     specs, params = {}, {}
-    for stream in trained_streams(config):
-        path = workdir / "frozen" / f"{stream}.json"
+    for name in trained_codecs(config):
+        path = workdir / "frozen" / f"{name}.json"
         if not path.exists():
             raise UserError(
                 f"{path}: missing; the workdir lost its codec. Copy it back, or train anew."
@@ -46,8 +64,8 @@ def load(workdir: Path, config: Mapping[str, Any]) -> tuple[dict[str, Any], dict
         file = path.with_suffix(".safetensors")
         if not file.exists() or _sha256(file) != record["sha256"]:
             raise UserError(f"{file}: missing or not the file that {path.name} describes (sha256).")
-        specs[stream] = record["codec"]
-        params[stream] = rules.nested({k: jnp.asarray(v) for k, v in load_file(file).items()})
+        specs[name] = record["codec"]
+        params[name] = rules.nested({k: jnp.asarray(v) for k, v in load_file(file).items()})
     return specs, params
 
 
@@ -62,20 +80,20 @@ def gather(
     Args:
       batches: host batches, read only when a scale is to be fitted.
     """
-    for stream, spec in trained_streams(config).items():
-        target = workdir / "frozen" / f"{stream}.json"
+    for name, place in trained_codecs(config).items():
+        target = workdir / "frozen" / f"{name}.json"
         if target.exists():
             continue
-        codec_spec, params = _of_run(Path(spec["workdir"]), known, stream)
-        scale = spec.get("scale", codec_spec.get("scale"))
+        codec_spec, params = _of_run(place, known)
+        codec_spec |= {k: v for k, v in place.spec.items() if k not in OWN}
+        scale = place.spec.get("scale", codec_spec.get("scale"))
         if scale == "fit":
-            codec = compose.codec({**codec_spec, "scale": 1.0}, known, stream)
-            field = config["system"]["streams"][stream]["field"]
-            scale = _fit(codec, params, field, batches)
+            codec = compose.codec({**codec_spec, "scale": 1.0}, known, place.where)
+            scale = _fit(codec, params, place.field, batches)
         if scale is not None:
             codec_spec["scale"] = scale
         if jax.process_index() == 0:  # the others would fit the scale to other rows
-            _write(target, {"codec": codec_spec, "from": spec["workdir"]}, params)
+            _write(target, {"codec": codec_spec, "from": place.spec["workdir"]}, params)
     multihost_utils.sync_global_devices("frozen.gather")
 
 
@@ -86,19 +104,22 @@ def _write(target: Path, record: dict[str, Any], params: Any) -> None:
     target.write_text(json.dumps(record | {"sha256": _sha256(file)}, indent=1) + "\n")
 
 
-def _of_run(workdir: Path, known: compose.Facts, stream: str) -> tuple[dict[str, Any], Any]:
+def _of_run(place: Place, known: compose.Facts) -> tuple[dict[str, Any], Any]:
     from jointseg_jax.training.restore import load_run
 
-    run = load_run(workdir)
+    workdir = place.spec["workdir"]
+    run = load_run(Path(workdir))
     spec = dict(run.config["system"])
-    if spec["name"] != "autoencode":
+    if spec["name"] != "autoencode" or spec.get("field", "labels") != place.field:
         raise UserError(
-            f"config.system.streams.{stream}.codec: {workdir} holds a `{spec['name']}` run; "
-            "a codec comes from an `autoencode` run."
+            f"{place.where}: {workdir} holds a `{spec['name']}` run of "
+            f"{spec.get('field', 'labels')}; a codec of {place.field} comes from an `autoencode` "
+            "run of that field."
         )
-    if run.facts.classes.names != known.classes.names:
+    labels = place.field != "image"
+    if labels and run.facts.classes.names != known.classes.names:
         raise UserError(
-            f"config.system.streams.{stream}.codec: {workdir} was trained on "
+            f"{place.where}: {workdir} was trained on "
             f"{_difference(run.facts.classes.names, known.classes.names)}. "
             "Train the codec on this data."
         )
@@ -114,8 +135,7 @@ def _difference(there: tuple[str, ...], here: tuple[str, ...]) -> str:
 
 def _fit(codec: Any, params: Any, field: str, batches: Iterable[Any], count: int = 8) -> float:
     """1 / standard deviation of the unscaled latents over the first batches."""
-    unit = replace(codec, latent="mode")
-    encode = jax.jit(lambda values: unit.encode(params, values))
+    encode = jax.jit(lambda values: codec.encode(params, values))  # without keys: the mode
     found = []
     for _, batch in zip(range(count), batches):
         found.append(np.asarray(encode(batch[field]), np.float64).ravel())

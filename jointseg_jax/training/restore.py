@@ -30,6 +30,20 @@ class Run:
     digest: str
 
 
+def load_facts(workdir: Path) -> compose.Facts:
+    """What a run knows of its data.
+
+    Raises:
+      UserError: the folder is no workdir.
+    """
+    if not (workdir / "config.json").exists():
+        raise UserError(
+            f"{workdir}: no trained run here (config.json is missing). "
+            f"Train one: launch/train.py --config configs/quickstart.py --workdir {workdir}"
+        )
+    return compose.Facts.load(workdir / "facts.json")
+
+
 def load_run(workdir: Path | str) -> Run:
     """Reads the newest verified checkpoint of a workdir, without optimizer state.
 
@@ -37,14 +51,8 @@ def load_run(workdir: Path | str) -> Run:
       UserError: the folder is no workdir, or holds no usable checkpoint.
     """
     workdir = Path(workdir)
-    config_file = workdir / "config.json"
-    if not config_file.exists():
-        raise UserError(
-            f"{workdir}: no trained run here (config.json is missing). "
-            f"Train one: launch/train.py --config configs/quickstart.py --workdir {workdir}"
-        )
-    config = compose.from_plain(json.loads(config_file.read_text()))
-    known = compose.Facts.load(workdir / "facts.json")
+    known = load_facts(workdir)
+    config = compose.from_plain(json.loads((workdir / "config.json").read_text()))
     specs, frozen = frozen_codecs.load(workdir, config)
     system = compose.system(config, known, specs)
     shapes = jax.eval_shape(system.init, jax.random.key(0))

@@ -1,5 +1,6 @@
 """The names under which configs choose times, distributions of times, and solvers."""
 
+from jointseg_jax.transport.adaptive import Dopri5
 from jointseg_jax.transport.discrete import DDIM, DDPM, MultistepDPM
 from jointseg_jax.transport.dpm import DPMSolverPP
 from jointseg_jax.transport.solvers import Euler, Heun
@@ -23,4 +24,5 @@ SOLVERS = {
     "ddpm": DDPM,
     "euler": Euler,
     "heun": Heun,
+    "dopri5": Dopri5,
 }

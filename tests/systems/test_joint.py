@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from jointseg_jax.codecs.bits import Bits
+from jointseg_jax.codecs.panoptic import PanopticBits
 from jointseg_jax.codecs.pixels import Latents, Pixels
 from jointseg_jax.models.streams import Patches, Tokens
 from jointseg_jax.models.uvit import UViT
@@ -418,6 +419,28 @@ def test_previews_are_pairs_a_person_can_look_at(kind):
         "labels": (size, "int32"),
         "confidence": (size, "float32"),
     }
+
+
+def test_panoptic_streams_give_labels_and_segments():
+    mask = Stream(
+        field="panoptic",
+        codec=PanopticBits(classes=CLASSES, instance_bits=2),
+        process=Process(schedule=Cosine(), predicts="data"),
+    )
+    joint = context()
+    joint = dataclasses.replace(joint, streams={**joint.streams, "mask": mask}, known=("mask",))
+    labels = batch()["labels"]
+    values = jnp.stack([labels, (labels + 1) % 4], axis=-1)
+    params = jax.jit(joint.init)(jax.random.key(0))
+    shown = jax.jit(joint.preview)(params, {}, batch() | {"panoptic": values}, keys())
+    assert {k: v.dtype.name for k, v in shown.items()} == {
+        "image": "uint8",
+        "labels": "int32",
+        "segments": "int32",
+        "confidence": "float32",
+    }
+    np.testing.assert_array_equal(shown["labels"], labels)
+    np.testing.assert_array_equal(shown["segments"], (labels + 1) % 4)
 
 
 def test_previews_give_the_maps_that_the_network_needs():

@@ -114,8 +114,8 @@ def test_only_trained_codecs_are_gathered(tmp_path, codec):
     config = joint_config(codec)
     streams = config["system"]["streams"]
     streams["image"] = streams["mask"] | {"codec": {"name": "pixels"}}
-    assert list(frozen.trained_streams(config)) == ["mask"]
-    assert frozen.trained_streams({"system": {"name": "autoencode"}}) == {}
+    assert list(frozen.trained_codecs(config)) == ["mask"]
+    assert frozen.trained_codecs({"system": {"name": "autoencode"}}) == {}
     streams.pop("mask")
     frozen.gather(tmp_path, config, facts(), unread())
     assert not list(tmp_path.iterdir())
@@ -250,7 +250,7 @@ def test_a_run_that_is_no_codecs_is_refused(tmp_path):
     config["system"]["streams"]["mask"]["codec"] = {"name": "bits"}
     system = compose.system(config, facts())
     leave(tmp_path / "joint", config, facts(), parameters(system))
-    with pytest.raises(UserError, match="joint holds a `joint` run; a codec comes from an `auto"):
+    with pytest.raises(UserError, match="joint holds a `joint` run of labels; a codec of labels comes from an `auto"):
         frozen.gather(tmp_path, joint_config(tmp_path / "joint"), facts(), unread())
 
 

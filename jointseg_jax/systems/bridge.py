@@ -1,0 +1,222 @@
+"""Images and their label maps as the two ends of one flow: one network, both directions.
+
+1. ``z_0 = encode(image)``, ``z_1 = encode(colours of the labels + perturbation)``: both data
+2. ``t = times.draw`` in float32, ``x = (1 - t) z_0 + t z_1``
+3. ``loss = mean (v(x, t) - (z_1 - z_0))^2``, over the cells that hold no VOID pixel where the
+   palette has ``void="masked"``
+4. segmentation: ``dz = v dt`` from ``z_0`` at 0 to 1, and the nearest colour; nothing is drawn
+5. synthesis: from ``z_1`` at 1 to 0; drawing the perturbation anew gives another image of the map
+
+``correction`` moves the velocity target by ``correction f(z')``, ``z' = x + (1 - t) v`` being the
+network's own guess of the mask end, held constant. With the colours ``a_c``, the true class ``y``
+and ``p_c = softmax(-|z' - a_c|^2 / (2 temperature^2))``
+
+6. ``f(z') = temperature^-2 (a_y - sum_c p_c a_c)``
+
+is the gradient of ``log p_y``: it pulls a guess to its own colour and pushes it from the others,
+the more the nearer these are, and is zero in all but name where the guess is right. The squared
+error alone fades near a colour, just where pixels change class.
+
+Source: SemFlow (2405.20282), eqs. 9-14 and section 3.4; 6 is ours, after the idea of Wang et al.
+2026 (2603.19218): a detached correction by distance, attractive and repulsive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from einops import reduce
+from jaxtyping import Float, Int
+
+from jointseg_jax.codecs.chain import Chain
+from jointseg_jax.codecs.pixels import quantise
+from jointseg_jax.systems.keys import fold
+from jointseg_jax.systems.system import Batch, Pairs
+from jointseg_jax.transport.process import Process
+from jointseg_jax.types import VOID, Array, Params
+
+STATE = "state"
+"""The name of the bridge's one stream, for the denoiser and the solver."""
+
+IMAGE = "image"
+"""Where the image codec's parameters lie among the frozen ones."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bridge:
+    """Two ends, a velocity and a solver.
+
+    Attributes:
+      mask: labels -> colours (``first``) -> latents (``second``, the image's own codec).
+      denoiser: Linen module over the one stream ``state``; its output is a velocity.
+      process: a linear schedule that predicts velocity, data end the image, source end the mask.
+      times: draws training times.
+      solver: Euler, Heun or adaptive; the direction sets its ``start`` and ``end``.
+      size: ``(height, width)`` of the pairs in pixels.
+      correction: of the velocity target by the distance to the colours; 0 is off.
+      temperature: distance in latents over which colours compete in the correction.
+    """
+
+    mask: Chain
+    denoiser: Any
+    process: Process
+    times: Any
+    solver: Any
+    size: tuple[int, int]
+    correction: float = 0.0
+    temperature: float = 0.1
+    streams: ClassVar[Mapping[str, Any]] = MappingProxyType({})  # its two ends share one state
+    text: ClassVar[None] = None
+
+    def __post_init__(self) -> None:
+        if self.process.predicts != "velocity":
+            raise ValueError(
+                f"bridge: the process predicts {self.process.predicts}; between two data ends only "
+                "a velocity is defined. Set `system.process.predicts` to velocity."
+            )
+        if self.process.schedule.t_max != 1 or float(self.process.schedule.alpha(1.0)) != 0:
+            raise ValueError(
+                f"bridge: {self.process.schedule} does not reach its source end at t = 1; set "
+                "`system.process.schedule` to linear."
+            )
+        if self.correction < 0 or self.temperature <= 0:
+            raise ValueError(
+                f"bridge: correction={self.correction}, temperature={self.temperature}: must be at "
+                "least 0 and positive; change them in `system`."
+            )
+        if self.correction and self.mask.latent_shape(self.size) != (*self.size, 3):
+            raise ValueError(
+                "bridge: the correction measures distances to colours, and the latents of "
+                f"{type(self.mask.second).__name__} are no colours; set `system.correction` to 0, "
+                "or `system.image` to pixels."
+            )
+
+    # ------------------------------------------------------------------ training
+
+    def init(self, key: Array) -> Params:
+        """Parameters of the velocity network."""
+        state = jnp.zeros((1, *self.mask.latent_shape(self.size)), jnp.float32)
+        time = jnp.zeros((1,), jnp.float32)
+        return {"denoiser": self.denoiser.init(key, {STATE: state}, {STATE: time})["params"]}
+
+    def loss(
+        self, params: Params, frozen: Params, batch: Batch, keys: Array
+    ) -> tuple[Array, dict[str, Array]]:
+        """Squared error of the velocity."""
+        image = self.image_end(frozen, batch["image"], fold(keys, "encode/image"))
+        mask = self.mask_end(frozen, batch["labels"], fold(keys, "encode/mask"))
+        t = self.times.draw(fold(keys, "time"), (STATE,))[STATE]
+        x = self.process.at(image, mask, t)
+        velocity = self.velocity(params, x, t)
+        target = self.process.target(image, mask, t)
+        if self.correction:
+            remaining = (1 - t).reshape(-1, 1, 1, 1)
+            guess = jax.lax.stop_gradient(x + remaining * velocity)
+            target = target + self.correction * self.pull(guess, batch["labels"])
+        errors = jnp.square(velocity - target).mean(-1)
+        counted = self.counted(batch["labels"], errors.shape[1:])
+        total = jnp.where(counted, errors, 0.0).sum() / jnp.maximum(counted.sum(), 1)
+        return total, {"loss": total}
+
+    def image_end(self, frozen: Params, image: Array, keys: Array | None = None) -> Array:
+        """Latents of images; without keys nothing is drawn."""
+        latents = self.mask.second.encode(frozen.get(IMAGE, {}), image, keys=keys)
+        return jax.lax.stop_gradient(latents.astype(jnp.float32))
+
+    def mask_end(self, frozen: Params, labels: Array, keys: Array | None = None) -> Array:
+        """Latents of label maps, perturbed where keys are given."""
+        latents = self.mask.encode(frozen.get(IMAGE, {}), labels, keys=keys)
+        return jax.lax.stop_gradient(latents.astype(jnp.float32))
+
+    def velocity(self, params: Params, x: Array, t: Array) -> Array:
+        """The network at states and times (``[batch]`` or one for all), in float32."""
+        label = jnp.broadcast_to(self.process.schedule.label(t), x.shape[:1])
+        variables = {"params": params["denoiser"]}
+        outputs, _ = self.denoiser.apply(variables, {STATE: x}, {STATE: label})
+        return outputs[STATE].astype(jnp.float32)
+
+    def pull(
+        self, guess: Float[Array, "batch height width 3"], labels: Int[Array, "batch height width"]
+    ) -> Float[Array, "batch height width 3"]:
+        """The module's line 6; 0 at VOID pixels."""
+        own = self.mask.first.encode({}, jnp.where(labels == VOID, 0, labels))
+        ids = jnp.arange(self.mask.first.classes).reshape(-1, 1, 1)
+        colours = self.mask.first.encode({}, ids).reshape(-1, 3)
+        inverse = self.temperature**-2
+        squares = jnp.square(colours).sum(-1).reshape(1, 1, 1, -1)
+        scores = inverse * (jnp.einsum("bhwn,kn->bhwk", guess, colours) - squares / 2)
+        mean = jnp.einsum("bhwk,kn->bhwn", jax.nn.softmax(scores, axis=-1), colours)
+        return jnp.where((labels == VOID)[..., None], 0.0, inverse * (own - mean))
+
+    def counted(self, labels: Array, grid: tuple[int, int]) -> Array:
+        """Cells whose error is in the loss: all, or those without a VOID pixel."""
+        if self.mask.first.void != "masked":
+            return jnp.ones((labels.shape[0], *grid), bool)
+        rows, columns = (n // m for n, m in zip(labels.shape[1:], grid))
+        return reduce(labels != VOID, "b (h y) (w x) -> b h w", "min", y=rows, x=columns)
+
+    # ---------------------------------------------------------------- generation
+
+    def preview(self, params: Params, frozen: Params, batch: Batch, keys: Array) -> Pairs:
+        """Images made from the batch's maps, beside the labels read off its images."""
+        made = self.generate(params, frozen, None, keys, given={"labels": batch["labels"]})
+        read = self.generate(params, frozen, None, keys, given={"image": batch["image"]})
+        return made | {k: read[k] for k in ("labels", "confidence")}
+
+    def generate(
+        self,
+        params: Params,
+        frozen: Params,
+        text: Array | None,
+        keys: Array,
+        *,
+        given: Pairs | None = None,
+    ) -> Pairs:
+        """The other end of what is given: ``{"image": ...}`` or ``{"labels": ...}``.
+
+        Raises:
+          ValueError: none or both of them are given.
+        """
+        del text  # a bridge has none
+        self.check_given(given or {})
+        directions = {"image": self.segment, "labels": self.synthesize}
+        ((field, values),) = given.items()
+        return directions[field](params, frozen, values, keys)
+
+    def check_given(self, given: Pairs) -> None:
+        """Refuses anything but one end."""
+        if set(given) not in ({"image"}, {"labels"}):
+            raise ValueError(
+                f"bridge: given has {sorted(given)}; a bridge leads from an image to its labels or "
+                "from labels to an image: give exactly one of `image` and `labels`."
+            )
+
+    def segment(self, params: Params, frozen: Params, image: Array, keys: Array) -> Pairs:
+        """Labels of images; the keys play no part."""
+        del keys
+        reached = self.travel(params, self.image_end(frozen, image), 0.0, 1.0)
+        labels, confidence = self.mask.decode_with_confidence(frozen.get(IMAGE, {}), reached)
+        return {"image": image, "labels": labels, "confidence": confidence}
+
+    def synthesize(self, params: Params, frozen: Params, labels: Array, keys: Array) -> Pairs:
+        """Images of label maps; each key perturbs its map's colours anew."""
+        start = self.mask_end(frozen, labels, fold(keys, "encode/mask"))
+        reached = self.travel(params, start, 1.0, 0.0)
+        image = quantise(self.mask.second.decode(frozen.get(IMAGE, {}), reached))
+        sure = jnp.ones(labels.shape, jnp.float32)
+        return {"image": image, "labels": labels.astype(jnp.int32), "confidence": sure}
+
+    def travel(self, params: Params, x: Array, start: float, end: float) -> Array:
+        """The state at time ``end`` of one that is ``x`` at ``start``."""
+
+        def predict(states: Any, times: Any, step: Array) -> Any:
+            del step
+            return {STATE: self.velocity(params, states[STATE], times[STATE])}
+
+        solver = replace(self.solver, start=start, end=end)
+        return solver(predict, {STATE: self.process}, {STATE: x})[STATE]
