@@ -31,14 +31,7 @@ def get_config(arg: str = "") -> ConfigDict:
     """``data=``scenes, folders, voc, coco_panoptic or ade20k; ``smoke``: scenes, in seconds."""
     a = presets.parse_arg(arg, data="scenes", smoke=False)
     config = presets.choose(a["data"], "data", {"scenes": scenes, "folders": folders, **PAPERS})()
-    if a["smoke"]:
-        config = scenes()
-        config |= {"steps": 4, "batch": 8, "ema": 0.9}
-        config |= {"log": {"every": 2}, "checkpoint": {"every": 2, "keep": 2}}
-        config["system"]["denoiser"] |= {"width": 32, "depth": 2, "heads": 2}
-        config["system"]["solver"]["steps"] = 3
-        config["finish"]["num"] = 16
-    return ConfigDict(config).lock()
+    return ConfigDict(presets.shrunk(scenes()) if a["smoke"] else config).lock()
 
 
 def scenes() -> dict:
@@ -57,25 +50,28 @@ def small(
     data: dict, size: tuple[int, int], *, patch: int, label_patch: int, batch: int, steps: int
 ) -> dict:
     """Pixels instead of SD latents, fixed word features instead of CLIP's."""
+    system = joint(
+        size,
+        image={
+            "field": "image",
+            "codec": {"name": "pixels"},
+            "process": NOISE | {"clip": 1.0},
+            "tokens": {"patch": patch},
+        },
+        label_patch=label_patch,
+        guidance=2.0,
+        weights="explicit",  # pixels would outweigh the few label latents 48 to 1
+        denoiser={"name": "uvit", "width": 256, "depth": 6, "heads": 4, "norm": "post"},
+        text={"name": "words", "width": 64, "length": 24, "trainable": False},
+    )
+    # latents are made anew in every update: the codec's own number of steps would take longest
+    system["streams"]["mask"]["codec"]["refine"] = 4
     return presets.run(
         steps=steps,
         batch=batch,
         ema=0.999,
         data=data,
-        system=joint(
-            size,
-            image={
-                "field": "image",
-                "codec": {"name": "pixels"},
-                "process": NOISE | {"clip": 1.0},
-                "tokens": {"patch": patch},
-            },
-            label_patch=label_patch,
-            guidance=2.0,
-            weights="explicit",  # pixels would outweigh the few label latents 48 to 1
-            denoiser={"name": "uvit", "width": 256, "depth": 6, "heads": 4, "norm": "post"},
-            text={"name": "words", "width": 64, "length": 24, "trainable": False},
-        ),
+        system=system,
         optimizer={
             "name": "muon",
             "weight_decay": 0.01,

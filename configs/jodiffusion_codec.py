@@ -4,6 +4,12 @@
   python launch/train.py --config configs/jodiffusion_codec.py:data=folders --workdir runs/codec \\
       --config.data.train.root=data/camvid --config.data.val.root=data/camvid
 
+A second, short stage lets the decoder learn the refined latents it will be given (``refine``):
+
+  python launch/train.py --config configs/jodiffusion_codec.py:data=folders --workdir runs/codec2 \\
+      --config.start.workdir=runs/codec --config.system.codec.refine_in_training=5 \\
+      --config.steps=300 --config.optimizer.schedule.lr=3e-3 --config.ema=0.98 ...
+
 | data | network | hyper-parameters |
 |---|---|---|
 | scenes, folders | 8x, 4 channels, under 2 M parameters; VOID is ignored | small, CPU or one chip |

@@ -66,14 +66,4 @@ def get_config(arg: str = "") -> ConfigDict:
         evaluate={"judge": "oracle", "transforms": {}},
         finish={"num": 256},
     )
-    if a["smoke"]:
-        config |= {
-            "steps": 4,
-            "batch": 8,
-            "log": {"every": 2},
-            "checkpoint": {"every": 2, "keep": 2},
-        }
-        config["system"]["denoiser"] |= {"width": 32, "depth": 2, "heads": 2}
-        config["system"]["solver"]["steps"] = 2
-        config["finish"]["num"] = 16
-    return ConfigDict(config).lock()
+    return ConfigDict(presets.shrunk(config) if a["smoke"] else config).lock()

@@ -17,7 +17,8 @@
 The last three keep the paper's schedules; its network is the U-Net of Stable Diffusion 1.5 started
 from its weights and its latents are those of that model's VAE. Train the image codec first:
 
-  python launch/train.py --config configs/image_codec.py:data=folders --workdir runs/image_codec ...
+  python launch/train.py --workdir runs/image_codec \\
+      --config configs/image_codec.py:data=folders,factor=8,palette=published
 
 Deviations, each for a reason: labels are resized with nearest and coloured afterwards (bilinear
 colours are other classes); a flip swaps left and right classes; times are drawn in float32.
@@ -46,14 +47,7 @@ def get_config(arg: str = "") -> ConfigDict:
     a = presets.parse_arg(arg, data="scenes", smoke=False)
     makers = {"scenes": scenes, "folders": folders, **PAPERS}
     config = presets.choose(a["data"], "data", makers)()
-    if a["smoke"]:
-        config = scenes()
-        config |= {"steps": 4, "batch": 8, "ema": 0.9}
-        config |= {"log": {"every": 2}, "checkpoint": {"every": 2, "keep": 2}}
-        config["system"]["denoiser"] |= {"width": 32, "depth": 2, "heads": 2}
-        config["system"]["solver"]["steps"] = 2
-        config["finish"]["num"] = 16
-    return ConfigDict(config).lock()
+    return ConfigDict(presets.shrunk(scenes()) if a["smoke"] else config).lock()
 
 
 def scenes() -> dict:

@@ -52,6 +52,8 @@ def run(**changes: Any) -> dict[str, Any]:
         "mesh": (-1, 1, 1),  # data, fsdp, model; -1 takes the devices left over
         "sharding": "replicate",  # replicate, zero1, fsdp, or a list of (path regex, tactic)
         "trainable": ((r"", True),),
+        # other weights to begin with: see training/start.py
+        "start": {"workdir": "", "file": ""},
         "log": {"every": 50},  # steps
         "preview": {"every": 1000, "count": 8},  # steps (0: never), pairs
         "checkpoint": {"every": 1000, "keep": 3},  # steps, checkpoints
@@ -67,6 +69,17 @@ def run(**changes: Any) -> dict[str, Any]:
     if unknown:
         raise ValueError(f"presets.run: unknown settings {unknown}.")
     return settings | changes
+
+
+def shrunk(config: dict[str, Any]) -> dict[str, Any]:
+    """The same run in seconds and from nothing, to see that its parts work together."""
+    config = config | {"steps": 4, "batch": 8, "ema": 0.9}
+    config |= {"start": config["start"] | {"workdir": "", "file": ""}}
+    config |= {"log": {"every": 2}, "checkpoint": {"every": 2, "keep": 2}}
+    config["system"]["denoiser"] |= {"width": 32, "depth": 2, "heads": 2}
+    config["system"]["solver"]["steps"] = 3
+    config["finish"]["num"] = min(config["finish"]["num"], 16)
+    return config
 
 
 def scenes(
@@ -122,6 +135,9 @@ def dataset(name: str, size: tuple[int, int], **changes: Any) -> dict[str, Any]:
         "voc": ("data/VOC2012", "voc", "trainaug", "val"),
         "ade20k": ("data/ADEChallengeData2016", "ade20k", "training", "validation"),
         "coco_panoptic": ("data/coco", "coco_panoptic", "train2017", "val2017"),
+        "coco_stuff": ("data/coco", "coco_stuff", "train2017", "val2017"),
+        "cityscapes": ("data/cityscapes", "cityscapes", "train", "val"),
+        "celebamask_hq": ("data/CelebAMask-HQ", "celebamask_hq", "train", "val"),
     }
     root, layout, train, val = layouts[name]
     source = {"name": "folders", "root": root, "layout": layout}
@@ -137,8 +153,198 @@ def dataset(name: str, size: tuple[int, int], **changes: Any) -> dict[str, Any]:
 UVIT_SMALL = {"name": "uvit", "width": 512, "depth": 12, "heads": 8}
 """U-ViT-S, 44.7 M parameters with text (U-ViT, table 1)."""
 
+UVIT_SMALL_REFERENCE = {
+    "img_size": 32,
+    "in_chans": 4,
+    "patch_size": 2,
+    "embed_dim": 512,
+    "depth": 12,
+    "num_heads": 8,
+    "clip_dim": 768,
+    "num_clip_token": 77,
+}
+"""U-ViT's own config of its text-to-image weights (MS-COCO, small), for ``start.architecture``."""
+
 UNIDIFFUSER = {"name": "uvit", "width": 1536, "depth": 30, "heads": 24, "norm": "post"}
 """UniDiffuser-v1 and JoDiffusion, 952-954 M parameters."""
 
 SD_SCHEDULE = {"name": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps": 1000}
 """Stable Diffusion's betas; ``time_offset`` 1 is U-ViT's numbering, 0 that of diffusers."""
+
+
+def bit_pairs(data: str) -> dict[str, Any]:
+    """A run of images and maps of analog bits, denoised together by one network.
+
+    The image predicts noise and the map its bits; the map's noise has standard deviation 2 in
+    training and at the start of sampling.
+
+    Args:
+      data: ``scenes`` and ``folders`` (pixels, small) or ``coco_panoptic`` (latents, as published).
+
+    Source: PDM (arXiv 2412.02929) sections 3 and 4, as its released code trains.
+    """
+    return choose(data, "data", BIT_PAIRS)()
+
+
+def with_instances(config: dict[str, Any], bits: int = 8) -> dict[str, Any]:
+    """Bit pairs whose map also numbers the instances of its things, in ``bits`` more channels."""
+    mask = config["system"]["streams"]["mask"]
+    codec = mask["codec"] | {"name": "panoptic_bits", "instance_bits": bits}
+    config["system"]["streams"]["mask"] = mask | {"field": "panoptic", "codec": codec}
+    return config | {"data": config["data"] | {"panoptic": True}}
+
+
+def _scene_pairs() -> dict[str, Any]:
+    data = scenes(32, things=2, thing_size=(0.4, 0.6), texture=0.3)
+    config = _small_pairs(data, (32, 32), patch=4, bits={"name": "bits"}, steps=1200)
+    config["system"]["denoiser"] |= {"width": 128, "depth": 4}
+    return config | {
+        "ema": 0.995,
+        "optimizer": {
+            "name": "muon",
+            "b2": 0.99,
+            "weight_decay": 0.01,
+            "clip": 1.0,
+            "schedule": {"name": "cosine", "lr": 1e-2, "warmup": 100},
+        },
+        "preview": {"every": 600, "count": 8},
+        "checkpoint": {"every": 300, "keep": 2},
+        "evaluate": {"judge": "oracle", "transforms": {}},
+        "finish": {"num": 256},
+    }
+
+
+def _folder_pairs() -> dict[str, Any]:
+    data = dataset("folders", (64, 64), workers=0, threads=2)
+    bits = {"name": "bits", "bits": 8, "order": "msb", "pool": 2, "decoding": "snap"}
+    return _small_pairs(data, (64, 64), patch=8, bits=bits, steps=20_000)
+
+
+def _small_pairs(
+    data: dict[str, Any], size: tuple[int, int], *, patch: int, bits: dict[str, Any], steps: int
+) -> dict[str, Any]:
+    """Pixels instead of latents, trained word embeddings instead of a pretrained encoder's."""
+    return run(
+        steps=steps,
+        batch=32,
+        ema=0.999,
+        data=data,
+        system=_bit_system(
+            size,
+            image={
+                "field": "image",
+                "codec": {"name": "pixels"},
+                "process": {"predicts": "noise", "schedule": BITS_SCHEDULE, "clip": 1.0},
+                "tokens": {"patch": patch, "conv": True},
+                "guidance": 2.0,
+            },
+            bits=bits,
+            map_patch=patch // bits.get("pool", 1),
+            denoiser={"name": "uvit", "width": 256, "depth": 6, "heads": 4},
+            text={"name": "words", "width": 128, "length": 24},
+        ),
+        optimizer={
+            "name": "adamw",
+            "b2": 0.99,
+            "weight_decay": 0.03,
+            "clip": 1.0,
+            "schedule": {"name": "cosine", "lr": 1e-3, "warmup": 200},
+        },
+    )
+
+
+def _coco_pairs() -> dict[str, Any]:
+    """From cached latents and text features."""
+    features = ("image_latents", "text")
+    data = dataset("coco_panoptic", (256, 256))
+    return run(
+        steps=2_000_000,
+        batch=64,
+        data=with_features(data, "data/coco/features", *features),
+        system=_bit_system(
+            (256, 256),
+            image={
+                "field": "image_latents",
+                "codec": {"name": "latents", "channels": 4, "factor": 8},
+                "process": {"predicts": "noise", "schedule": BITS_SCHEDULE},
+                "tokens": {"patch": 2, "conv": True},
+                "guidance": 2.0,
+            },
+            bits={"name": "bits", "bits": 8, "order": "msb", "pool": 4, "decoding": "snap"},
+            map_patch=4,  # patch factor 2: the map has 2 x the sides of the image latent
+            denoiser=UVIT_SMALL | {"dtype": "bfloat16"},
+            text={"name": "features", "width": 768, "length": 77},
+        ),
+        optimizer={
+            "name": "adamw",
+            "b1": 0.9,
+            "b2": 0.9,
+            "weight_decay": 0.03,
+            "decay": ((r"", True),),
+            "schedule": {"name": "constant", "lr": 2e-4, "warmup": 5000},
+        },
+    )
+
+
+def _bit_system(
+    size: tuple[int, int],
+    *,
+    image: dict[str, Any],
+    bits: dict[str, Any],
+    map_patch: int,
+    denoiser: dict[str, Any],
+    text: dict[str, Any],
+) -> dict[str, Any]:
+    return {
+        "name": "joint",
+        "size": size,
+        "streams": {
+            "image": image,
+            "mask": {
+                "field": "labels",
+                "codec": bits,
+                "process": {
+                    "predicts": "data",
+                    "schedule": BITS_SCHEDULE,
+                    "scale": 2.0,
+                    "clip": 1.0,
+                },
+                "tokens": {"patch": map_patch, "conv": True, "tanh": True},
+                "guidance": 2.0,
+            },
+        },
+        "denoiser": denoiser | {"time_tokens": ("image",)},
+        "text": text,
+        "text_drop": 0.1,
+        "times": {"name": "shared", "distribution": {"name": "uniform", "steps": 1000}},
+        "solver": {
+            "name": "dpm_solver_pp",
+            "steps": 50,
+            "order": 3,
+            "method": "fast",
+            "final": "evaluate",
+        },
+    }
+
+
+BITS_SCHEDULE = SD_SCHEDULE | {"time_offset": 1}
+
+BIT_PAIRS = {"scenes": _scene_pairs, "folders": _folder_pairs, "coco_panoptic": _coco_pairs}
+"""The data that ``bit_pairs`` knows."""
+
+FROM_IMAGES = {
+    "workdir": "runs/pdm_image",
+    "file": "",  # or the published U-ViT, with workdir = ""
+    "architecture": UVIT_SMALL_REFERENCE,
+    "move": ((r"^params/denoiser/", "params/denoiser/image_stream/"), (r"^params/text/", r"\g<0>")),
+    "init_map_stream": "random",  # or copy: the map stream's blocks begin as the image stream's
+}
+"""``start`` of two streams whose image stream is a network that was trained on images alone."""
+
+FROZEN_IMAGE_STREAM = (
+    (r"/image_stream/(in_blocks|mid_block|out_blocks)/", False),
+    (r"/image_stream/((image|context)_in/project|time_image/fc\d)/|^params/text/", False),
+    (r"", True),
+)
+"""``trainable`` of two streams: of the image stream only positions, last norm and head go on
+learning, as in PDM's released code; the map stream and the exchange learn whole."""

@@ -4,14 +4,44 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from jointseg_jax.models.uvit import UViT, forward_flops
+from jointseg_jax.models import two_stream, uvit
 
 log = logging.getLogger("jointseg_jax")
+
+FORWARD_FLOPS = {
+    uvit.UViT: uvit.forward_flops,
+    two_stream.TwoStream: two_stream.forward_flops,
+}
+"""Networks whose cost is known from their sizes; of one sample's forward pass."""
+
+
+def forward_flops(system: Any) -> int | None:
+    """FLOPs of the network on one sample, where its sizes tell them."""
+    denoiser = getattr(system, "denoiser", None)
+    count = FORWARD_FLOPS.get(type(denoiser))
+    return count(denoiser) if count else None
+
+
+def sampling_flops(system: Any, given: Container[str] = ()) -> float | None:
+    """FLOPs of one generated pair: all calls of the network, guidance included; no codec.
+
+    Args:
+      given: batch fields that are known, whose streams need no guidance.
+    """
+    forward, table = forward_flops(system), getattr(system.solver, "table", None)
+    if not forward or table is None:
+        return None
+    streams = {k: s for k, s in system.streams.items() if s.field not in given}
+    processes = {k: s.process for k, s in streams.items()} or {"state": system.process}
+    free = [s for k, s in streams.items() if k not in system.known] if streams else []
+    guided = system.text is not None and any(s.guidance != 1 for s in free)
+    return float(forward * len(table(processes).times) * (2 if guided else 1))
 
 
 def step_flops(system: Any, compiled: Any, batch: int) -> float | None:
@@ -19,9 +49,8 @@ def step_flops(system: Any, compiled: Any, batch: int) -> float | None:
 
     Without an analytic count of the network, the compiler's own count (only right without scans).
     """
-    denoiser = getattr(system, "denoiser", None)
-    if isinstance(denoiser, UViT):
-        return 3.0 * forward_flops(denoiser) * batch
+    if forward := forward_flops(system):
+        return 3.0 * forward * batch
     cost = compiled.cost_analysis() or {}
     return float(cost["flops"]) * jax.device_count() if cost.get("flops", 0) > 0 else None
 

@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from jointseg_jax import compose, rules, sharding
 from jointseg_jax.build import build
 from jointseg_jax.data.classes import Classes
+from jointseg_jax.training import start
 from jointseg_jax.training import state as states
 from jointseg_jax.training.faults import Faults
 from jointseg_jax.training.optimizer import OPTIMIZERS
@@ -28,17 +29,33 @@ GOLDEN = ROOT / "tests/golden"
 CONFIGS = sorted(p.stem for p in (ROOT / "configs").glob("*.py"))
 
 CLASSES = {"folders": 11, "voc": 21, "ade20k": 150, "coco_panoptic": 133}
+CLASSES |= {"coco_stuff": 171, "celebamask_hq": 19, "cityscapes": 19}
 DATA = {
     "quickstart": (),
     "jodiffusion_codec": ("scenes", "folders", "voc", "coco_panoptic", "ade20k"),
     "jodiffusion": ("scenes", "folders", "voc", "coco_panoptic", "ade20k"),
+    "image_codec": ("scenes", "folders"),
+    "semflow": ("scenes", "folders", "coco_stuff", "celebamask_hq", "cityscapes"),
     "pdm": ("scenes", "folders", "coco_panoptic"),
+    "pdm_two_stream": ("scenes", "folders", "coco_panoptic"),
+    "pdm_given_maps": ("scenes", "folders", "coco_panoptic"),
 }
-CASES = [
-    (name, argument)
-    for name, names in DATA.items()
-    for argument in ("", "smoke", *(f"data={n}" for n in names))
-]
+OTHERWISE = {
+    "pdm": "instances",
+    "pdm_two_stream": "stage=image",
+    "pdm_given_maps": "streams=two",
+}
+"""An argument that makes another run of a config, in place of what it stands for by itself."""
+
+
+def arguments(name):
+    """Every argument a config is tested with."""
+    found = ["", "smoke", *(f"data={n}" for n in DATA[name])]
+    other = OTHERWISE.get(name)
+    return found + [f"{a},{other}".removeprefix(",") for a in found if other]
+
+
+CASES = [(name, argument) for name in DATA for argument in arguments(name)]
 
 
 @functools.cache
@@ -62,14 +79,18 @@ def facts_of(given, argument):
     """The facts of data that need no files; else made-up ones with the right number of classes."""
     if given["data"]["train"]["name"] == "scenes":
         return compose.facts(compose.source(given, "train"), captions=2)
-    return facts(CLASSES[argument.removeprefix("data=")])
+    named = dict(part.partition("=")[::2] for part in argument.split(","))
+    return facts(CLASSES[named["data"]])
 
 
 def system(name, argument, known, given):
     """The system of a config, and the shapes of its parameters."""
     codecs = {}
-    if name == "jodiffusion":  # in place of a trained codec: what its own config would train
+    # in place of a trained codec: what its own config would train
+    if name == "jodiffusion":
         codecs = {"mask": config("jodiffusion_codec", argument)["system"]["codec"]}
+    if name == "semflow" and given["system"]["image"]["name"] == "trained":
+        codecs = {"image": config("image_codec", "data=folders")["system"]["codec"]}
     found = compose.system(given, known, codecs)
     return found, jax.eval_shape(found.init, jax.random.key(0))
 
@@ -110,8 +131,8 @@ def test_a_config_makes_a_system_and_rules_that_fit_it(name, argument):
     optimizer = build(OPTIMIZERS, given["optimizer"], where="optimizer").build(given["steps"])
     state = jax.eval_shape(lambda params: states.create(params, trainable, optimizer), shapes)
     sharding.state_shardings(state, given["sharding"], sharding.make_mesh(given["mesh"]))
-    moments = count(state.opt)
-    assert count(shapes) < moments < 2 * count(shapes) + 100  # Muon has one, AdamW has two
+    moments, learning = count(state.opt), count(states.split(shapes, trainable)[0])
+    assert learning < moments < 2 * learning + 100  # Muon has one, AdamW has two
 
 
 @pytest.mark.parametrize(("name", "argument"), CASES)
@@ -190,6 +211,47 @@ def test_pdm_has_its_published_size():
     assert count(ours) - count(published) == 3 * 8 * 2 * 2 * (512 + 512) + 3 * 8 * 2 * 2
 
 
+def test_two_streams_have_their_published_size():
+    """Again that of patch factor 1, with the biases of the released code."""
+    given = config("pdm_two_stream", "data=coco_panoptic")
+    mask = given["system"]["streams"]["mask"]
+    mask["codec"]["pool"], mask["tokens"]["patch"] = 8, 2
+    given["system"]["denoiser"]["exchange_bias"] = True
+    _, shapes = system("pdm_two_stream", "data=coco_panoptic", facts(133), given)
+    embedding = 8 * 2 * 2 * 512 + 512  # a second one exists and is not used
+    projections = 13 * 262_656  # and so do the projections of the image stream into the map stream
+    assert count(shapes) == 95_813_388 - embedding - projections
+
+
+@pytest.mark.parametrize("name", ["pdm_two_stream", "pdm_given_maps"])
+@pytest.mark.parametrize("data", ["scenes", "folders", "coco_panoptic"])
+def test_the_image_stage_becomes_the_image_stream(name, data):
+    """Every parameter of the first stage lands, and the image stream then has all of its own."""
+    argument = f"data={data}"
+    _, image = system_of("pdm_two_stream", f"{argument},stage=image")
+    second = argument if name == "pdm_two_stream" else f"{argument},streams=two"
+    _, pair = system_of(name, second)
+    spec = config(name, second)["start"]
+    starting = build({"start": start.Start}, {"name": "start", **spec}, where="start")
+    given, wanted = (
+        {f"params/{p}": leaf for p, leaf in rules.by_path(tree).items()} for tree in (image, pair)
+    )
+    found = start.arranged(starting, given, wanted)
+    assert len(found) == len(given)
+    assert {p for p in wanted if "/image_stream/" in p or "/text/" in p} == set(found)
+
+
+@pytest.mark.parametrize("argument", ["smoke", "data=coco_panoptic"])
+def test_given_maps_are_seen_clean_and_not_learnt(argument):
+    for streams in ("one", "two"):
+        made, shapes = system_of("pdm_given_maps", f"{argument},streams={streams}")
+        assert made.known == ("mask",) and made.denoiser.add_features == (("mask", "image"),)
+        given = config("pdm_given_maps", f"{argument},streams={streams}")
+        trainable = rules.match(shapes, given["trainable"], where="trainable", prefix="params/")
+        head = [t for p, t in rules.by_path(trainable).items() if "/mask_out/" in p]
+        assert len(head) == 4 and not any(head)
+
+
 @pytest.mark.parametrize(
     ("data", "classes", "parameters"),
     [("voc", 21, 14_815_517), ("coco_panoptic", 81, 15_094_361), ("ade20k", 151, 15_418_143)],
@@ -207,7 +269,13 @@ def test_the_small_label_autoencoder_has_less_than_two_million_parameters(argume
     assert count(system_of("jodiffusion_codec", argument)[1]) < 2_000_000
 
 
-@pytest.mark.parametrize("case", ["jodiffusion.voc", "pdm.coco_panoptic", "jodiffusion_codec.voc"])
+GOLDEN_CASES = (
+    *("jodiffusion.voc", "jodiffusion_codec.voc"),
+    *("pdm.coco_panoptic", "pdm_two_stream.coco_panoptic"),
+)
+
+
+@pytest.mark.parametrize("case", GOLDEN_CASES)
 def test_parameters_are_those_of_the_golden_text(case):
     name, data = case.split(".")
     _, shapes = system_of(name, f"data={data}")

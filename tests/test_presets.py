@@ -49,7 +49,35 @@ def test_a_run_takes_changes_of_known_settings_only():
     assert presets.run()["log"]["every"] != 7  # every run has settings of its own
 
 
-@pytest.mark.parametrize("name", ["folders", "voc", "ade20k", "coco_panoptic"])
+def test_a_shrunk_run_starts_from_nothing_and_is_otherwise_the_same():
+    start = {"workdir": "runs/other", "file": "", "move": ()}
+    run = presets.shrunk(presets.bit_pairs("scenes") | {"start": start})
+    assert run["start"] == start | {"workdir": ""}
+    assert run["steps"] < 10 and run["finish"]["num"] == 16
+    plain = presets.bit_pairs("scenes")
+    changed = {k for k in plain if run[k] != plain[k]}
+    assert changed == {*("steps", "batch", "ema", "start", "log", "checkpoint", "finish", "system")}
+    assert presets.shrunk(run | {"finish": {"num": 0}})["finish"] == {"num": 0}
+
+
+@pytest.mark.parametrize("data", presets.BIT_PAIRS)
+def test_bit_pairs_are_trained_as_published(data):
+    """Noise of the image and bits of the map, whose noise has deviation 2, at one common time."""
+    system = presets.bit_pairs(data)["system"]
+    image, mask = (s["process"] for s in system["streams"].values())
+    assert (image["predicts"], image.get("scale", 1.0)) == ("noise", 1.0)
+    assert (mask["predicts"], mask["scale"]) == ("data", 2.0)
+    assert image["schedule"] == mask["schedule"] == presets.SD_SCHEDULE | {"time_offset": 1}
+    assert system["times"]["distribution"] == {"name": "uniform", "steps": 1000}
+    assert system["text_drop"] == 0.1 and system["solver"]["final"] == "evaluate"
+    with pytest.raises(ValueError, match="data=vox is unknown; one of: scenes, folders, coco_pan"):
+        presets.bit_pairs("vox")
+
+
+DATASETS = ("folders", "voc", "ade20k", "coco_panoptic", "coco_stuff", "cityscapes")
+
+
+@pytest.mark.parametrize("name", [*DATASETS, "celebamask_hq"])
 def test_data_sets_are_read_relative_to_the_working_directory(name):
     data = presets.dataset(name, (64, 48), workers=1)
     assert not data["train"]["root"].startswith("/")

@@ -251,7 +251,10 @@ class TokensOut(nn.Module):
     spec: Tokens
 
     @nn.compact
-    def __call__(self, x: Float[Array, "batch count width"]) -> Float[Array, "batch count d"]:
+    def __call__(
+        self, x: Float[Array, "batch count width"], like: Float[Array, "batch count d"]
+    ) -> Float[Array, "batch count d"]:
+        del like  # always of the native size
         x = linear(self.spec.inner or self.spec.width, "project", jnp.float32)(x)
         return linear(self.spec.width, "expand", jnp.float32)(x) if self.spec.inner else x
 
@@ -281,19 +284,39 @@ class PatchesIn(nn.Module):
 
 
 class PatchesOut(nn.Module):
-    """Tokens to a grid of latents, in float32."""
+    """Tokens to a grid of latents of the size of ``like``, in float32."""
 
     spec: Patches
-    cells: tuple[int, int]
 
     @nn.compact
-    def __call__(self, x: Float[Array, "batch tokens width"]) -> Float[Array, "batch h w c"]:
+    def __call__(
+        self, x: Float[Array, "batch tokens width"], like: Float[Array, "batch h w c"]
+    ) -> Float[Array, "batch h w c"]:
         c = self.spec.channels
         x = linear(self.spec.patch**2 * c, "project", jnp.float32)(x)
-        x = unpatchify(x, self.cells, self.spec.patch)
+        x = unpatchify(x, self.spec.cells(like.shape[1:3]), self.spec.patch)
         if self.spec.conv:
             kernel_init, bias_init = torch_kernel, torch_bias(9 * c)
             x = nn.Conv(
                 c, (3, 3), padding=1, kernel_init=kernel_init, bias_init=bias_init, name="conv"
             )(x)
         return jnp.tanh(x) if self.spec.tanh else x
+
+
+def way_in(name: str, spec: Spec, width: int, dtype: Any) -> PatchesIn | TokensIn:
+    """The module that turns a stream (or context) into tokens."""
+    enter = PatchesIn if isinstance(spec, Patches) else TokensIn
+    return enter(spec, width, dtype, name=f"{name}_in")
+
+
+def way_out(name: str, spec: Spec) -> PatchesOut | TokensOut:
+    """The head of a stream: called with its tokens and an array of the prediction's shape."""
+    leave = PatchesOut if isinstance(spec, Patches) else TokensOut
+    return leave(spec, name=f"{name}_out")
+
+
+def head_products(spec: Spec, width: int, count: int) -> int:
+    """Multiply-adds of a stream's way in and way out, ``count`` tokens long."""
+    conv = isinstance(spec, Patches) and spec.conv
+    both = 2 * spec.products(width, count)
+    return both + (count * spec.patch**2 * 9 * spec.channels**2 if conv else 0)

@@ -14,6 +14,7 @@ from jointseg_jax import compose, pictures, sharding
 from jointseg_jax.data.pipeline import evaluation_batches
 from jointseg_jax.systems.keys import sample_keys
 from jointseg_jax.training import state as states
+from jointseg_jax.types import UserError
 
 Draw = Callable[[states.TrainState, Any], np.ndarray]
 
@@ -36,6 +37,7 @@ def previewer(
         tokenizer=tokenizer.encode if tokenizer else None,
         host=jax.process_index(),
         hosts=jax.process_count(),
+        instances=compose.instances(config),
     ) as source:
         batch = sharding.global_batch(next(source), mesh)
 
@@ -50,8 +52,32 @@ def previewer(
         if jax.process_count() > 1:
             made = multihost_utils.process_allgather(made, tiled=True)
         made = jax.tree.map(np.asarray, made)
-        if "image" not in made:  # cached latents: only the annotation can be drawn
-            made["image"] = np.zeros((*made["labels"].shape, 3), np.uint8)
-        return pictures.pair_sheet(made["image"], made["labels"], facts.classes)
+        return sheet(made, facts)
 
     return draw
+
+
+def sheet(made: Mapping[str, np.ndarray], facts: compose.Facts, *, columns: int = 8) -> np.ndarray:
+    """What was made as one picture: pairs, or only the half that there is.
+
+    Raises:
+      UserError: cached latents without their decoder, and no annotation either.
+    """
+    made = {k: list(rows) for k, rows in made.items()}
+    if "labels" in made:
+        unseen = [np.zeros((*labels.shape, 3), np.uint8) for labels in made["labels"]]
+        return pictures.pair_sheet(
+            made.get("image", unseen),
+            made["labels"],
+            facts.classes,
+            segments=made.get("segments"),
+        )
+    if "image" not in made:
+        raise UserError(
+            "config.preview: this run makes cached latents alone, which cannot be drawn; set "
+            "config.preview.every=0."
+        )
+    images = made["image"]
+    scale = max(1, round(pictures.READABLE / len(images[0])))
+    rows = [images[i : i + columns] for i in range(0, len(images), columns)]
+    return pictures.contact_sheet(rows, scale=scale)

@@ -7,8 +7,8 @@
    table names as ``idle`` (present in reference files, used by nothing) are left out.
 3. Numpy arrays in, numpy float32 arrays out. Files are safetensors only: a pickle can run code.
 
-``stack_blocks`` and ``unstack_blocks`` turn the parameters of an unrolled ``UViT`` into those of a
-scanned one and back.
+``stack_blocks`` and ``unstack_blocks`` turn the parameters of an unrolled network into those of a
+scanned one and back; a half that is in the wanted form already stays as it is.
 """
 
 from __future__ import annotations
@@ -133,28 +133,40 @@ def read_safetensors(path: str | Path) -> dict[str, np.ndarray]:
 
 
 def stack_blocks(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Parameters of an unrolled ``UViT`` as those of one with ``scan=True``."""
-    params = dict(params)
-    for name in ("in_blocks", "out_blocks"):
-        if name in params:
-            layers = [params[name][str(i)] for i in range(len(params[name]))]
-            layers = layers[::-1] if name == "out_blocks" else layers
-            params[name] = jax.tree.map(lambda *leaves: _stack(leaves), *layers)
-    return params
+    """Parameters of a ``UViT`` or ``TwoStream`` as those of one with ``scan=True``."""
+
+    def stacked(half: Mapping[str, Any], *, mirrored: bool) -> Any:
+        if "0" not in half:
+            return half
+        layers = [half[str(i)] for i in range(len(half))]
+        layers = layers[::-1] if mirrored else layers
+        return jax.tree.map(lambda *leaves: _stack(leaves), *layers)
+
+    return _over_halves(params, stacked)
 
 
 def unstack_blocks(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Parameters of a ``UViT`` with ``scan=True`` as those of an unrolled one."""
-    params = dict(params)
-    for name in ("in_blocks", "out_blocks"):
-        if name in params:
-            length = len(jax.tree.leaves(params[name])[0])
-            order = range(length)[::-1] if name == "out_blocks" else range(length)
-            params[name] = {
-                str(i): jax.tree.map(lambda leaf, j=j: leaf[j], params[name])
-                for i, j in enumerate(order)
-            }
-    return params
+    """Parameters of a ``UViT`` or ``TwoStream`` as those of one with ``scan=False``."""
+
+    def unstacked(half: Mapping[str, Any], *, mirrored: bool) -> Any:
+        if "0" in half:
+            return half
+        length = len(jax.tree.leaves(half)[0])
+        order = range(length)[::-1] if mirrored else range(length)
+        return {str(i): jax.tree.map(lambda leaf, j=j: leaf[j], half) for i, j in enumerate(order)}
+
+    return _over_halves(params, unstacked)
+
+
+def _over_halves(params: Mapping[str, Any], change: Callable[..., Any]) -> dict[str, Any]:
+    """The tree with its ``in_blocks`` and ``out_blocks``, at any depth, replaced."""
+    found: dict[str, Any] = {}
+    for name, part in params.items():
+        if name in ("in_blocks", "out_blocks"):
+            found[name] = change(part, mirrored=name == "out_blocks")
+        else:
+            found[name] = _over_halves(part, change) if isinstance(part, Mapping) else part
+    return found
 
 
 def _stack(leaves: Sequence[Any]) -> Any:

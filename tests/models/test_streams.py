@@ -77,8 +77,8 @@ def test_patch_projections_start_as_torch_convolutions():
     for leaf in (params["project"]["kernel"], params["project"]["bias"]):
         # the largest of >= 512 uniform draws lies within 2% of the bound (chance e^-10)
         assert 0.98 * bound < np.abs(leaf).max() <= bound
-    init = jax.jit(PatchesOut(spec, (2, 2)).init, compiler_options=quick)
-    head = init(jax.random.key(1), jnp.zeros((1, 4, 512)))["params"]
+    init = jax.jit(PatchesOut(spec).init, compiler_options=quick)
+    head = init(jax.random.key(1), jnp.zeros((1, 4, 512)), x)["params"]
     assert np.abs(head["conv"]["kernel"]).max() <= 1 / np.sqrt(27)
     # 6144 draws: the deviation is known to 1%
     np.testing.assert_allclose(head["project"]["kernel"].std(), 0.02, rtol=0.05)
@@ -86,9 +86,9 @@ def test_patch_projections_start_as_torch_convolutions():
 
 def test_tanh_bounds_the_output():
     spec = Patches(grid=(4, 4), channels=3, patch=2, tanh=True)
-    module = PatchesOut(spec, (2, 2))
     x = 1e4 * jax.random.normal(jax.random.key(0), (1, 4, 16))
-    y, _ = module.init_with_output(jax.random.key(1), x)
+    like = jnp.zeros((1, 4, 4, 3))
+    y, _ = PatchesOut(spec).init_with_output(jax.random.key(1), x, like)
     assert np.abs(y).max() == 1.0
 
 

@@ -208,6 +208,28 @@ def test_training_reaches_both_directions():
     assert np.mean(losses[-5:]) < 0.5 * np.mean(losses[:5])
 
 
+class Drawn(Pixels):
+    """An image codec whose latents are drawn where keys are given, as those of a KL autoencoder."""
+
+    def encode(self, params, x, *, keys=None):
+        latents = super().encode(params, x)
+        if keys is None:
+            return latents
+        return latents + jax.vmap(lambda key: jax.random.normal(key, latents.shape[1:]))(keys)
+
+
+def test_image_latents_are_drawn_in_training_and_the_mode_otherwise():
+    system = bridge(mask=Chain(first=Palette(classes=CLASSES), second=Drawn()))
+    labels = maps()
+    image = coupled(labels, system)
+    batch = {"image": image, "labels": labels}
+    params = system.init(jax.random.key(0))
+    # the known velocity has no loss on the mode; drawn latents of unit variance have
+    assert system.loss(params, {}, batch, keys())[0] > 0.1
+    read = system.generate(params, {}, None, keys(), given={"image": image})
+    np.testing.assert_array_equal(read["labels"], labels)
+
+
 def test_times_are_float32_whatever_the_network_computes_in():
     """The original draws t in the weights' bfloat16, which has about 1,700 values in [0, 1)."""
     times = Shared().draw(keys(4096), (STATE,))[STATE]

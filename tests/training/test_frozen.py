@@ -250,7 +250,8 @@ def test_a_run_that_is_no_codecs_is_refused(tmp_path):
     config["system"]["streams"]["mask"]["codec"] = {"name": "bits"}
     system = compose.system(config, facts())
     leave(tmp_path / "joint", config, facts(), parameters(system))
-    with pytest.raises(UserError, match="joint holds a `joint` run of labels; a codec of labels comes from an `auto"):
+    said = "joint holds a `joint` run of labels; a codec of labels comes from an `auto"
+    with pytest.raises(UserError, match=said):
         frozen.gather(tmp_path, joint_config(tmp_path / "joint"), facts(), unread())
 
 

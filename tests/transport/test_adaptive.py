@@ -53,7 +53,7 @@ def test_under_jit():
 
 def test_what_it_cannot_do_is_refused():
     x = {"state": jnp.ones((2, 3))}
-    with pytest.raises(ValueError, match="dopri5: .*from its state alone.*euler or heun"):
+    with pytest.raises(ValueError, match=r"dopri5: .*from its state alone.*euler or heun"):
         Dopri5()(turning, PROCESS, x, keys=jax.random.split(jax.random.key(0), 2))
     clipped = {"state": Process(schedule=Linear(), predicts="velocity", clip=1.0)}
     with pytest.raises(ValueError, match=r"clipped processes \(here: \['state'\]\)"):
