@@ -1,0 +1,157 @@
+"""The real programs of a config, lowered for devices that need not exist.
+
+Both are what the loops run: the update of ``training.program`` with the config's mesh, sharding,
+trainable rules and optimizer, and the sampler of ``generation.loop``, which splits rows over all
+devices and keeps a whole copy of the parameters on each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jointseg_jax import compose, profiling, sharding
+from jointseg_jax.aot import standin
+from jointseg_jax.generation.loop import PER_DEVICE, sampler
+from jointseg_jax.systems.system import Generator
+from jointseg_jax.training.program import check_batch, make_program, placed
+from jointseg_jax.types import UserError
+
+Config = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lowered:
+    """A program before the compiler has it.
+
+    Attributes:
+      program: ``jax.stages.Lowered``.
+      mesh: sizes of (data, fsdp, model).
+      batch: rows over all devices.
+      flops: that the network needs for the batch by its sizes, or None where nobody knows.
+      notes: what was made up.
+    """
+
+    program: Any
+    mesh: tuple[int, ...]
+    batch: int
+    flops: float | None
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Absent:
+    """What stands in for data and runs that are not on this machine; see ``standin``."""
+
+    classes: int | None = None
+    codec: Config | None = None
+
+
+def lower_training(
+    config: Config, devices: Sequence[Any], *, absent: Absent, per_chip: int | None = None
+) -> Lowered:
+    """The update of a training run.
+
+    Args:
+      per_chip: rows for each data-parallel shard, in place of ``config.batch``.
+
+    Raises:
+      UserError: whatever would refuse the run: mesh, batch, rules, fields.
+    """
+    mesh = sharding.make_mesh(config["mesh"], devices)
+    if per_chip is not None:
+        config = {**config, "batch": per_chip * sharding.data_parallel(mesh)}
+    try:
+        check_batch(config, mesh)
+    except UserError as error:
+        raise UserError(f"{error} Or give rows per chip: --batch_per_chip=N.") from error
+    system, frozen, notes = _system(config, absent)
+    program = make_program(system, config, mesh)
+    batch = standin.batch_shapes(config, system, config["batch"])
+    everywhere = sharding.replicated(mesh)
+    with jax.set_mesh(mesh):
+        lowered = program.update.lower(
+            program.state, _at(frozen, everywhere), _at(batch, sharding.batch_sharding(mesh))
+        )
+    forward = profiling.forward_flops(system)
+    return Lowered(
+        program=lowered,
+        mesh=tuple(mesh.devices.shape),
+        batch=config["batch"],
+        flops=3.0 * forward * config["batch"] if forward else None,
+        notes=notes,
+    )
+
+
+def lower_sampling(
+    config: Config,
+    devices: Sequence[Any],
+    *,
+    absent: Absent,
+    per_chip: int | None = None,
+    steps: int | None = None,
+    given: str | None = None,
+) -> Lowered:
+    """The sampler of a trained run.
+
+    Args:
+      per_chip: pairs on each device.
+      steps: of the solver, in place of the config's.
+      given: ``image`` or ``labels``: the batch field to start from.
+
+    Raises:
+      UserError: the config makes no pairs, or it must be given something else.
+    """
+    mesh = sharding.make_mesh((-1, 1, 1), devices)
+    system, frozen, notes = _system(config, absent)
+    if not isinstance(system, Generator):
+        raise UserError(
+            "ERROR [flags] --what=sample: this config trains a codec; it makes no pairs."
+        )
+    system = standin.with_steps(system, steps)
+    batch = (per_chip or PER_DEVICE) * len(devices)
+    fields = standin.batch_shapes(config, system, batch)
+    known = {given: fields[given]} if given else {}
+    try:
+        system.check_given(known)
+    except ValueError as error:
+        raise UserError(f"{error} On the command line: --given=labels or --given=image.") from error
+    params = jax.eval_shape(system.init, jax.random.key(0))
+    rows, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+    text = _at(fields["text"], rows) if system.text is not None else None
+    indices = jax.ShapeDtypeStruct((batch,), jnp.uint32, sharding=rows)
+    seed = jax.ShapeDtypeStruct((), jnp.uint32, sharding=everywhere)
+    with jax.set_mesh(mesh):
+        lowered = sampler(system, mesh).lower(
+            _at(params, everywhere), _at(frozen, everywhere), text, _at(known, rows), seed, indices
+        )
+    each = profiling.sampling_flops(system, known)
+    return Lowered(
+        program=lowered,
+        mesh=tuple(mesh.devices.shape),
+        batch=batch,
+        flops=each * batch if each else None,
+        notes=(*notes, *_undecoded(system)),
+    )
+
+
+def _system(config: Config, absent: Absent) -> tuple[Any, dict[str, Any], tuple[str, ...]]:
+    """The system, the shapes of its frozen parameters, and what was made up."""
+    known = standin.facts(config, absent.classes)
+    found = standin.codecs(config, known, absent.codec)
+    words = f"{len(known.vocabulary)} words" if known.vocabulary else "no words"
+    notes = (f"{len(known.classes)} classes, {words}",)
+    return compose.system(config, known, found.specs), found.frozen, notes
+
+
+def _undecoded(system: Any) -> tuple[str, ...]:
+    names = [k for k, s in system.streams.items() if s.codec.kind == "latents" and k != "text"]
+    return (f"not decoded, for their latents were cached: {', '.join(names)}",) if names else ()
+
+
+def _at(shapes: Any, place: Any) -> Any:
+    return placed(shapes, jax.tree.map(lambda _: place, shapes))

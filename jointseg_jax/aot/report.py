@@ -1,0 +1,176 @@
+"""Compiles a lowered program and says whether it fits, what it does, and how long that may take.
+
+1. HBM: the compiler's own plan for one chip; a program that does not fit is refused by it.
+2. ``estimate_ms`` = estimated cycles x trip counts / clock. Kernels of our own (Pallas) and waiting
+   for other chips are not in it. It is the compiler's, not measured: good for comparing programs.
+3. ``roofline_ms`` = analytic FLOPs / chips / peak: no program of this network can be faster.
+4. ``ici_ms`` = bytes of all collectives on one chip / its links together: less cannot be waited for
+   unless it is hidden behind computation.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from jointseg_jax.aot.chips import Chip
+from jointseg_jax.aot.costs import Costs, costs
+from jointseg_jax.aot.hlo import Module
+from jointseg_jax.aot.programs import Lowered
+from jointseg_jax.types import UserError
+
+GIB = 2**30
+TIGHT = 0.85
+"""Part of HBM above which little is left for what the compiler does not know of."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """GiB of one chip's HBM by the compiler's plan."""
+
+    arguments: float
+    outputs: float
+    shared: float  # outputs that take the place of arguments
+    temporaries: float
+    code: float
+    peak: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What the compiler made of a program; without ``memory`` and ``costs`` where it refused."""
+
+    lowered: Lowered
+    chip: Chip
+    seconds: float
+    memory: Memory | None = None
+    costs: Costs | None = None
+    refusal: str = ""
+    unknown_loops: tuple[str, ...] = ()
+
+    @property
+    def chips(self) -> int:
+        """Number of chips."""
+        total = 1
+        for n in self.lowered.mesh:
+            total *= n
+        return total
+
+    @property
+    def roofline_ms(self) -> float | None:
+        """See the module docstring's 3."""
+        if self.lowered.flops is None:
+            return None
+        return self.lowered.flops / self.chips / self.chip.peak / 1e9
+
+    @property
+    def estimate_ms(self) -> float | None:
+        """See the module docstring's 2."""
+        if self.costs is None or not self.costs.cycles:
+            return None
+        return sum(self.costs.cycles.values()) / self.chip.clock / 1e6
+
+    def values(self) -> dict[str, Any]:
+        """The report as plain values: sizes in GiB, traffic in GB (10^9), times in ms."""
+        found: dict[str, Any] = {
+            "fits": self.memory is not None,
+            "chips": self.chips,
+            "mesh": list(self.lowered.mesh),
+            "batch": self.lowered.batch,
+            "hbm_limit_gb": self.chip.hbm,
+            "compile_s": round(self.seconds, 1),
+            "analytic_tflop": _rounded(self.lowered.flops, 1e12 * self.chips),
+            "roofline_ms": _rounded(self.roofline_ms),
+            "notes": list(self.lowered.notes),
+        }
+        if self.refusal:
+            return found | {"refusal": self.refusal}
+        return found | self._memory_values() | self._cost_values()
+
+    def _memory_values(self) -> dict[str, Any]:
+        m = self.memory
+        sizes = {
+            "hbm_gb": m.peak,
+            "arguments_gb": m.arguments,
+            "outputs_gb": m.outputs,
+            "shared_gb": m.shared,
+            "temporaries_gb": m.temporaries,
+            "code_gb": m.code,
+        }
+        share = {"hbm_share": _rounded(m.peak, self.chip.hbm)}
+        return {k: _rounded(v) for k, v in sizes.items()} | share
+
+    def _cost_values(self) -> dict[str, Any]:
+        traffic = self.costs.collectives
+        total = sum(t.bytes for t in traffic.values())
+        return {
+            "matmul_tflop": _rounded(self.costs.flops, 1e12),
+            "estimate_ms": _rounded(self.estimate_ms),
+            "estimate_parts_ms": {
+                k: _rounded(v, 1e6 * self.chip.clock) for k, v in self.costs.cycles.items()
+            },
+            "not_estimated": self.costs.kernels,
+            "collective_gb": _rounded(total, 1e9),
+            "collectives": {
+                k: {"count": t.count, "gb": _rounded(t.bytes, 1e9)} for k, t in traffic.items()
+            },
+            "ici_ms": _rounded(total, 1e6 * self.chip.ici),
+            "unknown_loops": list(self.unknown_loops),
+        }
+
+
+def _rounded(value: int | float | None, unit: float = 1.0) -> float | None:
+    return None if value is None else float(f"{value / unit:.5g}")
+
+
+def compiled(
+    lowered: Lowered, chip: Chip, options: Mapping[str, str] | None = None
+) -> tuple[Report, str]:
+    """Compiles, and returns the report and the optimized program's text (empty where refused).
+
+    Raises:
+      UserError: the compiler refuses for another reason than memory (an option it does not know).
+    """
+    start = time.perf_counter()
+    try:
+        done = lowered.program.compile(compiler_options=dict(options or {}))
+    except jax.errors.JaxRuntimeError as error:
+        seconds = time.perf_counter() - start
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise UserError(f"ERROR [compiler] {_shortened(str(error))}") from error
+        refusal = _shortened(str(error))
+        return Report(lowered=lowered, chip=chip, seconds=seconds, refusal=refusal), ""
+    seconds = time.perf_counter() - start
+    text = done.as_text()
+    module = Module(text)
+    report = Report(
+        lowered=lowered,
+        chip=chip,
+        seconds=seconds,
+        memory=_memory(done.memory_analysis()),
+        costs=costs(module),
+        unknown_loops=tuple(sorted(module.unknown_loops)),
+    )
+    return report, text
+
+
+def _memory(stats: Any) -> Memory:
+    arguments, outputs = stats.argument_size_in_bytes, stats.output_size_in_bytes
+    shared, temporaries = stats.alias_size_in_bytes, stats.temp_size_in_bytes
+    sum_of_all = arguments + outputs - shared + temporaries
+    peak = getattr(stats, "peak_memory_in_bytes", 0) or sum_of_all  # older jaxlibs do not say
+    sizes = (arguments, outputs, shared, temporaries, stats.generated_code_size_in_bytes, peak)
+    names = ("arguments", "outputs", "shared", "temporaries", "code", "peak")
+    return Memory(**{name: size / GIB for name, size in zip(names, sizes)})
+
+
+def _shortened(message: str, lines: int = 24) -> str:
+    """The compiler's message without source traces, links and the far end of long lists."""
+    dropped = re.compile(r"=== Source|^See https|^\s*$|^\S+\.cc:\d+|^\s*Unpadded size|^\s*=+\s*$")
+    kept = [line[:240] for line in message.splitlines() if not dropped.search(line)]
+    return "\n".join([*kept[:lines], *(["..."] if len(kept) > lines else [])])

@@ -1,0 +1,123 @@
+"""Compiles a config's real program for a TPU topology, without a TPU, and says whether it fits.
+
+  python launch/compile.py --config configs/quickstart.py --topology v5e:2x2
+  python launch/compile.py --config configs/pdm.py:data=coco_panoptic --topology v5e:16x16 \\
+      --batch_per_chip 32
+  python launch/compile.py --config configs/jodiffusion.py:data=voc \\
+      --codec configs/jodiffusion_codec.py:data=voc --topology v5p:4x4x4 --batch_per_chip 8 \\
+      --config.mesh="(8,8,1)" --config.sharding=fsdp --remat full --scan
+  python launch/compile.py --config configs/pdm.py:data=coco_panoptic --topology v5e:1x1 \\
+      --what sample --batch_per_chip 16
+
+Needs libtpu (pip install 'jointseg_jax[tpu]'), a CPU and 2 to 10 GB of memory; the time depends on
+the program, not on the number of chips: seconds to minutes. Neither data nor checkpoints have to be
+on this machine (--classes and --codec say what cannot be known without them).
+
+How to read the page:
+  HBM            the compiler's plan for one chip; it refuses what does not fit, as a chip would.
+                 GiB. peak above 85 % leaves little for anything else.
+  collectives    what chips send each other, per chip and run, loops counted; GB = 10^9 bytes.
+                 With sharding=replicate: one all-reduce of the gradients. fsdp: all-gathers of the
+                 parameters too. Samplers need none.
+  matmul FLOPs   of the optimized program. More than analytic: recomputation (remat full: 4/3),
+                 padding, codecs that run inside the program.
+  estimate       the compiler's cycles / clock. For comparing programs, never a measured time.
+                 Leaves out Pallas kernels (listed), so with such attention it is the time of
+                 everything else; and waiting for other chips.
+  roofline       analytic FLOPs at the chip's peak.
+
+The last line of output is one JSON object: fits, estimate_ms, roofline_ms, hbm_gb, collective_gb,
+compile_s and all else on the page. Exit status: 0 it fits, 1 it does not, 2 a mistake in the flags.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+
+from jointseg_jax import cli
+from jointseg_jax.types import UserError
+
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Config file, with its arguments after a colon; fields as --config.PATH=VALUE."
+)
+CODEC = config_flags.DEFINE_config_file(
+    "codec", None, "The config that would train the codec this config takes from a run not here."
+)
+TOPOLOGY = flags.DEFINE_string(
+    "topology", None, "GENERATION:SHAPE, as v5e:2x2, v5e:16x16, v5p:4x4x4, v5p:16x16x16, v6e:16x16."
+)
+WHAT = flags.DEFINE_enum("what", "train", ["train", "sample"], "The update, or the sampler.")
+PER_CHIP = flags.DEFINE_integer(
+    "batch_per_chip",
+    None,
+    "Rows per data-parallel shard; default: config.batch over all (train), 16 (sample).",
+    lower_bound=1,
+)
+STEPS = flags.DEFINE_integer("steps", None, "sample: solver steps, not the config's.", 1)
+GIVEN = flags.DEFINE_enum(
+    "given", None, ["image", "labels"], "sample: what pairs start from, where a run needs it."
+)
+CLASSES = flags.DEFINE_integer(
+    "classes", None, "Number of classes, for data that are not on this machine.", lower_bound=1
+)
+REMAT = flags.DEFINE_enum(
+    "remat", None, ["none", "dots", "attn_out", "full"], "Sets system.denoiser.remat."
+)
+SCAN = flags.DEFINE_bool("scan", None, "Sets system.denoiser.scan.")
+ATTENTION = flags.DEFINE_string("attention", None, "Sets system.denoiser.attention.")
+OPTIONS = flags.DEFINE_list(
+    "compiler_options", [], "XLA's, as xla_tpu_scoped_vmem_limit_kib=65536; none by default."
+)
+HLO = flags.DEFINE_string("hlo", None, "File to write the optimized program's text to.")
+flags.mark_flags_as_required(["config", "topology"])
+
+
+def main() -> int:
+    """Lowers, compiles, prints."""
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # what the program is lowered on; nothing runs
+    from jointseg_jax.aot import chips, page, programs, report, standin
+
+    chip, options = chips.chip_of(TOPOLOGY.value), _options(OPTIONS.value)
+    devices = chips.devices_of(TOPOLOGY.value)
+    config = standin.with_denoiser(
+        CONFIG.value.to_dict(), remat=REMAT.value, scan=SCAN.value, attention=ATTENTION.value
+    )
+    codec = CODEC.value.to_dict() if CODEC.value is not None else None
+    absent = programs.Absent(classes=CLASSES.value, codec=codec)
+    if WHAT.value == "train":
+        if STEPS.value or GIVEN.value:
+            raise UserError("ERROR [flags] --steps and --given are for --what=sample.")
+        lowered = programs.lower_training(config, devices, absent=absent, per_chip=PER_CHIP.value)
+    else:
+        lowered = programs.lower_sampling(
+            config,
+            devices,
+            absent=absent,
+            per_chip=PER_CHIP.value,
+            steps=STEPS.value,
+            given=GIVEN.value,
+        )
+    made, text = report.compiled(lowered, chip, options)
+    if HLO.value and text:
+        Path(HLO.value).write_text(text)
+    source = flags.FLAGS["config"].config_filename
+    print(page.page(made, f"{WHAT.value} of {source} on {TOPOLOGY.value}"))
+    names = {"config": source, "what": WHAT.value, "topology": TOPOLOGY.value}
+    cli.last_line(names | made.values())
+    return 0 if made.memory is not None else 1
+
+
+def _options(given: list[str]) -> dict[str, str]:
+    wrong = [option for option in given if "=" not in option]
+    if wrong:
+        raise UserError(f"ERROR [flags] --compiler_options: {wrong[0]!r}: write NAME=VALUE.")
+    return dict(option.split("=", 1) for option in given)
+
+
+if __name__ == "__main__":
+    cli.run(main)
