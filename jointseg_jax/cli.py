@@ -1,7 +1,8 @@
 """What every launcher does around its library call: flags, errors, logging, exit status.
 
 A user's mistake (``UserError``, a bad flag, an unknown config override) is one block of text and
-exit status 2; a bug keeps its traceback.
+exit status 2; a bug keeps its traceback. Of several processes the first alone prints results, and
+one that cannot go on without another says so and exits with ``peers.PEER_LOST``.
 """
 
 from __future__ import annotations
@@ -9,12 +10,15 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from absl import app, flags
 
+from jointseg_jax import peers, processes
 from jointseg_jax.data.records import BadSample
 from jointseg_jax.types import UserError
 
@@ -48,12 +52,33 @@ def _guarded(main: Callable[[], int | None]) -> None:
         status = main()
     except (UserError, BadSample) as error:
         _refuse(str(error))
+    except Exception as error:
+        if not peers.several():
+            raise
+        _failed(error)
+    peers.take_leave()
     sys.exit(status or 0)
 
 
 def _refuse(text: str) -> None:
-    print(text, file=sys.stderr)
+    if peers.is_first_to_say(text):
+        print(text, file=sys.stderr)
+    peers.leave(USAGE_ERROR)
     sys.exit(USAGE_ERROR)
+
+
+def _failed(error: Exception) -> None:
+    """Ends one process of several on a bug, or because another is gone."""
+    if not peers.lost_peer(error):
+        traceback.print_exc()
+        peers.leave(1)
+    print(
+        f"ERROR [processes] lost another process of this run ({str(error).splitlines()[0]:.160}): "
+        "its own last lines say why. Run the same command again on all hosts: it goes on from the "
+        "newest checkpoint.",
+        file=sys.stderr,
+    )
+    peers.leave(peers.PEER_LOST)
 
 
 def _log_to_stderr() -> None:
@@ -66,9 +91,43 @@ def _log_to_stderr() -> None:
 
 
 def last_line(values: dict[str, Any]) -> None:
-    """Prints one JSON object as the last line of standard output."""
-    sys.stdout.flush()
-    print(json.dumps(values), flush=True)
+    """Prints one JSON object as the last line of standard output, on the first process."""
+    if peers.is_first():
+        sys.stdout.flush()
+        print(json.dumps(values), flush=True)
+
+
+def define_process_flags() -> None:
+    """Defines the flags of a launcher that may run as several processes; see ``start``."""
+    flags.DEFINE_string(
+        "coordinator", None, "HOST:PORT of process 0; on SLURM, TPU pods and GKE it is found."
+    )
+    flags.DEFINE_integer("num_processes", None, "How many processes this run has.", lower_bound=1)
+    flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.", lower_bound=0)
+    flags.DEFINE_integer(
+        "heartbeat_seconds",
+        processes.HEARTBEAT,
+        "After so long without a sign of life a process counts as dead, and the others end.",
+        lower_bound=2,
+    )
+
+
+def start(*, saves: bool = False) -> None:
+    """Joins the other processes of the run, if there are any, and opens the compile cache.
+
+    Args:
+      saves: whether SIGTERM is answered by saving; else it ends the process.
+    """
+    values = flags.FLAGS
+    given = processes.Flags(
+        coordinator=values.coordinator,
+        num_processes=values.num_processes,
+        process_id=values.process_id,
+    )
+    processes.initialise(given, heartbeat=values.heartbeat_seconds)
+    if not saves:  # jax's service catches it, and would only note it
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    use_compile_cache()
 
 
 def use_compile_cache() -> None:

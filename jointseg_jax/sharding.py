@@ -102,6 +102,11 @@ def make_mesh(shape: Sequence[int], devices: Sequence[jax.Device] | None = None)
     return Mesh(np.array(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def own_mesh() -> Mesh:
+    """A mesh ``(data, fsdp, model)`` of this process's devices, with rows over all of them."""
+    return make_mesh((-1, 1, 1), jax.local_devices())
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows over every data-parallel axis."""
     return NamedSharding(mesh, PartitionSpec(LOGICAL_AXES["batch"]))

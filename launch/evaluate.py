@@ -37,12 +37,13 @@ REFINE = flags.DEFINE_integer(
     "Of a label autoencoder: gradient steps on each latent when encoding; default: the config's.",
     lower_bound=0,
 )
+cli.define_process_flags()
 flags.mark_flags_as_required(["workdir"])
 
 
 def main() -> None:
     """Evaluates."""
-    cli.use_compile_cache()
+    cli.start()
     from jointseg_jax.evaluation.loop import evaluate
 
     size, steps = _size(SIZE.value), _steps(STEPS.value)

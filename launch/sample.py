@@ -10,7 +10,8 @@ Writes OUT/images/ID.png, OUT/annotations/ID.png (palette PNG: pixel = class ind
 OUT/manifest.jsonl (prompt, seed, size, confidence, SHA-256 of both files) and OUT/grid.png; with
 instance bits also OUT/panoptic/ID.png (RGB PNG of COCO segment ids). Pair i depends on (seed, i)
 alone; an interrupted run goes on with the same command and ends with the same bytes. The last line
-of output is one JSON object.
+of output is one JSON object. Several processes (as in launch/train.py, with --out on a file system
+that they share) divide the pairs among them and leave the same folder as one.
 """
 
 from __future__ import annotations
@@ -83,12 +84,13 @@ MIN_INSTANCE = flags.DEFINE_integer(
     lower_bound=0,
 )
 PER_DEVICE = flags.DEFINE_integer("per_device", 16, "Pairs per device and batch.", lower_bound=1)
+cli.define_process_flags()
 flags.mark_flags_as_required(["workdir", "out"])
 
 
 def main() -> None:
     """Samples."""
-    cli.use_compile_cache()
+    cli.start()
     from jointseg_jax.data.given import given_images, given_labels
     from jointseg_jax.generation.loop import MORE, sample
     from jointseg_jax.training.restore import load_facts
@@ -96,9 +98,7 @@ def main() -> None:
     kind, folder = _given(GIVEN.value, DIRECTION.value)
     more = WRITE.value if WRITE.value is not None else (MORE if kind == "images" else ())
     if set(more) - set(MORE):
-        raise UserError(
-            f"ERROR [flags] --write={','.join(more)}: known are {', '.join(MORE)}."
-        )
+        raise UserError(f"ERROR [flags] --write={','.join(more)}: known are {', '.join(MORE)}.")
     given = None
     if kind == "images":
         given = given_images(folder, layout=LAYOUT.value, split=SPLIT.value, mode=FIT.value)

@@ -14,8 +14,9 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "jointseg_jax"
 
 FOUNDATION = {"types", "rules", "sharding", "build"}
-DRAWING = {"masks", "pictures"}
+DRAWING = {"instances", "masks", "pictures"}
 LOOPS = {"training", "generation", "evaluation"}
+PROCESSES = {"peers", "processes"}
 
 ALLOWED = {
     **dict.fromkeys(FOUNDATION, FOUNDATION),
@@ -25,6 +26,7 @@ ALLOWED = {
     "systems": {"codecs", "models", "transport"} | FOUNDATION,
     "data": {"types"},
     "masks": {"types"},
+    "instances": {"data", "masks", "types"},
     "pictures": {"data", "types"},
     "presets": set(),
     "weights": {"codecs", "models"} | FOUNDATION,
@@ -33,9 +35,12 @@ ALLOWED = {
     **dict.fromkeys(
         LOOPS,
         {"systems", "codecs", "models", "transport", "data", "compose", "profiling", "weights"}
-        | (LOOPS | DRAWING | FOUNDATION),
+        | (LOOPS | DRAWING | FOUNDATION | {"peers"}),
     ),
-    "cli": {"data"} | FOUNDATION,
+    "peers": {"types"},
+    "processes": {"peers", "types"},
+    "aot": {"systems", "data", "compose", "profiling"} | LOOPS | FOUNDATION,
+    "cli": {"data"} | PROCESSES | FOUNDATION,
     "configs": {"presets"},
 }
 """Part of the package (or top folder) -> the parts it may import; ``launch`` may import all."""

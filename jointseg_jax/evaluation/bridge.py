@@ -68,7 +68,7 @@ def _row(run: Run, batches: Any, judge: Judge | None, seed: int, steps: int) -> 
     travel = _both_ways(run, steps)
     segmentation, alignment = Reconstruction(names), Alignment(names)
     differences, unequal, shown, stranger = [], [], [], None
-    with jax.set_mesh(sharding.make_mesh((-1, 1, 1))):
+    with jax.set_mesh(sharding.own_mesh()):
         for batch in batches:
             real = {k: batch[k] for k in ("image", "labels")}
             made = jax.tree.map(np.asarray, travel(real, seed, batch["index"]))
@@ -100,7 +100,7 @@ def _row(run: Run, batches: Any, judge: Judge | None, seed: int, steps: int) -> 
 def _both_ways(run: Run, steps: int) -> Callable:
     """``(pairs, seed, indices) -> `` what the bridge makes of each end, on the device."""
     system = with_options(run.system, steps=steps, guidance=None)
-    mesh = sharding.make_mesh((-1, 1, 1))
+    mesh = sharding.own_mesh()
     rows, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
     params, frozen = jax.device_put((run.params, run.frozen), everywhere)
 
@@ -144,5 +144,6 @@ def _grid(run: Run, shown: Sequence[tuple], steps: int) -> Any:
     folder = run.workdir / "evaluation"
     folder.mkdir(exist_ok=True)
     path = folder / f"bridge-{run.step}-steps{steps}.png"
-    pictures.save_png(path, sheet)
+    if jax.process_index() == 0:
+        pictures.save_png(path, sheet)
     return path

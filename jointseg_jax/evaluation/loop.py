@@ -5,6 +5,8 @@ its annotation codec on validation labels, then ``num`` pairs generated from val
 image and mask agree (a judge's labels of the image against the mask, chance beside it), and do the
 masks hold what the real ones of these captions hold (MCD). A run that needs maps given gets those
 of the validation split. A bridge: both directions (``bridge.py``).
+
+Of several processes each generates its share of the pairs; all measure the same, the first writes.
 """
 
 from __future__ import annotations
@@ -81,7 +83,8 @@ def evaluate(
         run = dataclasses.replace(run, system=_refining(run, refine))
         report["refine"] = refine
     report |= REPORTS[type(run.system)](run, num, seed, steps)
-    (workdir / "evaluation.json").write_text(json.dumps(report, indent=1) + "\n")
+    if jax.process_index() == 0:
+        (workdir / "evaluation.json").write_text(json.dumps(report, indent=1) + "\n")
     return report
 
 
@@ -106,7 +109,7 @@ def codec_report(
     run: Run, codec: Any, params: Any, field: str, limit: int | None
 ) -> dict[str, Any]:
     """What a codec gives back of a field of the validation records (the first ``limit``)."""
-    mesh = sharding.make_mesh((-1, 1, 1))
+    mesh = sharding.own_mesh()
     rows = sharding.batch_sharding(mesh)
 
     @jax.jit
@@ -119,7 +122,7 @@ def codec_report(
     measured = RECONSTRUCTIONS[codec.kind](run.facts.classes)
     moments: list[np.ndarray] = []
     params = jax.device_put(params, sharding.replicated(mesh))
-    for batch in validation(run, PER_DEVICE * len(jax.devices()), limit, "codec"):
+    for batch in validation(run, PER_DEVICE * mesh.size, limit, "codec"):
         with jax.set_mesh(mesh):
             values = jax.device_put(batch[field], rows)
             decoded, mean, square = map(np.asarray, there_and_back(params, values))
@@ -142,7 +145,8 @@ RECONSTRUCTIONS = {
 
 def both_directions(run: Run, num: int, seed: int, steps: Sequence[int]) -> dict[str, Any]:
     """A bridge from images to labels and back."""
-    batches = functools.partial(validation, run, PER_DEVICE * len(jax.devices()), num, "pairs")
+    rows = PER_DEVICE * jax.local_device_count()
+    batches = functools.partial(validation, run, rows, num, "pairs")
     steps = steps or (run.system.solver.steps,)
     return bridge_report(run, batches, find_judge(run), seed, steps)
 
@@ -238,7 +242,10 @@ def validation(
         instances=compose.instances(run.config),
     ) as batches:
         total = -(-count // batch)
-        yield from tqdm(batches, total=total, unit="batch", desc=what, dynamic_ncols=True)
+        quiet = jax.process_index() > 0
+        yield from tqdm(
+            batches, total=total, unit="batch", desc=what, dynamic_ncols=True, disable=quiet
+        )
         for report in batches.drain():
             log.warning("%s", report["error"])
 

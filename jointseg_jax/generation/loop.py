@@ -6,12 +6,17 @@
 3. host: clean-up of mask and instances, files, manifest
 
 The batch is the same at every call (a short last one is padded), so there is one compilation.
+
+Several processes take the batches in turn, each on its own devices and without a word between them,
+and write the files of their pairs; the first process writes the manifest, a round at a time. Since
+a pair depends on (seed, index) alone, the folder is the same as from one process.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,10 +27,11 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from jointseg_jax import compose, instances, masks, pictures, sharding
+from jointseg_jax import compose, instances, masks, peers, pictures, sharding
 from jointseg_jax.data.classes import Classes
 from jointseg_jax.data.given import Given
 from jointseg_jax.data.images import decode_segment_ids
+from jointseg_jax.generation.rounds import RoundWriter
 from jointseg_jax.generation.writer import PairWriter
 from jointseg_jax.systems.keys import sample_keys
 from jointseg_jax.systems.system import Generator
@@ -68,26 +74,34 @@ def panoptic(system: Any) -> bool:
     return any(s.codec.kind == "panoptic" for s in system.streams.values())
 
 
-def generator(run: Run, system: Any, *, per_device: int = PER_DEVICE) -> Callable:
-    """``make(text, seed, indices, given) -> pairs`` on the device, for ``make.batch`` rows."""
-    mesh = sharding.make_mesh((-1, 1, 1))
-    rows, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
-    params = jax.device_put(run.params, everywhere)
-    frozen = jax.device_put(run.frozen, everywhere)
+def sampler(system: Any, mesh: jax.sharding.Mesh) -> Any:
+    """The jitted ``(params, frozen, text, given, seed, indices) -> pairs``, rows over the mesh."""
 
     @jax.jit
     def pairs(
         params: Any, frozen: Any, text: Any, given: Any, seed: jax.Array, indices: jax.Array
     ) -> Any:
         made = system.generate(params, frozen, text, sample_keys(seed, indices), given=given)
-        return jax.lax.with_sharding_constraint(made, rows)
+        return jax.lax.with_sharding_constraint(made, sharding.batch_sharding(mesh))
+
+    return pairs
+
+
+def generator(run: Run, system: Any, *, per_device: int = PER_DEVICE) -> Callable:
+    """``make(text, seed, indices, given) -> pairs`` on the device, for ``make.batch`` rows."""
+    mesh = sharding.own_mesh()
+    rows, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+    params = jax.device_put(run.params, everywhere)
+    frozen = jax.device_put(run.frozen, everywhere)
+
+    pairs = sampler(system, mesh)
 
     def make(text: np.ndarray | None, seed: int, indices: np.ndarray, given: Any) -> Any:
         text, given, placed = jax.device_put((text, given, indices.astype(np.uint32)), rows)
         with jax.set_mesh(mesh):
             return pairs(params, frozen, text, given, jnp.uint32(seed), placed)
 
-    make.batch = per_device * len(jax.devices())
+    make.batch = per_device * mesh.size
     return make
 
 
@@ -138,6 +152,9 @@ def made_batches(
 ) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
     """``(indices, pairs)`` in index order, made one batch ahead of the reader.
 
+    Of several processes each gets every so-many-th batch; all get the same number of them, the last
+    of which may be empty.
+
     Args:
       known: the given fields of some indices.
     """
@@ -148,9 +165,13 @@ def made_batches(
         return indices, make(rows, seed, indices, known(indices))
 
     # from a multiple of the batch on: a resumed run makes the same batches as a straight one
-    firsts = list(range(start - start % make.batch, stop, make.batch))
+    everyones = list(range(start - start % make.batch, stop, make.batch))
+    firsts = everyones[jax.process_index() :: jax.process_count()]
     ahead = begin(firsts[0]) if firsts else None
-    for n in range(len(firsts)):
+    for n in range(-(-len(everyones) // jax.process_count())):
+        if n == len(firsts):
+            yield np.arange(0), {}
+            return
         indices, pairs = ahead
         ahead = begin(firsts[n + 1]) if n + 1 < len(firsts) else None
         keep = (indices >= start) & (indices < stop)
@@ -212,11 +233,18 @@ def sample(
         settings["given"] = given.fingerprint()
     if more:
         settings["more"] = sorted(more)
-    writer = PairWriter(out, run.facts.classes, settings)
-    start = writer.done
+    writer = RoundWriter(out, run.facts.classes, settings)
+    start = writer.start
     text = text_rows(run, prompts, features)
     make = generator(run, system, per_device=per_device)
-    bar = tqdm(total=num, initial=min(start, num), unit="pair", desc="sampling", dynamic_ncols=True)
+    bar = tqdm(
+        total=num,
+        initial=min(start, num),
+        unit="pair",
+        desc="sampling",
+        dynamic_ncols=True,
+        disable=not peers.is_first(),
+    )
     made = made_batches(
         make,
         text,
@@ -240,7 +268,7 @@ def sample(
                 if given is not None:
                     facts["given"] = given.ids[index % len(given)]
                     name = _name(given, index)
-                writer.write(
+                listed = writer.write(
                     index,
                     prompts[index % len(prompts)],
                     pair["image"],
@@ -250,15 +278,17 @@ def sample(
                     name=name,
                     more={k: MORE[k](pair, run.facts.classes) for k in more},
                 )
-                bar.update()
-    writer.close()
-    grid = contact_sheet(out, writer, run)
-    return {
-        "pairs": writer.done,
-        "made_now": writer.done - start,
-        "out": str(out),
-        "grid": str(grid),
-    }
+                bar.update(listed)
+            bar.update(writer.end_round())
+
+    def finish() -> str:
+        pairs = writer.pairs
+        pairs.close()
+        counts = {"pairs": pairs.done, "made_now": pairs.done - start}
+        grid = contact_sheet(out, pairs, run)
+        return json.dumps(counts | {"out": str(out), "grid": str(grid)})
+
+    return json.loads(peers.from_first(finish))
 
 
 def cleaned(

@@ -34,10 +34,20 @@ class PairWriter:
 
     Args:
       settings: everything the pairs depend on; another run into the same folder must agree.
+      lines: of a process that only makes the ``files`` of pairs: their manifest is another's.
     """
 
-    def __init__(self, folder: Path, classes: Classes, settings: Mapping[str, Any]):
+    def __init__(
+        self, folder: Path, classes: Classes, settings: Mapping[str, Any], *, lines: bool = True
+    ):
         self.folder, self.classes = folder, classes
+        if not lines:
+            if not (folder / "settings.json").exists():
+                raise UserError(
+                    f"{folder}: what the first process wrote there is not seen by the others; "
+                    "choose an --out on a file system that all of them share."
+                )
+            return
         for name in ("images", "annotations"):
             (folder / name).mkdir(parents=True, exist_ok=True)
         _agree(folder / "settings.json", settings)
@@ -62,7 +72,23 @@ class PairWriter:
         name: str | None = None,
         more: Mapping[str, np.ndarray] | None = None,
     ) -> None:
-        """Writes pair ``index``, the next one in order.
+        """Writes pair ``index``, the next one in order; as ``files``, then ``append``."""
+        self._require_next(index)
+        self.append(self.files(index, prompt, image, labels, facts, segments, name=name, more=more))
+
+    def files(
+        self,
+        index: int,
+        prompt: str,
+        image: np.ndarray,
+        labels: np.ndarray,
+        facts: Mapping[str, Any],
+        segments: np.ndarray | None = None,
+        *,
+        name: str | None = None,
+        more: Mapping[str, np.ndarray] | None = None,
+    ) -> dict[str, Any]:
+        """Writes the files of pair ``index``, in any order; returns its manifest line.
 
         Args:
           facts: what else its manifest line says.
@@ -70,8 +96,6 @@ class PairWriter:
           name: its ID, with folders if it holds "/"; the index in eight digits when not given.
           more: further uint8 pictures by the name of their folder.
         """
-        if index != self.done:
-            raise ValueError(f"pair {index} out of order; {self.done} is next.")
         name = name or f"{index:08d}"
         contents = {
             "image": (f"images/{name}.png", pictures.png_bytes(image)),
@@ -91,17 +115,23 @@ class PairWriter:
             (self.folder / path).parent.mkdir(parents=True, exist_ok=True)
             files.write(self.folder / path, data)
             line |= {key: path, key + "_sha256": hashlib.sha256(data).hexdigest()}
-        self._append(line)
+        return line
 
     def close(self) -> None:
         """Flushes the manifest to disk."""
         with self._manifest.open("a") as file:
             os.fsync(file.fileno())
 
-    def _append(self, line: Mapping[str, Any]) -> None:
+    def append(self, line: Mapping[str, Any]) -> None:
+        """Adds the next pair to the manifest, its files being there."""
+        self._require_next(line["index"])
         with self._manifest.open("a") as file:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
         self.lines.append(dict(line))
+
+    def _require_next(self, index: int) -> None:
+        if index != self.done:
+            raise ValueError(f"pair {index} out of order; {self.done} is next.")
 
     def _verified(self) -> list[dict[str, Any]]:
         """Manifest lines up to the first that is torn, out of order, or of files not whole."""

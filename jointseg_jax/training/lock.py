@@ -23,8 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
-
+from jointseg_jax import peers
 from jointseg_jax.types import UserError
 
 BEAT = 5.0
@@ -41,7 +40,7 @@ class WorkdirLock:
 
     Args:
       workdir: created if absent. A remote folder (``gs://``) cannot be locked: a note says so.
-      primary: whether this process holds it for all; by default ``jax.process_index() == 0``.
+      primary: whether this process holds it for all; by default the first one.
 
     Raises:
       UserError: on entering, if another run holds the workdir or it cannot be written.
@@ -55,11 +54,16 @@ class WorkdirLock:
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> WorkdirLock:
-        if not (jax.process_index() == 0 if self._primary is None else self._primary):
-            return self
+        if self._primary is None:
+            peers.from_first(self._hold)
+        elif self._primary:
+            self._hold()
+        return self
+
+    def _hold(self) -> str:
         if "://" in self._workdir:
             log.warning("lock: %s is remote; two runs in it would not be noticed.", self._workdir)
-            return self
+            return ""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._acquire()
@@ -71,7 +75,7 @@ class WorkdirLock:
         self._stop.clear()
         self._thread = threading.Thread(target=self._beat, name="workdir-lock", daemon=True)
         self._thread.start()
-        return self
+        return ""
 
     def __exit__(self, *_: object) -> None:
         if self._thread is None:

@@ -1,7 +1,8 @@
 """The training loop: any system, one order.
 
-build -> shapes -> match rules -> init into shardings *or* restore -> compile the update ahead of
-time -> for each step {next batch, update, log the window, preview, evaluate, save} -> final save.
+build -> shapes -> match rules -> restore *or* init into shardings, with what ``config.start`` names
+-> compile the update ahead of time -> for each step {next batch, update, log the window, preview,
+evaluate, save} -> final save.
 
 Everything random is a function of (seed, step, global row), the data position is the step, so a
 resumed run continues bit for bit. The host reads from the device at log points only.
@@ -19,21 +20,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jointseg_jax import compose, pictures, profiling, rules, sharding
-from jointseg_jax.build import build
+from jointseg_jax import compose, pictures, profiling, sharding
 from jointseg_jax.data import files
 from jointseg_jax.data.pipeline import batches
 from jointseg_jax.training import frozen as frozen_codecs
+from jointseg_jax.training import start as starting
 from jointseg_jax.training import state as states
 from jointseg_jax.training.checkpoints import Checkpoints
 from jointseg_jax.training.differences import require_same
 from jointseg_jax.training.digest import state_digest
 from jointseg_jax.training.faults import Faults
 from jointseg_jax.training.lock import WorkdirLock
-from jointseg_jax.training.optimizer import OPTIMIZERS
 from jointseg_jax.training.preemption import Preemption
 from jointseg_jax.training.preview import previewer
-from jointseg_jax.training.step import make_update
+from jointseg_jax.training.program import check_batch, make_program
 from jointseg_jax.training.telemetry import Telemetry
 from jointseg_jax.training.writers import run_writers
 from jointseg_jax.types import UserError
@@ -78,34 +78,24 @@ class _Run:
         self.allow = (*MAY_CHANGE, *allow)
         self.config, self.workdir, self.preemption = config, workdir, preemption
         self.mesh = sharding.make_mesh(config["mesh"])
-        self._check_batch()
+        check_batch(config, self.mesh)
         self.faults = Faults(**config.get("nan", {}))
         self.source = compose.source(config, "train")
         self.facts = self._facts()
         self.transforms = compose.transforms(config)
         self.tokenizer = compose.tokenizer(config, self.facts.vocabulary)
-        if frozen_codecs.trained_streams(config):
+        if frozen_codecs.trained_codecs(config):
             with self._batches(0) as host:
                 frozen_codecs.gather(workdir, config, self.facts, host)
         specs, self.frozen = frozen_codecs.load(workdir, config)
         self.system = compose.system(config, self.facts, specs)
-        self.optimizer = build(OPTIMIZERS, config["optimizer"], where="optimizer")
+        self.program = make_program(self.system, config, self.mesh)
         self.checkpoints = Checkpoints(
             workdir / "checkpoints",
             keep=config["checkpoint"]["keep"],
         )
 
     # ------------------------------------------------------------------- set-up
-
-    def _check_batch(self) -> None:
-        batch, shards = self.config["batch"], sharding.data_parallel(self.mesh)
-        parts = shards * self.config.get("accumulate", 1)
-        if batch % parts:
-            nearest = max(round(batch / parts), 1) * parts
-            raise UserError(
-                f"config.batch = {batch}: must be a multiple of data shards x accumulate = "
-                f"{shards} x {parts // shards}; the nearest is {nearest}."
-            )
 
     def _facts(self) -> compose.Facts:
         known, path = compose.facts(self.source), self.workdir / "facts.json"
@@ -142,34 +132,17 @@ class _Run:
             hosts=jax.process_count(),
             bad=data.get("bad", "replace"),
             bad_limit=data.get("bad_limit", 100),
+            instances=compose.instances(self.config),
         )
 
     def _prepare(self) -> states.TrainState:
-        """Shapes first, then rules, then either fresh parameters or a checkpoint."""
-        shapes = jax.eval_shape(self.system.init, jax.random.key(0))
-        self.trainable = rules.match(
-            shapes,
-            self.config.get("trainable", ((r"", True),)),
-            where="trainable",
-            prefix="params/",
-        )
-        self.transform = self.optimizer.build(self.config["steps"])
-
-        def init(key: jax.Array) -> states.TrainState:
-            return states.create(self.system.init(key), self.trainable, self.transform)
-
-        key = jax.random.key(self.config["seed"])
-        abstract = jax.eval_shape(init, key)
-        self.shardings = sharding.state_shardings(abstract, self.config["sharding"], self.mesh)
-        abstract = jax.tree.map(
-            lambda s, d: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=d),
-            abstract,
-            self.shardings,
-        )
-        found = self.checkpoints.restore_newest(abstract, accept=self._accept)
+        """The newest checkpoint, or fresh parameters and what ``config.start`` names."""
+        found = self.checkpoints.restore_newest(self.program.state, accept=self._accept)
         self._keep("config.json", _dump(self.config))
         if found is None:
-            return jax.jit(init, out_shardings=self.shardings)(key)
+            given = starting.load(self.config.get("start", {}), self.program.params, self.facts)
+            init = jax.jit(self.program.init, out_shardings=self.program.shardings)
+            return init(jax.random.key(self.config["seed"]), given)
         restored, _ = found
         log.info("resumed at step %d from %s", int(restored.step), self.checkpoints.folder)
         return restored
@@ -182,7 +155,10 @@ class _Run:
         require_same(meta["config"], self._meta(), self.allow, where=where, remedy=remedy)
 
     def _meta(self) -> dict[str, Any]:
-        return compose.plain(self.config) | {"source": compose.plain(self.source.fingerprint())}
+        settings = compose.plain(self.config)
+        if starting.is_fresh(settings.get("start", {})):
+            settings.pop("start", None)  # as in runs made before there was such a setting
+        return settings | {"source": compose.plain(self.source.fingerprint())}
 
     def _previewer(self) -> Callable[[int, states.TrainState], None]:
         draw = previewer(
@@ -190,7 +166,9 @@ class _Run:
         )
 
         def write(step: int, state: states.TrainState) -> None:
-            sheet = draw(state, self.frozen)
+            sheet = draw(state, self.frozen)  # every process draws its part
+            if jax.process_index():
+                return
             folder = self.workdir / "samples"
             folder.mkdir(exist_ok=True)
             pictures.save_png(folder / f"{step:08d}.png", sheet)
@@ -199,25 +177,8 @@ class _Run:
         return write
 
     def _compile(self, state: states.TrainState, batch: Any) -> Callable:
-        update = make_update(
-            self.system,
-            self.transform,
-            self.trainable,
-            seed=self.config["seed"],
-            ema=self.config["ema"],
-            accumulate=self.config.get("accumulate", 1),
-            learning_rate=self.optimizer.learning_rate(self.config["steps"]),
-        )
-        rows = sharding.batch_sharding(self.mesh)
-        everywhere = sharding.replicated(self.mesh)
-        jitted = jax.jit(
-            update,
-            in_shardings=(self.shardings, everywhere, rows),
-            out_shardings=(self.shardings, everywhere),
-            donate_argnums=0,
-        )
         start = time.perf_counter()
-        compiled = jitted.lower(state, self.frozen, batch).compile()
+        compiled = self.program.update.lower(state, self.frozen, batch).compile()
         self.flops = profiling.step_flops(self.system, compiled, self.config["batch"])
         log.info(profiling.summary(state.params, compiled, time.perf_counter() - start, self.flops))
         return compiled
@@ -306,7 +267,8 @@ class _Run:
         scalars, bad = telemetry.read(leave=leave)
         for report in host.drain():
             log.warning("%s", report["error"])
-            with (self.workdir / "data_report.jsonl").open("a") as file:
+            own = f".{jax.process_index()}" if jax.process_index() else ""
+            with (self.workdir / f"data_report{own}.jsonl").open("a") as file:
                 file.write(json.dumps(report) + "\n")
         self.writers.write(step, scalars)
         return self._not_finite(state, bad) if bad else state

@@ -50,6 +50,8 @@ class Preemption:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._old.items():
             signal.signal(number, handler)
+        if self._shared:  # nobody asks the service any more
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.set_wakeup_fd(self._old_fd)
         self._writer.send(_STOP)
         self._thread.join()
