@@ -61,6 +61,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "middle_width": 16,
             "up_widths": (8, 8),
             "groups": 4,
+            "refine": 2,
         }
         config["data"]["val"]["count"] = 32
     return ConfigDict(config).lock()

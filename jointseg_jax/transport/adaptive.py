@@ -22,7 +22,7 @@ from jaxtyping import Array
 from jointseg_jax.transport.integrator import Noise, Predict
 from jointseg_jax.transport.keys import Keys
 from jointseg_jax.transport.process import Process
-from jointseg_jax.types import Streams
+from jointseg_jax.types import Streams, UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,7 @@ class Dopri5:
 
         Raises:
           ValueError: given streams, noise or a trajectory are asked for, or a process clips.
-          ModuleNotFoundError: diffrax is not installed.
+          UserError: diffrax is not installed.
         """
         clipped = [k for k in x if processes[k].clip is not None]
         if given or trajectory or noise is not None or keys is not None or clipped:
@@ -79,7 +79,13 @@ class Dopri5:
                 f"trajectories and clipped processes (here: {clipped}) need one of the fixed-step "
                 "solvers. Set `system.solver` to euler or heun."
             )
-        import diffrax
+        try:
+            import diffrax
+        except ModuleNotFoundError as error:
+            raise UserError(
+                "dopri5: it needs diffrax, which is not installed. "
+                "Install it with pip install -e '.[ode]', or set `system.solver` to euler or heun."
+            ) from error
 
         def velocity(t: Array, state: Streams, _: None) -> Streams:
             rows = {k: v[None] for k, v in state.items()}
