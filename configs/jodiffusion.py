@@ -31,7 +31,10 @@ def get_config(arg: str = "") -> ConfigDict:
     """``data=``scenes, folders, voc, coco_panoptic or ade20k; ``smoke``: scenes, in seconds."""
     a = presets.parse_arg(arg, data="scenes", smoke=False)
     config = presets.choose(a["data"], "data", {"scenes": scenes, "folders": folders, **PAPERS})()
-    return ConfigDict(presets.shrunk(scenes()) if a["smoke"] else config).lock()
+    if a["smoke"]:
+        config = presets.shrunk(scenes())
+        config["system"]["streams"]["mask"]["codec"]["refine"] = 1
+    return ConfigDict(config).lock()
 
 
 def scenes() -> dict:

@@ -11,8 +11,8 @@ from PIL import Image
 def bridge(launch, tmp_path_factory):
     """A workdir of the bridge's smoke run."""
     workdir = tmp_path_factory.mktemp("bridge")
-    done = launch("train", "--config=configs/semflow.py:smoke", f"--workdir={workdir}")
-    assert done.json["table"][0]["segmentation_other_seed"] == 0
+    config = ("--config=configs/semflow.py:smoke", "--config.finish.num=0")
+    launch("train", *config, f"--workdir={workdir}")
     return workdir
 
 
@@ -79,8 +79,8 @@ def test_what_a_bridge_cannot_start_from(launch, bridge, tmp_path, options, said
 
 
 def test_a_table_over_steps(launch, bridge):
-    done = launch("evaluate", f"--workdir={bridge}", "--num=8", "--steps=1,3")
-    assert [row["steps"] for row in done.json["table"]] == [1, 3]
+    done = launch("evaluate", f"--workdir={bridge}", "--num=8", "--steps=1,2")
+    assert [row["steps"] for row in done.json["table"]] == [1, 2]
     for row in done.json["table"]:
         assert row["segmentation_other_seed"] == 0 < row["diversity"]
         assert read(row["grid"]).ndim == 3
