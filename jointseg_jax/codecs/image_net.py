@@ -18,7 +18,7 @@ import jax
 from einops import repeat
 from jaxtyping import Float
 
-from jointseg_jax.codecs.label_net import uniform_fan_in
+from jointseg_jax.codecs.label_net import conv
 from jointseg_jax.types import Array
 
 Activation = Literal["relu", "silu", "gelu"]
@@ -28,24 +28,6 @@ ACTIVATIONS = {
     "silu": nn.silu,
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
 }
-
-
-def conv(
-    x: Array, features: int, name: str, dtype: Any, *, stride: int = 1, bias: bool = True
-) -> Array:
-    """3 x 3 convolution with one pixel of zeros on every side, also at stride 2."""
-    start = uniform_fan_in(9 * x.shape[-1])
-    return nn.Conv(
-        features,
-        (3, 3),
-        strides=stride,
-        padding=((1, 1), (1, 1)),  # not "SAME": at stride 2 that pads one side only
-        use_bias=bias,
-        dtype=dtype,
-        kernel_init=start,
-        bias_init=start,
-        name=name,
-    )(x)
 
 
 class Block(nn.Module):

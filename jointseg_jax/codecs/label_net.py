@@ -33,7 +33,9 @@ def uniform_fan_in(fan_in: int) -> nn.initializers.Initializer:
     return initialise
 
 
-def conv(x: Array, features: int, name: str, dtype: Any, stride: int = 1) -> Array:
+def conv(
+    x: Array, features: int, name: str, dtype: Any, *, stride: int = 1, bias: bool = True
+) -> Array:
     """3 x 3 convolution with one pixel of zeros on every side, also at stride 2."""
     start = uniform_fan_in(9 * x.shape[-1])
     return nn.Conv(
@@ -41,6 +43,7 @@ def conv(x: Array, features: int, name: str, dtype: Any, stride: int = 1) -> Arr
         (3, 3),
         strides=stride,
         padding=((1, 1), (1, 1)),  # not "SAME": at stride 2 that pads one side only
+        use_bias=bias,
         dtype=dtype,
         kernel_init=start,
         bias_init=start,
