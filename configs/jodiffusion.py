@@ -4,14 +4,13 @@
   python launch/train.py --config configs/jodiffusion.py --workdir runs/jodiffusion
   python launch/sample.py --workdir runs/jodiffusion --out pairs --num 64 --absorb 20
 
-The label latents come from the codec trained first (``streams.mask.codec.workdir``). All streams
-predict noise; image, CLIP and label share one time, text has its own; a stream counts in the loss
-in proportion to its size; guidance replaces the text by noise at the last time.
+The label latents come from the codec trained first (``streams.mask.codec.workdir``). Image, CLIP
+and label share one time, text has its own; guidance replaces the text by noise at the last time.
 
-| data | streams | denoiser |
-|---|---|---|
-| scenes, folders | pixels, label latents, words | small, CPU or one chip |
-| voc, coco_panoptic, ade20k | SD latents, CLIP-B/32 image, label latents, CLIP-L text | 954 M |
+| data | streams | predict | denoiser |
+|---|---|---|---|
+| scenes, folders | pixels, label latents, words | velocity; words noise | small, CPU or one chip |
+| voc, coco_panoptic, ade20k | SD and label latents, CLIP-B/32 image, CLIP-L text | noise | 954 M |
 
 The last three (2129 tokens, as published) read image_latents, clip and text features that were
 computed beforehand, one .npy per record, ``data/voc_features/image_latents/SPLIT/ID.npy`` and so on
@@ -23,6 +22,7 @@ from ml_collections import ConfigDict
 from jointseg_jax import presets
 
 NOISE = {"predicts": "noise", "schedule": presets.SD_SCHEDULE | {"time_offset": 0}}
+COSINE = {"schedule": {"name": "cosine"}}
 STEPS = {"voc": 33_100, "coco_panoptic": 36_980, "ade20k": 63_200}
 BATCH = {"voc": 32, "coco_panoptic": 64, "ade20k": 32}
 
@@ -39,7 +39,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
 def scenes() -> dict:
     """Embedded scenes at 32 px."""
-    config = small(presets.scenes(32), (32, 32), patch=4, label_patch=1, batch=32, steps=3000)
+    config = small(presets.easy_scenes(32), (32, 32), patch=4, label_patch=1, batch=32, steps=1500)
     return config | {"evaluate": {"judge": "oracle", "transforms": {}}, "finish": {"num": 256}}
 
 
@@ -52,27 +52,35 @@ def folders() -> dict:
 def small(
     data: dict, size: tuple[int, int], *, patch: int, label_patch: int, batch: int, steps: int
 ) -> dict:
-    """Pixels instead of SD latents, fixed word features instead of CLIP's."""
+    """Pixels instead of SD latents, fixed word features instead of CLIP's.
+
+    Image and label predict velocity on the cosine schedule, which brief training in pixels needs
+    (``presets.bit_pairs``).
+    """
+    velocity = COSINE | {"predicts": "velocity"}
     system = joint(
         size,
         image={
             "field": "image",
             "codec": {"name": "pixels"},
-            "process": NOISE | {"clip": 1.0},
+            "process": velocity | {"clip": 1.0},
             "tokens": {"patch": patch},
         },
+        label=velocity,
+        text=COSINE | {"predicts": "noise"},
+        solver={"name": "dpm_solver_pp", "steps": 25, "order": 2, "method": "multistep"},
         label_patch=label_patch,
         guidance=2.0,
         weights="explicit",  # pixels would outweigh the few label latents 48 to 1
         denoiser={"name": "uvit", "width": 256, "depth": 6, "heads": 4, "norm": "post"},
-        text={"name": "words", "width": 64, "length": 24, "trainable": False},
+        words={"name": "words", "width": 64, "length": 24, "trainable": False},
     )
     # latents are made anew in every update: the codec's own number of steps would take longest
     system["streams"]["mask"]["codec"]["refine"] = 4
     return presets.run(
         steps=steps,
         batch=batch,
-        ema=0.999,
+        ema=0.998,
         data=data,
         system=system,
         optimizer={
@@ -92,17 +100,25 @@ def joint(
     guidance: float,
     weights: str,
     denoiser: dict,
+    words: dict,
+    label: dict,
     text: dict,
+    solver: dict,
     **streams: dict,
 ) -> dict:
-    """The system that both sizes share; streams in the published token order."""
+    """The system that both sizes share; streams in the published token order.
+
+    Args:
+      words: the encoder of text.
+      label: the label stream's process, ``text`` that of the text's features.
+    """
     return {
         "name": "joint",
         "size": size,
         "streams": {
             "text": {
                 "field": "text",
-                "process": NOISE,
+                "process": text,
                 "tokens": {"inner": 64},
             },
             **streams,
@@ -110,20 +126,20 @@ def joint(
             "mask": {
                 "field": "labels",
                 "codec": {"name": "trained", "workdir": "runs/codec", "scale": "fit"},
-                "process": NOISE,
+                "process": label,
                 "tokens": {"patch": label_patch},
                 "guidance": guidance,
             },
         },
         "weights": weights,
         "denoiser": denoiser | {"time_tokens": ("image", "text")},
-        "text": text,
+        "text": words,
         "times": {
             "name": "grouped",
             "groups": (("image", "mask", *streams), ("text",)),
             "distribution": {"name": "uniform", "steps": 1000},
         },
-        "solver": {"name": "multistep_dpm", "steps": 50, "order": 3},
+        "solver": solver,
     }
 
 
@@ -152,7 +168,10 @@ def paper(name: str) -> dict:
             guidance=8.0,
             weights="elements",
             denoiser=presets.UNIDIFFUSER | {"dtype": "bfloat16", "data_types": 2},
-            text={"name": "features", "width": 768, "length": 77},
+            words={"name": "features", "width": 768, "length": 77},
+            label=NOISE,
+            text=NOISE,
+            solver={"name": "multistep_dpm", "steps": 50, "order": 3},
             clip={
                 "field": "clip",
                 "codec": {"name": "latents", "shape": (1, 512)},

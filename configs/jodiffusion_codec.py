@@ -69,7 +69,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
 def scenes() -> dict:
     """Embedded scenes at 32 px; minutes on two cores."""
-    return small(presets.scenes(32), (32, 32), steps=2000)
+    return small(presets.easy_scenes(32), (32, 32), steps=2000)
 
 
 def folders() -> dict:

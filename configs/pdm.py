@@ -4,8 +4,8 @@
   python launch/train.py --config configs/pdm.py:data=folders --workdir runs/pdm \\
       --config.data.train.root=data/camvid --config.data.val.root=data/camvid
 
-The image predicts noise, the map predicts its bits; the map's noise has standard deviation
-kappa = 2 (``streams.mask.process.scale``) in training and at the start of sampling. Joint
+The image predicts noise (velocity in pixels), the map its bits; the map's noise has standard
+deviation kappa = 2 (``streams.mask.process.scale``) in training and at the start of sampling. Joint
 DPM-Solver++ of order 3, guidance 2 on both, the map read from one more evaluation at the end time.
 
 | data | image stream | denoiser |

@@ -22,7 +22,7 @@ def get_config(arg: str = "") -> ConfigDict:
         steps=1400,
         batch=32,
         ema=0.995,
-        data=presets.scenes(size, things=2, thing_size=(0.4, 0.6), texture=0.3),
+        data=presets.easy_scenes(size),
         system={
             "name": "joint",
             "size": (size, size),

@@ -52,8 +52,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
 def scenes() -> dict:
     """Embedded scenes at 32 px."""
-    data = presets.scenes(32, things=2, thing_size=(0.4, 0.6), texture=0.3)
-    config = small(data, (32, 32), patch=4, batch=32, steps=2000)
+    config = small(presets.easy_scenes(32), (32, 32), patch=4, batch=32, steps=2000)
     return config | {"evaluate": {"judge": "oracle", "transforms": {}}, "finish": {"num": 256}}
 
 

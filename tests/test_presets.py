@@ -60,14 +60,24 @@ def test_a_shrunk_run_starts_from_nothing_and_is_otherwise_the_same():
     assert presets.shrunk(run | {"finish": {"num": 0}})["finish"] == {"num": 0}
 
 
-@pytest.mark.parametrize("data", presets.BIT_PAIRS)
-def test_bit_pairs_are_trained_as_published(data):
-    """Noise of the image and bits of the map, whose noise has deviation 2, at one common time."""
+BETAS, COSINE = presets.SD_SCHEDULE | {"time_offset": 1}, {"name": "cosine"}
+
+
+@pytest.mark.parametrize(
+    ("data", "predicts", "schedule"),
+    [
+        ("coco_panoptic", "noise", BETAS),  # as published
+        ("scenes", "velocity", COSINE),  # in pixels
+        ("folders", "velocity", COSINE),
+    ],
+)
+def test_bit_pairs_share_one_time_and_schedule(data, predicts, schedule):
+    """The map predicts its bits and its noise has deviation 2, whatever the image predicts."""
     system = presets.bit_pairs(data)["system"]
     image, mask = (s["process"] for s in system["streams"].values())
-    assert (image["predicts"], image.get("scale", 1.0)) == ("noise", 1.0)
+    assert (image["predicts"], image.get("scale", 1.0)) == (predicts, 1.0)
     assert (mask["predicts"], mask["scale"]) == ("data", 2.0)
-    assert image["schedule"] == mask["schedule"] == presets.SD_SCHEDULE | {"time_offset": 1}
+    assert image["schedule"] == mask["schedule"] == schedule
     assert system["times"]["distribution"] == {"name": "uniform", "steps": 1000}
     assert system["text_drop"] == 0.1 and system["solver"]["final"] == "evaluate"
     with pytest.raises(ValueError, match="data=vox is unknown; one of: scenes, folders, coco_pan"):

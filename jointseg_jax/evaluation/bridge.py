@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jointseg_jax import pictures, sharding
-from jointseg_jax.evaluation.alignment import Alignment, Reconstruction, number
+from jointseg_jax.evaluation.alignment import Alignment, Reconstruction, cycle, number
 from jointseg_jax.generation.loop import with_options
 from jointseg_jax.systems.keys import sample_keys
 from jointseg_jax.training.restore import Run
@@ -66,8 +66,8 @@ def _nested(value: Any) -> bool:
 def _row(run: Run, batches: Any, judge: Judge | None, seed: int, steps: int) -> dict[str, Any]:
     names = run.facts.classes.names
     travel = _both_ways(run, steps)
-    segmentation, alignment = Reconstruction(names), Alignment(names)
-    differences, unequal, shown, stranger = [], [], [], None
+    segmentation = Reconstruction(names)
+    differences, unequal, shown, judged = [], [], [], []
     with jax.set_mesh(sharding.own_mesh()):
         for batch in batches:
             real = {k: batch[k] for k in ("image", "labels")}
@@ -78,13 +78,12 @@ def _row(run: Run, batches: Any, judge: Judge | None, seed: int, steps: int) -> 
             differences += apart.mean((1, 2, 3))[valid].tolist()
             unequal += (made["read"] != made["read_again"]).mean((1, 2))[valid].tolist()
             for i in np.flatnonzero(valid):
-                judged = made["back"][i] if judge is None else judge(made["first"][i])
-                alignment.add(judged, real["labels"][i], stranger)
-                stranger = real["labels"][i]
+                seen = made["back"][i] if judge is None else judge(made["first"][i])
+                judged.append((seen, real["labels"][i]))
                 if len(shown) < SHOWN:
                     shown.append((real["image"][i], real["labels"][i], made, i))
     grid = _grid(run, shown, steps)
-    found = segmentation.report()
+    alignment, found = _alignment(names, judged, seed), segmentation.report()
     return {
         "segmentation_miou": found["reconstruction_miou"],
         "segmentation_edge_miou": found["edge_miou"],
@@ -95,6 +94,15 @@ def _row(run: Run, batches: Any, judge: Judge | None, seed: int, steps: int) -> 
         "diversity": number(np.mean(differences)),
         "grid": str(grid),
     }
+
+
+def _alignment(names: Sequence[str], judged: Sequence[tuple], seed: int) -> Alignment:
+    """Of (the judge's labels, the map given) of each record; chance with maps of other records."""
+    alignment, order = Alignment(names), cycle(len(judged), seed)
+    for before, index in zip(np.roll(order, 1), order):
+        stranger = judged[before][1] if len(judged) > 1 else None
+        alignment.add(*judged[index], stranger)
+    return alignment
 
 
 def _both_ways(run: Run, steps: int) -> Callable:
