@@ -1,0 +1,1 @@
+"""How fast the parts of a config run on this machine, measured."""

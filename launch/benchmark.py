@@ -1,0 +1,172 @@
+"""Measures how fast a config runs on this machine: training, sampling, input, codecs, clean-up.
+
+  python launch/benchmark.py --config configs/quickstart.py
+  python launch/benchmark.py --config configs/pdm.py:data=coco_panoptic --what sample --batch 64
+  python launch/benchmark.py --config configs/quickstart.py \\
+      --against configs/quickstart.py --against.system.denoiser.remat=full
+  python launch/benchmark.py --config configs/pdm.py:data=folders --what data
+  python launch/benchmark.py --what masks
+
+  --what    measures
+  train     the update with the config's mesh, batch, optimizer and rules; random batches, or
+            (--data) those of the config's own pipeline, with the time spent waiting for them
+  sample    the sampler, and pairs all the way to their files
+  data      one pair on one core, the pipeline, and the wait for it in a step of --step_ms
+  codec     the codecs of the config: encode, decode, and what a round trip keeps
+  masks     clean-up of label maps against the original's algorithm; needs no config
+  startup   launch/train.py from its start to the first update, with an empty compile cache and
+            with a full one
+
+Neither data nor checkpoints have to be there (but for --data and data): weights and batches are
+random; --classes and --codec say what cannot be known without data, as in launch/compile.py.
+--workdir RUN takes a trained run in place of --config (sample, codec).
+
+How to read the page:
+  first, warm-up   calls that do not count; median, min and max are of the repetitions, a repetition
+                   being the mean of so many calls in a row. Compilation is listed apart.
+  model FLOPs      train: 3 x forward on the unpadded tokens, no credit for recomputation, codecs or
+                   optimizer. sample: forward x calls of the network.
+  MFU              model FLOPs / time / the fastest matrix product measured on this machine in the
+                   network's number type; and of the maker's bfloat16 peak, where it is known.
+  operations       read from a trace of one call after the measurement.
+
+--against C2 measures two configs in turns, A B A B ..., and prints the ratio of their medians with
+its spread; on CPU each in a process of its own. Its fields are set by --against.PATH=VALUE, those
+of the first by --config.PATH=VALUE. Two contenders on an accelerator share its memory.
+
+The last line of output is one JSON object with all that is on the page. Single host.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from ml_collections import config_flags
+
+from jointseg_jax import cli
+from jointseg_jax.types import UserError
+
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Config file, with its arguments after a colon; fields as --config.PATH=VALUE."
+)
+AGAINST = config_flags.DEFINE_config_file(
+    "against", None, "A second config, measured in turns with the first."
+)
+CODEC = config_flags.DEFINE_config_file(
+    "codec", None, "The config that would train the codec this config takes from a run not here."
+)
+WHAT = flags.DEFINE_enum(
+    "what", "train", ["train", "sample", "data", "codec", "masks", "startup"], "See above."
+)
+DATA = flags.DEFINE_bool("data", False, "train: batches of the config's data, not random ones.")
+BATCH = flags.DEFINE_integer(
+    "batch", None, "Rows over all chips; default: config.batch, sample: 16 a chip, codec: 8.", 1
+)
+STEPS = flags.DEFINE_integer("steps", None, "sample: solver steps, not the config's.", 1)
+GIVEN = flags.DEFINE_enum(
+    "given", None, ["image", "labels"], "sample: what pairs start from, where a run needs it."
+)
+WORKDIR = flags.DEFINE_string("workdir", None, "sample, codec: a trained run, not a config.")
+CLASSES = flags.DEFINE_integer(
+    "classes", None, "Number of classes, for data that are not on this machine.", lower_bound=1
+)
+SIZE = flags.DEFINE_integer("size", 512, "masks: side of the maps in pixels.", lower_bound=32)
+AREA = flags.DEFINE_integer("area", 50, "masks: regions of fewer pixels are absorbed.", 2)
+STEP_MS = flags.DEFINE_float("step_ms", 100.0, "data: length of the synthetic step.", 1.0)
+REPETITIONS = flags.DEFINE_integer("repetitions", None, "Default: 5; startup: 3.", lower_bound=1)
+WARMUPS = flags.DEFINE_integer("warmups", 2, "Calls after the first that do not count.", 0)
+CALLS = flags.DEFINE_integer("calls", None, "In one repetition; default: about a second's.", 1)
+CACHE = flags.DEFINE_bool("cache", False, "Let compiled programs come from the compile cache.")
+
+ONLY = {
+    "data": ("train",),
+    "steps": ("sample",),
+    "given": ("sample",),
+    "workdir": ("sample", "codec"),
+    "size": ("masks",),
+    "area": ("masks",),
+    "step_ms": ("data",),
+    "batch": ("train", "sample", "data", "codec", "startup"),
+}
+"""Flags that only some jobs know."""
+
+
+def main() -> None:
+    """Measures, prints."""
+    _check()
+    from jointseg_jax.benchmark import contender, page
+    from jointseg_jax.benchmark.race import race, ratios
+
+    cli.use_compile_cache()
+    contender.set_cache(CACHE.value)
+    requests = [_request("config", CONFIG.value)]
+    if AGAINST.value is not None:
+        requests.append(_request("against", AGAINST.value))
+    count = REPETITIONS.value or (3 if WHAT.value == "startup" else 5)
+    results = race(requests, count, lambda text: print(text, file=sys.stderr))
+    print(page.page(results, WHAT.value))
+    found = {"what": WHAT.value, "machine": results[0].machine, **results[0].values()}
+    if len(results) > 1:
+        ratio = ratios(*results)
+        print(page.comparison(*results, ratio))
+        found |= {"against": results[1].values(), "ratio": ratio}
+    cli.last_line(found)
+
+
+def _check() -> None:
+    """Refuses flags that do not belong together, all of them at once."""
+    what, values = WHAT.value, flags.FLAGS
+    found = [
+        f"--{name} is for --what={' or '.join(jobs)}."
+        for name, jobs in ONLY.items()
+        if values[name].present and what not in jobs
+    ]
+    needed = what != "masks" and WORKDIR.value is None
+    if needed and CONFIG.value is None:
+        found.append(f"--what={what} needs --config=FILE.")
+    if not needed and AGAINST.value is not None:
+        found.append("--against compares two configs; --config=FILE is missing.")
+    if WORKDIR.value is not None and CONFIG.value is not None:
+        found.append("--workdir takes the place of --config; give one of them.")
+    if found:
+        raise UserError("\n".join(f"ERROR [flags] {text}" for text in found))
+
+
+def _request(flag: str, config: Any) -> Any:
+    """What one contender is asked."""
+    from jointseg_jax.benchmark.job import Request
+
+    name = WORKDIR.value or ("label maps" if config is None else _called(flag))
+    return Request(
+        what=WHAT.value,
+        name=name,
+        config=config.to_dict() if config is not None else {},
+        codec=CODEC.value.to_dict() if CODEC.value is not None else {},
+        classes=CLASSES.value or 0,
+        batch=BATCH.value or 0,
+        real=DATA.value,
+        steps=STEPS.value or 0,
+        given=GIVEN.value or "",
+        workdir=WORKDIR.value or "",
+        size=SIZE.value,
+        area=AREA.value,
+        step_ms=STEP_MS.value,
+        warmups=WARMUPS.value,
+        calls=CALLS.value or 0,
+        cache=CACHE.value,
+        launcher=str(Path(__file__).with_name("train.py")),
+    )
+
+
+def _called(flag: str) -> str:
+    """The file of a config and what the command line changed in it."""
+    source = flags.FLAGS[flag].config_filename
+    changes = [a.removeprefix(f"--{flag}.") for a in sys.argv[1:] if a.startswith(f"--{flag}.")]
+    return " ".join([source, *changes])
+
+
+if __name__ == "__main__":
+    cli.run(main)
