@@ -19,6 +19,7 @@ from jointseg_jax.codecs.chain import Chain
 from jointseg_jax.codecs.panoptic import PanopticBits
 from jointseg_jax.codecs.table import CODECS
 from jointseg_jax.data import text as data_text
+from jointseg_jax.data.cache import Cache
 from jointseg_jax.data.classes import Classes
 from jointseg_jax.data.features import WithFeatures
 from jointseg_jax.data.records import BadSample, Source
@@ -75,7 +76,13 @@ def facts(source: Source, *, captions: int = 512) -> Facts:
 
 
 def source(config: Mapping[str, Any], split: str) -> Source:
-    """The data source of ``config.data.train`` or ``config.data.val``."""
+    """The data source of ``config.data.train`` or ``config.data.val``.
+
+    ``config.data.cache`` takes the place of ``config.data.train``: a cache made of it, with these
+    settings. Validation records are always those of ``config.data.val``, with their pixels.
+    """
+    if split == "train" and config["data"].get("cache"):
+        return cache(config)
     spec = dict(config["data"][split])
     features = spec.pop("features", None)
     found = build(SOURCES, spec, where=f"data.{split}")
@@ -83,6 +90,57 @@ def source(config: Mapping[str, Any], split: str) -> Source:
         return found
     where = f"data.{split}.features"
     return build({"npy": WithFeatures}, features, where=where, source=found, split=found.split)
+
+
+def cache(config: Mapping[str, Any], split: str = "train") -> Cache:
+    """The cache of ``config.data.cache``, once its settings are found to be the config's.
+
+    Raises:
+      UserError: they are not, with each that differs.
+    """
+    root = config["data"]["cache"]
+    found = Cache(root=root, split=split)
+    made, now = found.index["settings"]["config"], cache_settings(config, split)
+    latents = found.index["settings"]["latents"]
+    now["codecs"] = {k: v for k, v in now["codecs"].items() if k in latents}
+    apart = differences({**made, "codecs": {k: made["codecs"].get(k) for k in latents}}, now)
+    if apart:
+        listed = "\n".join(f"  {line}" for line in apart)
+        raise UserError(
+            f"ERROR [data] {root}: encoded with other settings than this config's:\n{listed}\n"
+            "Put these back, or run launch/encode.py again with this config, into another folder."
+        )
+    return found
+
+
+def cache_settings(config: Mapping[str, Any], split: str) -> dict[str, Any]:
+    """What of a config decides the contents of its cache, without the folders on this machine."""
+    system, data = config["system"], config["data"]
+    specs = {k: v["codec"] for k, v in system.get("streams", {}).items() if "codec" in v}
+    if "image" in system:
+        specs["image"] = system["image"]
+    text = system.get("text") or {}
+    return plain(
+        {
+            "data": {k: v for k, v in data[split].items() if k not in ("root", "folder")},
+            "transforms": data["transforms"],
+            "panoptic": data.get("panoptic", False),
+            "size": system["size"],
+            "text": {k: text.get(k) for k in ("name", "length")},
+            "codecs": {k: {n: v for n, v in c.items() if n != "workdir"} for k, c in specs.items()},
+        }
+    )
+
+
+def differences(saved: Any, current: Any, where: str = "") -> list[str]:
+    """The settings that are not the same, one line each: ``a.b: saved -> current``."""
+    if isinstance(saved, Mapping) and isinstance(current, Mapping):
+        keys = sorted({*saved, *current})
+        pairs = [(f"{where}.{k}" if where else k, saved.get(k), current.get(k)) for k in keys]
+        return [line for name, a, b in pairs for line in differences(a, b, name)]
+    if plain(saved) == plain(current):
+        return []
+    return [f"{where}: {json.dumps(plain(saved))} -> {json.dumps(plain(current))}"]
 
 
 def transforms(config: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -140,12 +198,11 @@ def system(config: Mapping[str, Any], known: Facts, codecs: Mapping[str, Any] | 
       known: classes and vocabulary of the data.
       codecs: specs of trained codecs by stream, in place of their ``trained`` entries.
     """
-    makers = {"joint": joint, "bridge": bridge, "autoencode": autoencode}
     spec = dict(config["system"])
     name = spec.pop("name", None)
-    if name not in makers:
-        raise UserError(f"config.system.name: {name!r} is unknown; one of: {', '.join(makers)}.")
-    return makers[name](spec, known, codecs or {})
+    if name not in SYSTEMS:
+        raise UserError(f"config.system.name: {name!r} is unknown; one of: {', '.join(SYSTEMS)}.")
+    return SYSTEMS[name](spec, known, codecs or {})
 
 
 def codec(spec: Mapping[str, Any], known: Facts, where: str) -> Any:
@@ -185,8 +242,8 @@ def bridge(spec: dict[str, Any], known: Facts, codecs: Mapping[str, Any]) -> Bri
             where="system.denoiser",
             streams={STATE: tokens},
         ),
-        "process": _process(spec["process"], "system"),
-        "times": _times(spec["times"]),
+        "process": process(spec["process"], "system"),
+        "times": times(spec["times"]),
         "solver": build(SOLVERS, spec["solver"], where="system.solver"),
     }
     return build({"bridge": Bridge}, {"name": "bridge", **spec}, where="system")
@@ -196,7 +253,7 @@ def joint(spec: dict[str, Any], known: Facts, codecs: Mapping[str, Any]) -> Join
     """The joint system: streams, text, times, solver, and a denoiser that fits the streams."""
     size = tuple(spec["size"])
     entries = {k: dict(v) for k, v in spec["streams"].items()}
-    text = _text(spec.get("text"), known)
+    text = text_encoder(spec.get("text"), known)
     tokens, streams = {}, {}
     for name, entry in entries.items():
         where = f"system.streams.{name}"
@@ -204,7 +261,7 @@ def joint(spec: dict[str, Any], known: Facts, codecs: Mapping[str, Any]) -> Join
         if name == TEXT_STREAM:
             entry["codec"] = {"name": "latents", "shape": (text.length, text.width)}
         entry["codec"] = codec(codecs.get(name, entry["codec"]), known, where + ".codec")
-        entry["process"] = _process(entry["process"], where)
+        entry["process"] = process(entry["process"], where)
         streams[name] = build({"stream": Stream}, {"name": "stream", **entry}, where=where)
         shape = streams[name].codec.latent_shape(size)
         if len(shape) == 2:
@@ -219,19 +276,21 @@ def joint(spec: dict[str, Any], known: Facts, codecs: Mapping[str, Any]) -> Join
         "streams": streams,
         "text": text,
         "denoiser": build(DENOISERS, denoiser, where="system.denoiser", streams=tokens),
-        "times": _times(spec["times"]),
+        "times": times(spec["times"]),
         "solver": build(SOLVERS, spec["solver"], where="system.solver"),
     }
     return build({"joint": Joint}, {"name": "joint", **spec}, where="system")
 
 
-def _process(spec: Mapping[str, Any], where: str) -> Process:
+def process(spec: Mapping[str, Any], where: str) -> Process:
+    """One process and its schedule."""
     spec = dict(spec)
     spec["schedule"] = build(SCHEDULES, spec["schedule"], where=where + ".process.schedule")
     return build({"process": Process}, {"name": "process", **spec}, where=where + ".process")
 
 
-def _times(spec: Mapping[str, Any]) -> Any:
+def times(spec: Mapping[str, Any]) -> Any:
+    """What draws training times, and its distribution."""
     spec = dict(spec)
     if "distribution" in spec:
         spec["distribution"] = build(
@@ -240,13 +299,17 @@ def _times(spec: Mapping[str, Any]) -> Any:
     return build(TIMES, spec, where="system.times")
 
 
-def _text(spec: Mapping[str, Any] | None, known: Facts) -> Any:
+def text_encoder(spec: Mapping[str, Any] | None, known: Facts) -> Any:
+    """The text encoder, told how many words there are; None where text is none."""
     if not spec:
         return None
     if spec.get("name") == "words":
         size = len(known.vocabulary) + data_text.UNKNOWN + 1
         return build(TEXTS, spec, where="system.text", vocabulary_size=size)
     return build(TEXTS, spec, where="system.text")
+
+
+SYSTEMS = {"joint": joint, "bridge": bridge, "autoencode": autoencode}
 
 
 def plain(config: Any) -> Any:

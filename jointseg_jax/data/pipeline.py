@@ -25,6 +25,7 @@ from typing import Any
 import grain
 import numpy as np
 
+from jointseg_jax.data.gathering import Gathered, GatheredBatches
 from jointseg_jax.data.records import BadSample, Record, Source, check_record
 from jointseg_jax.data.segments import panoptic
 from jointseg_jax.data.transforms import Transform
@@ -68,19 +69,22 @@ class Rows:
         caption = choose_caption(record["captions"], rng, self.train)
         for transform in self.transforms:
             record = transform(record, rng, self.train)
+        out = self.fields(record) | {"index": np.int64(used), "bad": reports}
+        if self.tokenizer is not None:
+            out["text"] = np.asarray(self.tokenizer(caption), np.int32)
+        if self.mark:
+            out["valid"] = np.bool_(position == index == used)
+        return out
+
+    def fields(self, record: Record) -> dict[str, Any]:
+        """Returns the batch fields of a transformed record."""
         out: dict[str, Any] = {
             **record.get("features", {}),
             "image": np.asarray(record["image"], np.uint8),
             "labels": np.asarray(record["labels"], np.int16),
-            "index": np.int64(used),
-            "bad": reports,
         }
-        if self.tokenizer is not None:
-            out["text"] = np.asarray(self.tokenizer(caption), np.int32)
         if self.instances:
             out["panoptic"] = panoptic(record, self.source.classes, self.instances)
-        if self.mark:
-            out["valid"] = np.bool_(position == index == used)
         return out
 
     def read(self, index: int) -> tuple[Record, int, list[dict[str, Any]]]:
@@ -228,8 +232,11 @@ def batches(
     bad: str = "replace",
     bad_limit: int = 100,
     instances: int = 0,
-) -> Batches:
+) -> Batches | GatheredBatches:
     """Returns the endless, shuffled batches of one host from ``start_step`` on.
+
+    A source that gathers whole batches (``cache.py``) was transformed when it was encoded: it needs
+    neither transforms nor workers, and its rows are those of ``gathering.py``.
 
     Args:
       batch: rows of the global batch, over all hosts.
@@ -244,6 +251,12 @@ def batches(
     check_hosts(batch, host, hosts)
     if start_step < 0:
         raise ValueError(f"data: start_step={start_step} given; must be 0 or more.")
+    if isinstance(source, Gathered):
+        source.check_tokenizer(tokenizer)
+        place = {"step": start_step, "host": host, "hosts": hosts}
+        return GatheredBatches(
+            source, batch=batch, seed=seed, train=train, threads=threads, **place
+        )
     rows = make_rows(
         source,
         transforms,

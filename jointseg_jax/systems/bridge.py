@@ -36,7 +36,7 @@ from jaxtyping import Float, Int
 from jointseg_jax.codecs.chain import Chain
 from jointseg_jax.codecs.pixels import quantise
 from jointseg_jax.systems.keys import fold
-from jointseg_jax.systems.system import Batch, Pairs
+from jointseg_jax.systems.system import LATENTS, Batch, Input, Pairs
 from jointseg_jax.transport.process import Process
 from jointseg_jax.types import VOID, Array, Params
 
@@ -108,7 +108,10 @@ class Bridge:
         self, params: Params, frozen: Params, batch: Batch, keys: Array
     ) -> tuple[Array, dict[str, Array]]:
         """Squared error of the velocity."""
-        image = self.image_end(frozen, batch["image"], fold(keys, "encode/image"))
+        if LATENTS + IMAGE in batch:
+            image = batch[LATENTS + IMAGE].astype(jnp.float32)
+        else:
+            image = self.image_end(frozen, batch["image"], fold(keys, "encode/image"))
         mask = self.mask_end(frozen, batch["labels"], fold(keys, "encode/mask"))
         t = self.times.draw(fold(keys, "time"), (STATE,))[STATE]
         x = self.process.at(image, mask, t)
@@ -122,6 +125,10 @@ class Bridge:
         counted = self.counted(batch["labels"], errors.shape[1:])
         total = jnp.where(counted, errors, 0.0).sum() / jnp.maximum(counted.sum(), 1)
         return total, {"loss": total}
+
+    def inputs(self) -> dict[str, Input]:
+        """The image with its codec, and the labels: their colours are perturbed anew each time."""
+        return {IMAGE: Input("image", self.mask.second), "labels": Input("labels")}
 
     def image_end(self, frozen: Params, image: Array, keys: Array | None = None) -> Array:
         """Latents of images; without keys nothing is drawn."""

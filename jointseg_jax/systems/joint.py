@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jointseg_jax.codecs.pixels import quantise
 from jointseg_jax.systems.keys import fold
 from jointseg_jax.systems.stream import Stream
-from jointseg_jax.systems.system import Batch, Pairs
+from jointseg_jax.systems.system import LATENTS, Batch, Input, Pairs
 from jointseg_jax.transport.guidance import Branch, guided
 from jointseg_jax.types import Array, Params, Streams
 
@@ -131,6 +131,9 @@ class Joint:
         """Clean latents of every stream."""
         clean = {}
         for name, stream in self.streams.items():
+            if LATENTS + name in batch:
+                clean[name] = batch[LATENTS + name].astype(jnp.float32)
+                continue
             values = batch[stream.field]
             if name == TEXT_STREAM:
                 values = self.text.features(params.get("text", {}), values)
@@ -138,6 +141,12 @@ class Joint:
             latents = stream.codec.encode(frozen.get(name, {}), values, keys=key)
             clean[name] = jax.lax.stop_gradient(latents.astype(jnp.float32))
         return clean
+
+    def inputs(self) -> dict[str, Input]:
+        """The streams' fields with their codecs, and the text."""
+        streams = {k: s for k, s in self.streams.items() if k != TEXT_STREAM}
+        text = {} if self.text is None else {TEXT_STREAM: Input(TEXT_STREAM)}
+        return {k: Input(s.field, s.codec) for k, s in streams.items()} | text
 
     def preview(self, params: Params, frozen: Params, batch: Batch, keys: Array) -> Pairs:
         """Pairs generated from the batch's text, and from its maps where the network needs them."""

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from jointseg_jax.types import Array, Params
 
 Batch = Mapping[str, Array]
 Pairs = dict[str, Array]
+
+LATENTS = "latents/"
+"""Before the name of an input: the batch field of its latents, where they were encoded beforehand
+(``training/encoding.py``). It takes the place of the input's own field."""
+
+
+class Input(NamedTuple):
+    """A batch field that a loss reads, and the codec that it goes through first, if any."""
+
+    field: str
+    codec: Any = None
 
 
 @runtime_checkable
@@ -27,6 +38,15 @@ class Objective(Protocol):
 
     def preview(self, params: Params, frozen: Params, batch: Batch, keys: Array) -> Pairs:
         """What a person should see during training: ``image`` uint8 and ``labels`` per row."""
+        ...
+
+
+@runtime_checkable
+class Encodable(Protocol):
+    """An objective whose codecs do not change, so that their latents can be kept."""
+
+    def inputs(self) -> dict[str, Input]:
+        """All that ``loss`` reads of a batch, by the names of the codecs' parameters."""
         ...
 
 

@@ -24,6 +24,8 @@ from jax.experimental import multihost_utils
 from safetensors.numpy import load_file, save_file
 
 from jointseg_jax import compose, rules
+from jointseg_jax.data import files
+from jointseg_jax.training.differences import classes_apart
 from jointseg_jax.types import UserError
 
 OWN = ("name", "workdir", "scale")
@@ -84,7 +86,7 @@ def gather(
         target = workdir / "frozen" / f"{name}.json"
         if target.exists():
             continue
-        codec_spec, params = _of_run(place, known)
+        codec_spec, params = of_run(place, known)
         codec_spec |= {k: v for k, v in place.spec.items() if k not in OWN}
         scale = place.spec.get("scale", codec_spec.get("scale"))
         if scale == "fit":
@@ -97,6 +99,46 @@ def gather(
     multihost_utils.sync_global_devices("frozen.gather")
 
 
+def check_unchanged(workdir: Path, config: Mapping[str, Any], known: compose.Facts) -> None:
+    """Refuses (UserError) a copied codec whose own run, if it is still there, went on since."""
+    for name, place in trained_codecs(config).items():
+        file, run = workdir / "frozen" / f"{name}.safetensors", Path(place.spec["workdir"])
+        if not file.exists() or not (run / "config.json").exists():
+            continue
+        ours, theirs = load_file(file), rules.by_path(of_run(place, known)[1])
+        same = ours.keys() == theirs.keys()
+        if not same or any(not np.array_equal(ours[k], theirs[k]) for k in ours):
+            raise UserError(
+                f"{file}: the codec as it was when this folder was begun; {run} was trained on "
+                "since. Choose another folder to use it as it is now."
+            )
+
+
+def adopt(workdir: Path, config: Mapping[str, Any]) -> None:
+    """Copies the codecs that ``config.data.cache`` was encoded with into the workdir, once.
+
+    Raises:
+      UserError: the workdir has others; its latents are not those of the cache.
+    """
+    cache = config["data"].get("cache")
+    for name in trained_codecs(config) if cache else ():
+        made, target = Path(cache) / "frozen" / f"{name}.json", workdir / "frozen" / f"{name}.json"
+        if not made.exists():
+            raise UserError(f"{made}: missing; the cache lost its codec. Copy it back.")
+        if not target.exists() and jax.process_index() == 0:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            file = made.with_suffix(".safetensors")
+            files.write(target.with_suffix(".safetensors"), files.read(file))
+            files.write(target, files.read(made))
+        multihost_utils.sync_global_devices("frozen.adopt")
+        ours, theirs = (json.loads(path.read_text()) for path in (target, made))
+        if any(ours[k] != theirs[k] for k in ("codec", "sha256")):
+            raise UserError(
+                f"{target}: this workdir has another codec than {cache} was encoded with. Train "
+                "in another --workdir, or encode again, into another folder."
+            )
+
+
 def _write(target: Path, record: dict[str, Any], params: Any) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     file = target.with_suffix(".safetensors")
@@ -104,7 +146,18 @@ def _write(target: Path, record: dict[str, Any], params: Any) -> None:
     target.write_text(json.dumps(record | {"sha256": _sha256(file)}, indent=1) + "\n")
 
 
-def _of_run(place: Place, known: compose.Facts) -> tuple[dict[str, Any], Any]:
+def copied(workdir: Path, name: str) -> dict[str, Any] | None:
+    """The spec of a codec that the workdir has a copy of; None where it has none."""
+    path = workdir / "frozen" / f"{name}.json"
+    return json.loads(path.read_text())["codec"] if path.is_file() else None
+
+
+def of_run(place: Place, known: compose.Facts) -> tuple[dict[str, Any], Any]:
+    """The spec and the parameters of the codec that another run trained.
+
+    Raises:
+      UserError: no run, or not one of a codec of this field and these classes.
+    """
     from jointseg_jax.training.restore import load_run
 
     workdir = place.spec["workdir"]
@@ -120,17 +173,10 @@ def _of_run(place: Place, known: compose.Facts) -> tuple[dict[str, Any], Any]:
     if labels and run.facts.classes.names != known.classes.names:
         raise UserError(
             f"{place.where}: {workdir} was trained on "
-            f"{_difference(run.facts.classes.names, known.classes.names)}. "
+            f"{classes_apart(run.facts.classes.names, known.classes.names)}. "
             "Train the codec on this data."
         )
     return dict(spec["codec"]), run.params
-
-
-def _difference(there: tuple[str, ...], here: tuple[str, ...]) -> str:
-    if len(there) != len(here):
-        return f"{len(there)} classes, the data has {len(here)}"
-    i = next(i for i, (a, b) in enumerate(zip(there, here)) if a != b)
-    return f"other classes: class {i} is {there[i]!r} there and {here[i]!r} here"
 
 
 def _fit(codec: Any, params: Any, field: str, batches: Iterable[Any], count: int = 8) -> float:

@@ -226,7 +226,11 @@ def test_a_lost_file_is_named(gathered):
 @pytest.mark.parametrize(
     ("names", "said"),
     [
-        (NAMES[:2], "was trained on 3 classes, the data has 2. Train the codec on this data."),
+        (
+            NAMES[:2],
+            "was trained on 3 classes, the data has 2: class 2 is 'car' there and absent here. "
+            "Train the codec on this data.",
+        ),
         (
             ("sky", "water", "car"),
             "other classes: class 1 is 'road' there and 'water' here. Train the codec",

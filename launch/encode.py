@@ -1,0 +1,95 @@
+"""Encodes the data of a config once, so that training reads latents instead of making them.
+
+  python launch/train.py --config configs/jodiffusion_codec.py:data=folders --workdir runs/codec
+  python launch/encode.py --config configs/jodiffusion.py:data=folders --out caches/folders
+  python launch/train.py --config configs/jodiffusion.py:data=folders --workdir runs/jodiffusion \\
+      --config.data.cache=caches/folders
+
+Give the same config, with the same --config.* overrides, to encode and to train. --split=train
+reads config.data.train as training would; inputs whose codec has parameters become latents, the
+others (pixels, analog bits, colours) are kept as they are, captions as token ids. Validation,
+previews and sampling go on using config.data.val and the codec itself, which OUT/frozen holds.
+
+What differs from training without a cache:
+  crops    random crops become the centre's; --crops=4 keeps four random ones of each record
+  flips    if config.data.transforms flips, each record is kept plain and mirrored
+  order    records come in another order, and other flips and captions are drawn
+  rounding latents and features are float16 (11 bits; denoisers compute in bfloat16, 8 bits);
+           --dtype=float32 keeps every bit in twice the space
+
+Killed or stopped, the same command goes on: whole shards are kept, checked by SHA-256, and the
+bytes come out the same. Run on a finished cache it checks all of it, and writes damaged shards
+again. A folder made with other settings is refused, with each setting that differs. On several
+hosts (the flags and environment of launch/train.py) they share the shards; --out is one they all
+see.
+
+Writes OUT/SPLIT-*.bin and .json (shards), OUT/SPLIT.json (index), OUT/SPLIT.tokens.npy and
+OUT/SPLIT.captions.npy, OUT/frozen/. How fast a cache can be read:
+  python -m jointseg_jax.data.rate caches/folders --batch 256
+The last line of output is one JSON object. Exit status 2: a mistake, said in one block.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+from tqdm import tqdm
+
+from jointseg_jax import cli, peers
+
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Config file of the run that will train, as for launch/train.py."
+)
+OUT = flags.DEFINE_string("out", None, "Folder of the cache; the same folder goes on.")
+SPLIT = flags.DEFINE_enum("split", "train", ("train", "val"), "Split of config.data to encode.")
+DTYPE = flags.DEFINE_enum("dtype", "float16", ("float16", "float32"), "Of latents and features.")
+LATENTS = flags.DEFINE_list(
+    "latents",
+    None,
+    "Inputs to keep as latents, such as image,mask; by default those whose codec has parameters.",
+)
+KEEP = flags.DEFINE_list("keep", [], "Further batch fields to keep: image, labels.")
+CROPS = flags.DEFINE_integer("crops", 0, "Random crops of each record; 0: the centre's.")
+LIMIT = flags.DEFINE_integer("limit", None, "Only so many records, from the first.", lower_bound=1)
+BATCH = flags.DEFINE_integer("batch", 32, "Rows a device encodes at a time.", lower_bound=1)
+SHARD = flags.DEFINE_integer("shard_mb", 256, "Size of a shard, about.", lower_bound=1)
+THREADS = flags.DEFINE_integer("threads", 4, "Threads that read records.", lower_bound=1)
+cli.define_process_flags()
+flags.mark_flags_as_required(["config", "out"])
+
+
+def main() -> None:
+    """Encodes one split."""
+    cli.start()
+    from jointseg_jax.training.encoding import Encoding, encode
+
+    options = Encoding(
+        out=Path(OUT.value),
+        split=SPLIT.value,
+        dtype=DTYPE.value,
+        latents=None if LATENTS.value is None else tuple(LATENTS.value),
+        keep=tuple(KEEP.value),
+        crops=CROPS.value,
+        limit=LIMIT.value,
+        batch=BATCH.value,
+        shard=SHARD.value << 20,
+        threads=THREADS.value,
+    )
+    bar = functools.partial(
+        tqdm, unit="record", dynamic_ncols=True, disable=None if peers.is_first() else True
+    )
+    report = encode(CONFIG.value.to_dict(), options, progress=bar, show=_say)
+    if peers.is_first() and SPLIT.value == "train":
+        print(f"to train from it: launch/train.py ... --config.data.cache={OUT.value}")
+    cli.last_line(report)
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+if __name__ == "__main__":
+    cli.run(main)
