@@ -40,8 +40,7 @@ def get_config(arg: str = "") -> ConfigDict:
     codec = network(presets.choose(a["factor"], "factor", LEVELS))
     palette = presets.choose(a["palette"], "palette", PALETTES)
     if a["smoke"]:
-        config = scenes() | {"steps": 4, "batch": 8}
-        config |= {"log": {"every": 2}, "checkpoint": {"every": 2, "keep": 2}}
+        config = presets.brief(scenes())
         config["data"]["val"]["count"] = 32
         narrow = (8,) * len(codec["widths"])
         codec |= {"widths": narrow, "up_widths": narrow}

@@ -52,9 +52,7 @@ def get_config(arg: str = "") -> ConfigDict:
     a = presets.parse_arg(arg, data="scenes", smoke=False)
     config = presets.choose(a["data"], "data", {"scenes": scenes, "folders": folders, **PAPERS})()
     if a["smoke"]:
-        small = scenes()
-        config |= {"data": small["data"], "steps": 4, "batch": 8}
-        config |= {"log": {"every": 2}, "checkpoint": {"every": 2, "keep": 2}}
+        config = presets.brief(config | {"data": scenes()["data"]})
         config["system"] |= {"size": (32, 32)}
         config["system"]["codec"] |= {
             "widths": (8, 8, 16),

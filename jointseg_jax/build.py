@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from jointseg_jax.types import UserError
@@ -28,6 +28,29 @@ def build(
     Raises:
       UserError: unknown name, unknown or missing argument, or the constructor's own ``ValueError``.
     """
+    constructor = check_spec(table, spec, where=where, given=extra)
+    arguments = {k: v for k, v in spec.items() if k != "name"}
+    try:
+        return constructor(**arguments, **extra)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"config.{where}: {spec['name']}: {error}") from error
+
+
+def check_spec(
+    table: Mapping[str, Callable[..., Any]],
+    spec: Mapping[str, Any],
+    *,
+    where: str,
+    given: Collection[str] = (),
+) -> Callable[..., Any]:
+    """The constructor that a spec names, which knows all its arguments; it is not called.
+
+    Args:
+      given: arguments that the spec may not set.
+
+    Raises:
+      UserError: unknown name, or unknown argument.
+    """
     arguments = dict(spec)
     if "name" not in arguments:
         raise UserError(f"config.{where}: needs a `name`, one of: {', '.join(sorted(table))}.")
@@ -43,7 +66,7 @@ def build(
         for p in inspect.signature(constructor).parameters.values()
         if p.kind is not p.VAR_KEYWORD
         and p.name not in ("self", "parent", "name")
-        and p.name not in extra
+        and p.name not in given
     ]
     unknown = sorted(set(arguments) - set(accepted))
     if unknown:
@@ -51,10 +74,7 @@ def build(
             f"config.{where}: {name} has no field {', '.join(map(repr, unknown))}"
             f"{_closest(unknown[0], accepted)}; its fields: {', '.join(accepted)}."
         )
-    try:
-        return constructor(**arguments, **extra)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"config.{where}: {name}: {error}") from error
+    return constructor
 
 
 def _closest(word: str, words: Any) -> str:

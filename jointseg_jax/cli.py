@@ -7,9 +7,12 @@ one that cannot go on without another says so and exits with ``peers.PEER_LOST``
 
 from __future__ import annotations
 
+import difflib
+import functools
 import json
 import logging
 import os
+import re
 import signal
 import sys
 import traceback
@@ -18,32 +21,102 @@ from typing import Any
 
 from absl import app, flags
 
-from jointseg_jax import peers, processes
+from jointseg_jax import overrides, peers, processes
 from jointseg_jax.data.records import BadSample
 from jointseg_jax.types import UserError
 
 USAGE_ERROR = 2
 
 
-def run(main: Callable[[], int | None]) -> None:
-    """Parses flags, calls ``main`` and exits with its status."""
-    app.run(lambda argv: _guarded(main), flags_parser=_parse)
+MISREAD = (AttributeError, LookupError, OSError, TypeError, ValueError, flags.Error, UserError)
+"""What absl and ml_collections raise about a command line."""
 
 
-def _parse(argv: Sequence[str]) -> list[str]:
+def run(main: Callable[[], int | None], check: Callable[[], list[str]] | None = None) -> None:
+    """Parses flags, calls ``main`` and exits with its status.
+
+    Args:
+      check: further mistakes, to be told with those of the command line where it has any.
+    """
+    parse = functools.partial(_parse, check=check or (lambda: []))
+    app.run(lambda argv: _guarded(main), flags_parser=parse)
+
+
+def _parse(argv: Sequence[str], check: Callable[[], list[str]]) -> list[str]:
     try:
         rest = flags.FLAGS(list(argv))
-    except (AttributeError, KeyError) as error:
-        _refuse(f"ERROR [flags] --config.*: no such field in this config: {error}\nSee --help.")
-    except (TypeError, ValueError, flags.Error, UserError) as error:
-        _refuse(f"ERROR [flags] {error}\nSee --help.")
-    if len(rest) > 1:
-        hints = " ".join("--" + word if "=" in word else word for word in rest[1:])
-        _refuse(
-            f"ERROR [flags] not understood: {' '.join(rest[1:])}. "
-            f"Overrides start with two dashes: {hints}. See --help."
-        )
+        _require_files()
+        found = _stray(rest)
+    except MISREAD as error:
+        found = _misread(argv) or [f"ERROR [flags] {_text(error)}"]
+    if found:
+        _refuse("\n".join([*found, *_rest(check), "See --help."]))
     return rest
+
+
+def _require_files() -> None:
+    """Has a config file that is not there raise now: ml_collections waits until it is used."""
+    for name in flags.FLAGS:
+        hasattr(flags.FLAGS[name].value, "to_dict")
+
+
+def _stray(words: Sequence[str]) -> list[str]:
+    """What to say of words that are no flags."""
+    unknown = [word.lstrip("-").partition("=")[0] for word in words[1:] if word.startswith("-")]
+    plain = [word for word in words[1:] if not word.startswith("-")]
+    found = []
+    for name in unknown:
+        close = difflib.get_close_matches(name, list(flags.FLAGS), n=1)
+        hint = f"; did you mean --{close[0]}?" if close else "."
+        found.append(f"ERROR [flags] there is no flag --{name}{hint}")
+    if plain:
+        hints = " ".join("--" + word if "=" in word else word for word in plain)
+        found.append(
+            f"ERROR [flags] not understood: {' '.join(plain)}. "
+            f"Overrides start with two dashes: {hints}."
+        )
+    return found
+
+
+def _misread(argv: Sequence[str]) -> list[str]:
+    """All mistakes of a command line whose overrides cannot be read; leaves the good ones read."""
+    plain, given = overrides.split(argv)
+    try:
+        rest = _read(plain)
+        _require_files()
+        names = {override.flag for override in given} & set(flags.FLAGS)
+        configs = {name: flags.FLAGS[name].value for name in names}
+        wrong = {override: overrides.mistake(override, configs) for override in given}
+        _read([*plain, *(word for o in given if wrong[o] is None for word in o.words)])
+    except MISREAD as error:
+        return [f"ERROR [flags] {_text(error)}"]
+    return [f"ERROR [flags] {text}" for text in wrong.values() if text] + _stray(rest)
+
+
+def _text(error: BaseException) -> str:
+    """An error's words; of a mistake that a config file found in its argument, these alone."""
+    text = str(error).strip()
+    absent = re.search(r"No such file or directory: '(.*)'", text)
+    if isinstance(error, OSError) and absent:
+        return f"--config={absent.group(1)}: there is no such file."
+    head, _, said = text.rpartition("\nValueError: ")
+    return f"{head.partition(': ')[0]}: {said}" if said and "Traceback" in head else text
+
+
+def _read(argv: Sequence[str]) -> list[str]:
+    sys.argv = list(argv)  # where ml_collections looks for overrides
+    for name in [name for name in flags.FLAGS if "." in name]:  # of an earlier reading
+        delattr(flags.FLAGS, name)
+    flags.FLAGS.unparse_flags()
+    return flags.FLAGS(sys.argv, known_only=True)
+
+
+def _rest(check: Callable[[], list[str]]) -> list[str]:
+    """What ``check`` finds, where the flags have been read far enough for it."""
+    try:
+        return check()
+    except (flags.Error, OSError):  # there are no values, or no config
+        return []
 
 
 def _guarded(main: Callable[[], int | None]) -> None:

@@ -71,11 +71,23 @@ def run(**changes: Any) -> dict[str, Any]:
     return settings | changes
 
 
+def brief(config: dict[str, Any]) -> dict[str, Any]:
+    """The same run for four steps."""
+    optimizer = config["optimizer"]
+    schedule = optimizer["schedule"] | {"warmup": 1}
+    return config | {
+        "steps": 4,
+        "batch": 8,
+        "optimizer": optimizer | {"schedule": schedule},
+        "log": {"every": 2},
+        "checkpoint": {"every": 2, "keep": 2},
+    }
+
+
 def shrunk(config: dict[str, Any]) -> dict[str, Any]:
     """The same run in seconds and from nothing, to see that its parts work together."""
-    config = config | {"steps": 4, "batch": 8, "ema": 0.9}
+    config = brief(config) | {"ema": 0.9}
     config |= {"start": config["start"] | {"workdir": "", "file": ""}}
-    config |= {"log": {"every": 2}, "checkpoint": {"every": 2, "keep": 2}}
     config["system"]["denoiser"] |= {"width": 32, "depth": 2, "heads": 2}
     config["system"]["solver"]["steps"] = 3
     config["finish"]["num"] = min(config["finish"]["num"], 16)
@@ -106,6 +118,7 @@ def scenes(
     return {
         "train": source | {"split": "train"},
         "val": source | {"split": "val", "count": 2000},
+        "cache": "",  # folder made by launch/encode.py, to train from in place of train
         "transforms": {},
         "workers": 0,
         "threads": 1,
@@ -149,6 +162,7 @@ def dataset(name: str, size: tuple[int, int], **changes: Any) -> dict[str, Any]:
     return {
         "train": source | {"split": train},
         "val": source | {"split": val},
+        "cache": "",  # as in ``scenes``
         "transforms": crops(size),
         "workers": 8,
         "threads": 4,

@@ -14,17 +14,26 @@ and GKE, where the processes find one another. Elsewhere say where they meet, he
   python launch/train.py ... --coordinator=HOST:PORT --num_processes=2 --process_id=0   (and 1)
 The first alone logs and reports. Should one die, the others end within seconds with a line that
 says so (exit status 76, or 134 where jax aborts them): run the same command on all of them again.
+
+Before a pod is spent: --validate goes through config, data, mesh, memory and the workdir's
+checkpoint, lists everything that is wrong (exit status 2) or what was found (0), and leaves the
+workdir as it is. Memory is that of the devices here, or of a TPU that need not exist:
+  python launch/train.py --config C --workdir W --validate --topology v5e:4x4
+
+A run ends with a line of where its time went, restarts included, also kept in goodput.jsonl.
 """
 
 from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
 
 from jointseg_jax import cli, peers
+from jointseg_jax.types import UserError
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file, with its arguments after a colon: configs/pdm.py:data=folders."
@@ -33,23 +42,49 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; the same fold
 ALLOW = flags.DEFINE_multi_string(
     "allow", [], "Config path (regex, as steps or optimizer/.*) that a resumed run may change."
 )
+VALIDATE = flags.DEFINE_boolean("validate", False, "Check all of it; train and write nothing.")
+TOPOLOGY = flags.DEFINE_string(
+    "topology", None, "validate: compile for GENERATION:SHAPE, as v5e:4x4, not for what is here."
+)
+SCAN = flags.DEFINE_integer(
+    "scan", 2000, "validate: records of each split to read, spread evenly; 0: all.", lower_bound=0
+)
 cli.define_process_flags()
 flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main() -> int:
-    """Trains, then does what ``config.finish`` asks for."""
-    start = time.monotonic()
+    """Trains, or validates."""
     cli.start(saves=True)
-    from jointseg_jax.training.loop import train
+    from jointseg_jax import mistakes
 
-    config = CONFIG.value.to_dict()
-    workdir = Path(WORKDIR.value)
-    status = train(config, workdir, ALLOW.value)
+    config, workdir = CONFIG.value.to_dict(), Path(WORKDIR.value)
+    if VALIDATE.value:
+        return validate(config, workdir)
+    if TOPOLOGY.value is not None:
+        raise UserError("ERROR [flags] --topology is for --validate; training takes what is here.")
+    mistakes.refuse(config, WORKDIR.value)
+    from jointseg_jax.training import goodput
+
+    since = time.time()
+    try:
+        return train(config, workdir)
+    finally:
+        if peers.is_first():
+            goodput.tell(workdir, since=since)
+
+
+def train(config: dict[str, Any], workdir: Path) -> int:
+    """Trains, then does what ``config.finish`` asks for."""
+    from jointseg_jax.training import goodput, loop
+
+    start = time.monotonic()
+    status = loop.train(config, workdir, ALLOW.value)
     if status == 0 and config["finish"]["num"]:
         from jointseg_jax.evaluation.loop import evaluate
 
-        report = evaluate(workdir, num=config["finish"]["num"])
+        with goodput.evaluation(workdir, writes=peers.is_first()):
+            report = evaluate(workdir, num=config["finish"]["num"])
         if peers.is_first():
             grid = report.get("grid", workdir / "samples")
             print(f"everything is in {workdir}: start with {grid}")
@@ -57,5 +92,26 @@ def main() -> int:
     return status
 
 
+def validate(config: dict[str, Any], workdir: Path) -> int:
+    """Prints what a run would find."""
+    from jointseg_jax import dry_run
+
+    found = dry_run.rehearse(
+        config, WORKDIR.value, topology=TOPOLOGY.value, limit=SCAN.value, allow=ALLOW.value
+    )
+    if found.problems:
+        raise UserError(found.page())
+    if peers.is_first():
+        print(found.page(), flush=True)
+    return 0
+
+
+def mistaken() -> list[str]:
+    """What is wrong with the config, to be told with what is wrong with the command line."""
+    from jointseg_jax.mistakes import mistakes
+
+    return [] if CONFIG.value is None else mistakes(CONFIG.value.to_dict(), WORKDIR.value)
+
+
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, mistaken)

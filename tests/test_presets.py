@@ -56,7 +56,10 @@ def test_a_shrunk_run_starts_from_nothing_and_is_otherwise_the_same():
     assert run["steps"] < 10 and run["finish"]["num"] == 16
     plain = presets.bit_pairs("scenes")
     changed = {k for k in plain if run[k] != plain[k]}
-    assert changed == {*("steps", "batch", "ema", "start", "log", "checkpoint", "finish", "system")}
+    assert changed == {
+        *("steps", "batch", "optimizer", "ema", "start", "log", "checkpoint", "finish", "system")
+    }
+    assert run["optimizer"]["schedule"]["warmup"] < run["steps"]
     assert presets.shrunk(run | {"finish": {"num": 0}})["finish"] == {"num": 0}
 
 

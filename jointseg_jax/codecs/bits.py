@@ -112,7 +112,8 @@ class Bits:
                 'analog 0 and could not be told apart. Set one of them to "code".'
             )
         enough = self.channels <= 16 and self._corners <= 2**self.channels
-        what = f"large enough for {self._corners} codes and at most 16"
+        least = bits_for(self._corners)
+        what = f"large enough for {self._corners} codes and at most 16; {least} are enough"
         _holds("bits", self.channels, enough, what)
 
     @property

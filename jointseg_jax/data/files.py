@@ -74,6 +74,26 @@ def read(path: Path) -> bytes:
         ) from error
 
 
+def unreadable(path: str, *, file: bool = False) -> str:
+    """Why a folder (or file) cannot be read; empty where it can."""
+    if "://" in path:
+        return (
+            "is in a bucket, and data are read from folders of this machine. Mount it (gcsfuse), "
+            'or copy it: pip install gcsfs, then python -c "import gcsfs; '
+            f"gcsfs.GCSFileSystem().get('{path.partition('://')[2]}', 'DIR', recursive=True)\""
+        )
+    kind = "file" if file else "folder"
+    try:
+        os.stat(path)
+    except FileNotFoundError:
+        return f"there is no such {kind}"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    if Path(path).is_file() != file:
+        return f"is no {kind}"
+    return "" if os.access(path, os.R_OK) else "cannot be read (permissions)"
+
+
 def missing(path: Path, what: str = "file") -> BadSample:
     """Returns the complaint that ``path`` is not there."""
     return BadSample(

@@ -159,16 +159,23 @@ def silent(iterable: Iterable[Any], *, total: int, desc: str) -> Iterable[Any]:
 
 
 def scan(
-    source: Source, *, threads: int = 4, limit: int | None = None, progress: Progress = silent
+    source: Source,
+    *,
+    threads: int = 4,
+    limit: int | None = None,
+    spread: bool = False,
+    progress: Progress = silent,
 ) -> Report:
     """Reads every record and reports.
 
     Args:
       limit: looks at so many records only, from the first on.
+      spread: takes these evenly from the whole source instead.
       progress: wraps the findings as they come, like ``tqdm``.
     """
     count = len(source) if limit is None else min(limit, len(source))
-    found = in_order(lambda index: examine(source, index), range(count), threads)
+    wanted = [i * len(source) // count for i in range(count)] if spread else range(count)
+    found = in_order(lambda index: examine(source, index), wanted, threads)
     findings = list(progress(found, total=count, desc=f"reading {source.name}"))
     apart = source.problems if isinstance(source, Listed) else ()
     return summarise(source, findings, apart)

@@ -8,6 +8,7 @@ only when the two agree outside the keys the caller allows to change (number of 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -79,3 +80,20 @@ def require_same(
         lines = "\n".join(f"  {difference}" for difference in found)
         fields = "1 field" if len(found) == 1 else f"{len(found)} fields"
         raise UserError(f"{where} was made with other settings, {fields}:\n{lines}\n{remedy}")
+
+
+def classes_apart(there: Sequence[str], here: Sequence[str]) -> str:
+    """How two lists of class names differ, and where first, in words; empty where they do not."""
+    numbered = list(enumerate(itertools.zip_longest(there, here)))
+    first = [
+        f"class {i} is {_name(a)} there and {_name(b)} here" for i, (a, b) in numbered if a != b
+    ]
+    if not first:
+        return ""
+    if len(there) != len(here):
+        return f"{len(there)} classes, the data has {len(here)}: {first[0]}"
+    return f"other classes: {first[0]}"
+
+
+def _name(name: str | None) -> str:
+    return "absent" if name is None else repr(name)

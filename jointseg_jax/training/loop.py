@@ -24,26 +24,19 @@ from jointseg_jax import compose, pictures, profiling, sharding
 from jointseg_jax.data import files
 from jointseg_jax.data.pipeline import batches
 from jointseg_jax.training import frozen as frozen_codecs
+from jointseg_jax.training import resume
 from jointseg_jax.training import start as starting
 from jointseg_jax.training import state as states
 from jointseg_jax.training.checkpoints import Checkpoints
-from jointseg_jax.training.differences import require_same
 from jointseg_jax.training.digest import state_digest
 from jointseg_jax.training.faults import Faults
+from jointseg_jax.training.goodput import Goodput
 from jointseg_jax.training.lock import WorkdirLock
 from jointseg_jax.training.preemption import Preemption
 from jointseg_jax.training.preview import previewer
 from jointseg_jax.training.program import check_batch, make_program
 from jointseg_jax.training.telemetry import Telemetry
 from jointseg_jax.training.writers import run_writers
-from jointseg_jax.types import UserError
-
-MAY_CHANGE = (
-    r"^(log|preview|checkpoint|evaluate|profile|finish|nan)/",
-    r"^(mesh|sharding)(/|$)",
-    r"^data/(workers|threads|prefetch|bad|bad_limit)$",
-)
-"""Config paths that a resumed run may change; everything else would change its result."""
 
 PREEMPTED = 75
 """Exit status after a save on request: run the same command again."""
@@ -75,8 +68,9 @@ class _Run:
         preemption: Preemption,
         allow: Sequence[str],
     ):
-        self.allow = (*MAY_CHANGE, *allow)
+        self.allow = allow
         self.config, self.workdir, self.preemption = config, workdir, preemption
+        self.goodput = Goodput(workdir, writes=jax.process_index() == 0)
         self.mesh = sharding.make_mesh(config["mesh"])
         check_batch(config, self.mesh)
         self.faults = Faults(**config.get("nan", {}))
@@ -85,6 +79,7 @@ class _Run:
         self.transforms = compose.transforms(config)
         self.tokenizer = compose.tokenizer(config, self.facts.vocabulary)
         if frozen_codecs.trained_codecs(config):
+            frozen_codecs.adopt(workdir, config)
             with self._batches(0) as host:
                 frozen_codecs.gather(workdir, config, self.facts, host)
         specs, self.frozen = frozen_codecs.load(workdir, config)
@@ -100,13 +95,7 @@ class _Run:
     def _facts(self) -> compose.Facts:
         known, path = compose.facts(self.source), self.workdir / "facts.json"
         if path.exists():
-            saved = compose.Facts.load(path)
-            if saved.classes.names != known.classes.names or saved.vocabulary != known.vocabulary:
-                raise UserError(
-                    f"{path}: this workdir was trained on other classes or words than "
-                    f"config.data.train gives now ({len(saved.classes)} and {len(known.classes)} "
-                    "classes). Use the same data, or another --workdir."
-                )
+            resume.require_facts(known, path)
         else:
             self._keep("facts.json", known.dump())
         return known
@@ -148,17 +137,10 @@ class _Run:
         return restored
 
     def _accept(self, meta: Mapping[str, Any]) -> None:
-        where = f"the checkpoint of step {meta['step']} in {self.workdir}"
-        remedy = (
-            "Put these settings back, choose another --workdir, or --allow=FIELD to change one."
-        )
-        require_same(meta["config"], self._meta(), self.allow, where=where, remedy=remedy)
+        resume.require_settings(meta, self._meta(), self.allow, self.workdir)
 
     def _meta(self) -> dict[str, Any]:
-        settings = compose.plain(self.config)
-        if starting.is_fresh(settings.get("start", {})):
-            settings.pop("start", None)  # as in runs made before there was such a setting
-        return settings | {"source": compose.plain(self.source.fingerprint())}
+        return resume.settings(self.config, self.source)
 
     def _previewer(self) -> Callable[[int, states.TrainState], None]:
         draw = previewer(
@@ -166,6 +148,7 @@ class _Run:
         )
 
         def write(step: int, state: states.TrainState) -> None:
+            self.goodput.enter("evaluation")
             sheet = draw(state, self.frozen)  # every process draws its part
             if jax.process_index():
                 return
@@ -177,10 +160,13 @@ class _Run:
         return write
 
     def _compile(self, state: states.TrainState, batch: Any) -> Callable:
+        self.goodput.enter("compile")
         start = time.perf_counter()
         compiled = self.program.update.lower(state, self.frozen, batch).compile()
         self.flops = profiling.step_flops(self.system, compiled, self.config["batch"])
         log.info(profiling.summary(state.params, compiled, time.perf_counter() - start, self.flops))
+        if self.program.options:
+            log.info("compiler options: %s", dict(self.program.options))
         return compiled
 
     # --------------------------------------------------------------------- loop
@@ -209,6 +195,7 @@ class _Run:
         try:
             while step < steps:
                 start = time.perf_counter()
+                self.goodput.enter("data")
                 rows = next(host)
                 indices, batch = rows["index"], sharding.global_batch(rows, self.mesh)
                 if compiled is None:
@@ -216,6 +203,7 @@ class _Run:
                     start = time.perf_counter()
                     telemetry = self._telemetry()
                 telemetry.waited(time.perf_counter() - start)
+                self.goodput.enter("step")
                 with self._profiled(step):
                     state, metrics = compiled(state, self.frozen, batch)
                 telemetry.add(step, metrics, indices)
@@ -253,11 +241,14 @@ class _Run:
         if self.writers is not None:
             self.writers.close()
         self.writers = run_writers(self.workdir, total=self.config["steps"], step=step)
+        self.goodput.begin(step)
 
     def _save(self, step: int, state: states.TrainState, *, wait: bool) -> None:
+        self.goodput.enter("save")
         self.checkpoints.save(step, state, {"config": self._meta()})
         if wait:
             self.checkpoints.wait()
+        self.goodput.reached(step)
 
     def _log(
         self, step: int, state: states.TrainState, telemetry: Telemetry, host: Any, *, leave: int
@@ -271,6 +262,7 @@ class _Run:
             with (self.workdir / f"data_report{own}.jsonl").open("a") as file:
                 file.write(json.dumps(report) + "\n")
         self.writers.write(step, scalars)
+        self.goodput.reached(step)
         return self._not_finite(state, bad) if bad else state
 
     def _not_finite(self, state: states.TrainState, bad: list) -> states.TrainState:

@@ -50,7 +50,7 @@ MAP_STREAM = {
 the same shapes. It has no context, time or norm; its way in, positions and head are those of
 another kind of data and cannot be copied."""
 
-SHOWN = 4
+SHOWN = 5
 """How many leaves an error names."""
 
 Leaves = dict[str, Any]

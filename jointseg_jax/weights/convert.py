@@ -27,7 +27,7 @@ from jointseg_jax.types import UserError
 
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 PICKLE_STARTS = (b"PK\x03\x04", b"\x80")  # zip (torch.save), and pickle protocol 2 or later
-SHOWN = 4
+SHOWN = 5
 """How many tensors of each kind an error names."""
 
 Weights = Mapping[str, np.ndarray]
@@ -116,20 +116,36 @@ def read_safetensors(path: str | Path) -> dict[str, np.ndarray]:
     from safetensors.numpy import load_file
 
     path = Path(path)
+    require_safetensors(path)
+    try:
+        tensors = load_file(path)
+    except safetensors.SafetensorError as error:
+        raise UserError(f"weights: {path} is not a whole safetensors file: {error}.") from error
+    except AttributeError as error:  # what safetensors makes of a dtype that numpy lacks
+        raise UserError(
+            f"weights: {path} holds tensors of a dtype that is not read here ({error}); float64, "
+            "float32, float16, bfloat16 and integers are. Convert them and give that file."
+        ) from error
+    return {k: a if a.dtype.kind in "iub" else a.astype(np.float32) for k, a in tensors.items()}
+
+
+def require_safetensors(path: str | Path) -> None:
+    """Refuses what is no safetensors file by its name or its first bytes; nothing is unpickled.
+
+    Raises:
+      UserError: no such file, or a pickle.
+    """
+    path = Path(path)
     if not path.is_file():
         raise UserError(f"weights: there is no file {path}.")
     with path.open("rb") as file:
         start = file.read(4)
     if path.suffix in PICKLE_SUFFIXES or start.startswith(PICKLE_STARTS):
         raise UserError(
-            f"weights: {path} is a pickle (torch.save) file, which can run code when it is read; "
-            "it is refused. Save its tensors as .safetensors where you trust it, and give that."
+            f"weights: {path} is a pickle (torch.save) file and is refused: pickle can run code "
+            "when it is read. Convert it where you trust it, with torch.load(FILE, "
+            "weights_only=True) and safetensors.torch.save_file, and give the .safetensors file."
         )
-    try:
-        tensors = load_file(path)
-    except safetensors.SafetensorError as error:
-        raise UserError(f"weights: {path} is not a whole safetensors file: {error}.") from error
-    return {k: a if a.dtype.kind in "iub" else a.astype(np.float32) for k, a in tensors.items()}
 
 
 def stack_blocks(params: Mapping[str, Any]) -> dict[str, Any]:

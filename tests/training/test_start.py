@@ -35,14 +35,6 @@ MOVE = presets.FROM_IMAGES["move"]
 SIZE = (16, 16)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compiles():
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 def config(stage, **denoiser):
     """A run of one stage, as small as can be."""
     found = presets.shrunk(presets.bit_pairs("scenes"))

@@ -83,7 +83,7 @@ def test_idle_tensors_and_wrapper_prefixes_are_dropped():
         ),
         (
             lambda w: w.update({f"x{i}": np.zeros(1) for i in range(6)}),
-            "6 left over (x0 (1,); x1 (1,); x2 (1,); x3 (1,); ...)",
+            "6 left over (x0 (1,); x1 (1,); x2 (1,); x3 (1,); x4 (1,); ...)",
         ),
         (lambda w: w.clear(), "2 missing (fc.weight (4, 3); pos (3, 5))"),
     ],

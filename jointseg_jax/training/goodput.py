@@ -1,0 +1,199 @@
+"""Where the time of a run went, over all its restarts.
+
+1. At any moment one phase is on; its seconds are those of the host's clock. Nothing is asked of the
+   devices: a phase that waits for them is given their time. So a save or a preview also counts what
+   was left of the steps in flight (after a log point, one step).
+2. ``goodput.jsonl`` takes one record at the beginning (and after a return to a checkpoint), at each
+   log point and after each save: the step, and the seconds of this launch by phase.
+3. A launch that begins at an earlier step than the last one had reached has thrown the steps
+   between away: their seconds (without start-up and compilation, which stay what they are) are
+   ``lost``. What a killed launch did after its last record nobody knows: it is part of ``down``,
+   the time between launches, which stands apart.
+4. ``goodput = step / (start + compile + data + step + save + evaluation + lost)``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+PHASES = ("start", "compile", "data", "step", "save", "evaluation")
+KEPT = ("start", "compile")
+"""Phases that are not thrown away with the steps that followed them."""
+
+FILE = "goodput.jsonl"
+log = logging.getLogger("jointseg_jax")
+
+Seconds = dict[str, float]
+
+
+class Goodput:
+    """The clock of one launch.
+
+    Args:
+      workdir: of the run.
+      writes: whether this process keeps the file (the first one does).
+    """
+
+    def __init__(self, workdir: Path, *, writes: bool = True):
+        self._path, self._writes = workdir / FILE, writes
+        earlier = [r.get("launch", 0) for r in records(self._path)] if writes else []
+        self._launch = max(earlier, default=0) + 1
+        self._seconds: Seconds = dict.fromkeys(PHASES, 0.0)
+        self._phase, self._since = "start", time.perf_counter()
+
+    def enter(self, phase: str) -> None:
+        """Ends the phase that is on and begins another."""
+        now = time.perf_counter()
+        self._seconds[self._phase] += now - self._since
+        self._phase, self._since = phase, now
+
+    def begin(self, step: int) -> None:
+        """Notes the step that training goes on from, at the start or after going back."""
+        self._write({"begin": step})
+
+    def reached(self, step: int) -> None:
+        """Notes how far training has come."""
+        self._write({"step": step})
+
+    def _write(self, what: Mapping[str, int]) -> None:
+        self.enter(self._phase)
+        if not self._writes:
+            return
+        seconds = {k: round(v, 4) for k, v in self._seconds.items()}
+        record = {**what, "launch": self._launch, "time": time.time(), "seconds": seconds}
+        append(self._path, record)
+
+
+@contextlib.contextmanager
+def evaluation(workdir: Path, *, writes: bool = True) -> Iterator[None]:
+    """Counts what is done inside as evaluation, after the last step of a run."""
+    clock = Goodput(workdir, writes=writes)
+    clock.enter("evaluation")
+    yield
+    clock.reached(summary(workdir).step if writes else 0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Summary:
+    """What became of the time, in seconds; see the module docstring."""
+
+    step: int
+    launches: int
+    seconds: Seconds
+    lost: float
+    lost_steps: int
+    down: float
+
+    @property
+    def total(self) -> float:
+        """All but ``down``."""
+        return sum(self.seconds.values()) + self.lost
+
+    @property
+    def goodput(self) -> float:
+        """The part of the total that went into steps that count."""
+        return self.seconds["step"] / self.total if self.total else 0.0
+
+    def values(self) -> dict[str, Any]:
+        """The summary as plain values."""
+        parts = {f"{phase}_s": self.seconds[phase] for phase in PHASES}
+        parts |= {"lost_s": self.lost, "down_s": self.down, "total_s": self.total}
+        counts = {"step": self.step, "launches": self.launches, "lost_steps": self.lost_steps}
+        rounded = {name: round(seconds, 3) for name, seconds in parts.items()}
+        return {"goodput": round(self.goodput, 4), **rounded, **counts}
+
+    def line(self) -> str:
+        """The summary as one readable line."""
+        names = {"step": "steps", "data": "data wait"}
+        order = ("step", "data", "compile", "save", "evaluation", "start")
+        parts = [f"{names.get(p, p)} {clock(self.seconds[p])}" for p in order]
+        steps = f" ({self.lost_steps} steps)" if self.lost_steps else ""
+        parts.append(f"lost to restarts {clock(self.lost)}{steps}")
+        if self.launches > 1:
+            parts.append(f"not counted: {clock(self.down)} between launches")
+        times = "1 launch" if self.launches == 1 else f"{self.launches} launches"
+        head = f"goodput {100 * self.goodput:.1f} % of {clock(self.total)} in {times}"
+        return f"{head}: {', '.join(parts)}"
+
+
+def summary(workdir: Path) -> Summary:
+    """What the records of a workdir add up to."""
+    lost, lost_steps, down = dict.fromkeys(PHASES, 0.0), 0, 0.0
+    live: list[tuple[int, Seconds]] = []  # of what still counts: (step, all that counts till then)
+    before = dict.fromkeys(PHASES, 0.0)  # all seconds of earlier launches
+    now, launch, launches, last = before, None, 0, 0.0
+    for record in records(workdir / FILE):
+        if record["launch"] != launch:
+            launches += "begin" in record  # an evaluation is part of the launch before it
+            began = record["time"] - sum(record["seconds"].values())
+            down += max(began - last, 0.0) if launch is not None else 0.0
+            before, launch = now, record["launch"]
+        now, last = {p: before[p] + record["seconds"][p] for p in PHASES}, record["time"]
+        if "begin" in record and live:
+            step = record["begin"]
+            reached, until = live[-1]
+            live = [(s, t) for s, t in live if s <= step]
+            since = live[-1][1] if live else dict.fromkeys(PHASES, 0.0)
+            lost_steps += max(reached - step, 0)
+            for phase in set(PHASES) - set(KEPT):
+                lost[phase] += until[phase] - since[phase] if reached > step else 0.0
+        counts = {p: now[p] - lost[p] for p in PHASES}
+        live.append((record.get("step", record.get("begin", 0)), counts))
+    return Summary(
+        step=live[-1][0] if live else 0,
+        launches=launches,
+        seconds={p: now[p] - lost[p] for p in PHASES},
+        lost=sum(lost.values()),
+        lost_steps=lost_steps,
+        down=down,
+    )
+
+
+def tell(workdir: Path, *, since: float = 0.0) -> None:
+    """Logs the summary and adds it to the file, if anything was recorded since (Unix time)."""
+    if any(record["time"] >= since for record in records(workdir / FILE)):
+        found = summary(workdir)
+        log.info("%s", found.line())
+        append(workdir / FILE, {"summary": found.values(), "time": time.time()})
+
+
+def records(path: Path) -> list[dict[str, Any]]:
+    """The records of a file, without summaries, torn lines and whatever else is no record."""
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    return [record for record in map(_parsed, lines) if record is not None]
+
+
+def append(path: Path, record: Mapping[str, Any]) -> None:
+    """Adds one line in one piece; a torn one before it is left to itself."""
+    line = (json.dumps(record) + "\n").encode()
+    # a full disk ends a run where it loses something that matters: at the next checkpoint
+    with contextlib.suppress(OSError), path.open("ab+", buffering=0) as file:
+        if file.tell():
+            file.seek(-1, 2)
+            line = line if file.read(1) == b"\n" else b"\n" + line
+        file.write(line)
+
+
+def clock(seconds: float) -> str:
+    """``3.2 s``, ``4:05 min`` or ``12:04:05 h``."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d} h" if hours else f"{minutes}:{rest:02d} min"
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+        numbers = [record["launch"], record["time"], *(record["seconds"][p] for p in PHASES)]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return record if all(isinstance(n, int | float) for n in numbers) else None
