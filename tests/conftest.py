@@ -1,4 +1,8 @@
-"""JAX made strict: 8 host devices, no rank promotion, no key reuse, shapes checked."""
+"""JAX made strict: 8 host devices, no rank promotion, no key reuse, shapes checked.
+
+Programs here are compiled once and run for milliseconds, so they are compiled with little
+optimization; launchers in tests/cli run as users run them.
+"""
 
 import os
 
@@ -16,6 +20,7 @@ import jax
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_key_reuse", True)
+jax.config.update("jax_disable_most_optimizations", True)
 
 
 def pytest_addoption(parser):

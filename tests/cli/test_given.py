@@ -11,7 +11,11 @@ from PIL import Image
 def bridge(launch, tmp_path_factory):
     """A workdir of the bridge's smoke run."""
     workdir = tmp_path_factory.mktemp("bridge")
-    config = ("--config=configs/semflow.py:smoke", "--config.finish.num=0")
+    config = (
+        "--config=configs/semflow.py:smoke",
+        "--config.finish.num=0",
+        "--config.preview.every=0",
+    )
     launch("train", *config, f"--workdir={workdir}")
     return workdir
 

@@ -7,11 +7,8 @@ import time
 
 import pytest
 
-QUICK = (
-    "--config=configs/quickstart.py:smoke",
-    "--config.finish.num=0",
-    "--config.preview.every=0",
-)
+NO_PREVIEW = "--config.preview.every=0"
+QUICK = ("--config=configs/quickstart.py:smoke", "--config.finish.num=0", NO_PREVIEW)
 
 
 def test_quickstart_ends_with_a_grid_and_one_json_object(launch, tmp_path):
@@ -23,18 +20,18 @@ def test_quickstart_ends_with_a_grid_and_one_json_object(launch, tmp_path):
 
 
 def test_pdm_trains(launch, tmp_path):
-    done = launch("train", "--config=configs/pdm.py:smoke", f"--workdir={tmp_path}")
+    done = launch("train", "--config=configs/pdm.py:smoke", f"--workdir={tmp_path}", NO_PREVIEW)
     assert done.json["step"] == 4
 
 
 def test_jodiffusion_trains_on_its_codec(launch, tmp_path):
     codec, joint = tmp_path / "codec", tmp_path / "joint"
-    launch("train", "--config=configs/jodiffusion_codec.py:smoke", f"--workdir={codec}")
-    where = f"--config.system.streams.mask.codec.workdir={codec}"
-    done = launch("train", "--config=configs/jodiffusion.py:smoke", f"--workdir={joint}", where)
-    assert done.json["step"] == 4
+    quick = ("--config.steps=2", NO_PREVIEW)
+    launch("train", "--config=configs/jodiffusion_codec.py:smoke", f"--workdir={codec}", *quick)
+    where = (f"--config.system.streams.mask.codec.workdir={codec}", "--config.finish.num=0")
+    launch("train", "--config=configs/jodiffusion.py:smoke", f"--workdir={joint}", *where, *quick)
     codec.rename(tmp_path / "elsewhere")  # the joint workdir stands alone
-    assert launch("evaluate", f"--workdir={joint}", "--num=16").json["step"] == 4
+    assert launch("evaluate", f"--workdir={joint}", "--num=16").json["step"] == 2
     report = launch("evaluate", f"--workdir={tmp_path / 'elsewhere'}").json
     assert 0 <= report["reconstruction_miou"] <= 1
 

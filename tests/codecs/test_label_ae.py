@@ -246,17 +246,17 @@ def row_errors(codec, params, labels, latents):
 
 
 def test_refinement_brings_every_row_nearer_to_its_labels():
-    plain, refined = small(), small(refine=12)
+    plain, refined = small(), small(refine=5)
     params, labels = started(plain), maps(3)
     before = row_errors(plain, params, labels, encode(plain, params, labels))
     after = row_errors(plain, params, labels, encode(refined, params, labels))
     assert (after < before).all()
-    more = row_errors(plain, params, labels, encode(small(refine=60), params, labels))
+    more = row_errors(plain, params, labels, encode(small(refine=15), params, labels))
     assert more.mean() < after.mean()
 
 
 def test_refinement_treats_every_row_alone():
-    codec, labels = small(refine=5), maps(3).at[0, :2].set(VOID)
+    codec, labels = small(refine=3), maps(3).at[0, :2].set(VOID)
     params = started(codec)
     whole = encode(codec, params, labels)
     for row in range(3):
