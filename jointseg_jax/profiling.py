@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from jointseg_jax.models import two_stream, uvit
+from jointseg_jax.models import trunk, two_stream, uvit
 
 log = logging.getLogger("jointseg_jax")
 
@@ -19,6 +19,27 @@ FORWARD_FLOPS = {
     two_stream.TwoStream: two_stream.forward_flops,
 }
 """Networks whose cost is known from their sizes; of one sample's forward pass."""
+
+
+LENGTHS = {uvit.UViT: uvit.lengths, two_stream.TwoStream: two_stream.lengths}
+"""Their numbers of tokens that attend to each other, at native sizes."""
+
+
+def lengths(system: Any) -> tuple[int, ...]:
+    """Numbers of tokens that attend to each other in the system's network; () if unknown."""
+    denoiser = getattr(system, "denoiser", None)
+    count = LENGTHS.get(type(denoiser))
+    return count(denoiser) if count else ()
+
+
+def attention_share(system: Any) -> float:
+    """Part of ``forward_flops`` that are scores and weighted sums of attention."""
+    total = forward_flops(system)
+    if not total:
+        return 0.0
+    denoiser = system.denoiser
+    products = trunk.Trunk.of(denoiser).attention_products
+    return 2 * sum(products(denoiser.width, n) for n in lengths(system)) / total
 
 
 def forward_flops(system: Any) -> int | None:

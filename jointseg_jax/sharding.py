@@ -37,7 +37,12 @@ SMALL = 2**16
 PRESETS: Mapping[str, rules.Rules] = {
     "replicate": ((r"", "replicate"),),
     "zero1": ((r"^(opt|ema)/", "zero"), (r"", "replicate")),
-    "fsdp": ((r"^(params|opt|ema)/", "fsdp"), (r"", "replicate")),
+    # positions are added to activations, which would take their layout over
+    "fsdp": (
+        (r"/position$", "replicate"),
+        (r"^(params|opt|ema)/", "fsdp"),
+        (r"", "replicate"),
+    ),
 }
 """Sharding rules by name; a config may also give its own list."""
 
@@ -88,10 +93,8 @@ def make_mesh(shape: Sequence[int], devices: Sequence[jax.Device] | None = None)
       UserError: the product of the shape is not the number of devices.
     """
     devices = list(jax.devices() if devices is None else devices)
-    shape = tuple(shape)
+    shape = mesh_sizes(shape)
     fixed = math.prod(n for n in shape if n != -1)
-    if len(shape) != len(AXES) or shape.count(-1) > 1 or any(n < 1 and n != -1 for n in shape):
-        raise UserError(f"config.mesh = {shape}: give three sizes {AXES}; one of them may be -1.")
     if -1 in shape and len(devices) % fixed == 0:
         shape = tuple(len(devices) // fixed if n == -1 else n for n in shape)
     if math.prod(n if n > 0 else 1 for n in shape) != len(devices):
@@ -100,6 +103,19 @@ def make_mesh(shape: Sequence[int], devices: Sequence[jax.Device] | None = None)
             f"{len(devices)}; for example ({len(devices)}, 1, 1) or (-1, 1, 1)."
         )
     return Mesh(np.array(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def mesh_sizes(shape: Sequence[Any]) -> tuple[int, ...]:
+    """The sizes of a mesh as they are written, -1 still in its place.
+
+    Raises:
+      UserError: they are not three sizes of which one may be -1.
+    """
+    shape = tuple(shape)
+    whole = all(isinstance(n, int) and (n >= 1 or n == -1) for n in shape)
+    if not whole or len(shape) != len(AXES) or shape.count(-1) > 1:
+        raise UserError(f"config.mesh = {shape}: give three sizes {AXES}; one of them may be -1.")
+    return shape
 
 
 def own_mesh() -> Mesh:
@@ -132,15 +148,24 @@ def data_parallel(mesh: Mesh) -> int:
     return math.prod(mesh.shape[a] for a in LOGICAL_AXES["batch"])
 
 
+def preset_rules(preset: str | rules.Rules) -> rules.Rules:
+    """The rules that a preset's name stands for; rules stand for themselves.
+
+    Raises:
+      UserError: an unknown name.
+    """
+    if isinstance(preset, str) and preset not in PRESETS:
+        raise UserError(f"config.sharding = {preset!r} is unknown; one of: {', '.join(PRESETS)}.")
+    return PRESETS[preset] if isinstance(preset, str) else preset
+
+
 def state_shardings(shapes: Any, preset: str | rules.Rules, mesh: Mesh) -> Any:
     """A ``NamedSharding`` per leaf of ``shapes`` (arrays or ``ShapeDtypeStruct``).
 
     Raises:
       UserError: an unknown preset or tactic, or rules that do not cover the leaves.
     """
-    if isinstance(preset, str) and preset not in PRESETS:
-        raise UserError(f"config.sharding = {preset!r} is unknown; one of: {', '.join(PRESETS)}.")
-    chosen = PRESETS[preset] if isinstance(preset, str) else preset
+    chosen = preset_rules(preset)
     leaves, structure = jax.tree.flatten(shapes)
     # tactics may be tuples, and so may the state's own nodes (optax): only its structure can tell
     matched = rules.match(shapes, chosen, where="sharding", dead="allow")

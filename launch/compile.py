@@ -8,6 +8,8 @@
       --config.mesh="(8,8,1)" --config.sharding=fsdp --remat full --scan
   python launch/compile.py --config configs/pdm.py:data=coco_panoptic --topology v5e:1x1 \\
       --what sample --batch_per_chip 16
+  python launch/compile.py --config configs/jodiffusion.py:data=voc \\
+      --codec configs/jodiffusion_codec.py:data=voc --topology v5e:16x16 --sweep --scan
 
 Needs libtpu (pip install 'jointseg_jax[tpu]'), a CPU and 2 to 10 GB of memory; the time depends on
 the program, not on the number of chips: seconds to minutes. Neither data nor checkpoints have to be
@@ -21,10 +23,19 @@ How to read the page:
                  parameters too. Samplers need none.
   matmul FLOPs   of the optimized program. More than analytic: recomputation (remat full: 4/3),
                  padding, codecs that run inside the program.
+                 With attention by a kernel (not in the text) both are without attention.
   estimate       the compiler's cycles / clock. For comparing programs, never a measured time.
                  Leaves out Pallas kernels (listed), so with such attention it is the time of
                  everything else; and waiting for other chips.
+  kernels, step  a rule of thumb for those kernels, and the sum of all with nothing hidden: what
+                 --sweep compares programs by.
+  N x N buffers  arrays as long as the tokens on two axes, which fast attention does not have.
   roofline       analytic FLOPs at the chip's peak.
+
+--sweep compiles the update with every combination of --sweep_attention, --sweep_sharding,
+--sweep_remat and --sweep_rows (rows per chip go up until they do not fit in 85 % of HBM), prints a
+row for each, and the config lines of the one with the least estimated time per image. Compiling
+with few layers first, --config.system.denoiser.depth=4, is quicker and mostly ranks the same.
 
 The last line of output is one JSON object: fits, estimate_ms, roofline_ms, hbm_gb, collective_gb,
 compile_s and all else on the page. Exit status: 0 it fits, 1 it does not, 2 a mistake in the flags.
@@ -33,6 +44,7 @@ compile_s and all else on the page. Exit status: 0 it fits, 1 it does not, 2 a m
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
@@ -69,9 +81,21 @@ REMAT = flags.DEFINE_enum(
 SCAN = flags.DEFINE_bool("scan", None, "Sets system.denoiser.scan.")
 ATTENTION = flags.DEFINE_string("attention", None, "Sets system.denoiser.attention.")
 OPTIONS = flags.DEFINE_list(
-    "compiler_options", [], "XLA's, as xla_tpu_scoped_vmem_limit_kib=65536; none by default."
+    "compiler_options",
+    [],
+    "XLA's, as xla_tpu_scoped_vmem_limit_kib=16384, over those of the generation "
+    "(jointseg_jax/accelerators.py), which a run on such chips has too.",
 )
 HLO = flags.DEFINE_string("hlo", None, "File to write the optimized program's text to.")
+SWEEP = flags.DEFINE_bool("sweep", False, "Tries settings and picks the best; see above.")
+SWEEP_ATTENTION = flags.DEFINE_list("sweep_attention", ["auto"], "Of --sweep: auto, xla, splash.")
+SWEEP_SHARDING = flags.DEFINE_list(
+    "sweep_sharding", ["zero1", "fsdp"], "Of --sweep: replicate, zero1, fsdp."
+)
+SWEEP_REMAT = flags.DEFINE_list(
+    "sweep_remat", ["none", "dots", "full"], "Of --sweep: none, dots, attn_out, full."
+)
+SWEEP_ROWS = flags.DEFINE_list("sweep_rows", ["2", "4", "8", "16"], "Of --sweep: rows per chip.")
 flags.mark_flags_as_required(["config", "topology"])
 
 
@@ -82,13 +106,16 @@ def main() -> int:
     jax.config.update("jax_platforms", "cpu")  # what the program is lowered on; nothing runs
     from jointseg_jax.aot import chips, page, programs, report, standin
 
-    chip, options = chips.chip_of(TOPOLOGY.value), _options(OPTIONS.value)
+    chip = chips.chip_of(TOPOLOGY.value)
+    options = chips.options_of(TOPOLOGY.value) | _options(OPTIONS.value)
     devices = chips.devices_of(TOPOLOGY.value)
     config = standin.with_denoiser(
         CONFIG.value.to_dict(), remat=REMAT.value, scan=SCAN.value, attention=ATTENTION.value
     )
     codec = CODEC.value.to_dict() if CODEC.value is not None else None
     absent = programs.Absent(classes=CLASSES.value, codec=codec)
+    if SWEEP.value:
+        return _sweep(config, devices, absent, options)
     if WHAT.value == "train":
         if STEPS.value or GIVEN.value:
             raise UserError("ERROR [flags] --steps and --given are for --what=sample.")
@@ -110,6 +137,41 @@ def main() -> int:
     names = {"config": source, "what": WHAT.value, "topology": TOPOLOGY.value}
     cli.last_line(names | made.values())
     return 0 if made.memory is not None else 1
+
+
+def _sweep(config: dict[str, Any], devices: list[Any], absent: Any, options: dict[str, str]) -> int:
+    """Prints the table of a sweep; 1 if nothing fits."""
+    from jointseg_jax.aot import chips, sweep
+
+    fixed = {"what=sample": WHAT.value == "sample", "batch_per_chip": PER_CHIP.value}
+    fixed |= {"remat": REMAT.value, "attention": ATTENTION.value, "hlo": HLO.value}
+    if given := [f"--{k}" for k, v in fixed.items() if v]:
+        raise UserError(f"ERROR [flags] {', '.join(given)}: --sweep tries these itself.")
+    if not all(rows.isdigit() and int(rows) for rows in SWEEP_ROWS.value):
+        raise UserError(f"ERROR [flags] --sweep_rows={','.join(SWEEP_ROWS.value)}: give numbers.")
+    grid = sweep.Grid(
+        attention=SWEEP_ATTENTION.value,
+        sharding=SWEEP_SHARDING.value,
+        remat=SWEEP_REMAT.value,
+        rows=[int(rows) for rows in SWEEP_ROWS.value],
+    )
+    source = flags.FLAGS["config"].config_filename
+    print(f"sweep of {source} on {TOPOLOGY.value}: up to {len(grid)} programs\n{sweep.COLUMNS}")
+    tried = []
+    chip = chips.chip_of(TOPOLOGY.value)
+    for trial in sweep.trials(config, devices, chip, grid, absent=absent, options=options):
+        print(sweep.line(trial), flush=True)
+        tried.append(trial)
+    best = sweep.best(tried)
+    if best is None:
+        print("\nNothing fits: more chips, fewer rows (--sweep_rows=1), or --sweep_sharding=fsdp.")
+    else:
+        print("\nLeast estimated time per image, and it fits:", sweep.line(best), sep="\n")
+        print(*sweep.lines_to_use(best), sep="\n")
+    names = {"config": source, "what": "sweep", "topology": TOPOLOGY.value}
+    found = {"best": sweep.values(best) if best else None, "tried": [*map(sweep.values, tried)]}
+    cli.last_line(names | found)
+    return 0 if best else 1
 
 
 def _options(given: list[str]) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """Programs compiled for chips that are not there: counting, stand-ins, reports, refusals."""
 
+import functools
 import importlib.util
 import math
 import re
@@ -10,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jointseg_jax import compose, sharding
-from jointseg_jax.aot import chips, costs, hlo, page, programs, report, standin
+from jointseg_jax import compose, rules, sharding
+from jointseg_jax.aot import chips, costs, hlo, ideal, page, programs, report, standin, sweep
 from jointseg_jax.aot.programs import Absent
 from jointseg_jax.data.pipeline import batches
+from jointseg_jax.training import program
 from jointseg_jax.types import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -212,6 +214,30 @@ def test_products_of_a_real_program_with_loops():
     assert not module.unknown_loops
 
 
+SQUARES = """HloModule m
+
+%inside (s: f32[2,300,512]) -> bf16[2,300] {
+  %s = f32[2,300,512]{2,1,0} parameter(0)
+  %e = f32[2,300,304]{2,1,0} exponential(%s)
+  ROOT %r = bf16[2,300]{1,0} reduce(%e), dimensions={2}
+}
+
+ENTRY %main (x: f32[2,300,512]) -> bf16[2,300] {
+  %x = f32[2,300,512]{2,1,0} parameter(0)
+  MADE
+  ROOT %f = bf16[2,300]{1,0} fusion(%x), kind=kLoop, calls=%inside
+}
+"""
+
+
+def test_scores_in_memory_are_seen_and_those_inside_a_kernel_are_none():
+    made = '%m = (f32[2,300,384]{2,1,0}, s32[]) custom-call(%x), custom_call_target="c"'
+    module = hlo.Module(SQUARES.replace("MADE", made))
+    assert costs.costs(module, [300]).squares == ("f32[2,300,384]",)  # 384: with its padding
+    assert costs.costs(module, [100, 200]).squares == ()  # short: their scores are small
+    assert costs.costs(hlo.Module(SQUARES.replace("MADE", "")), [300]).squares == ()
+
+
 # ------------------------------------------------------------------- standing in for data
 
 
@@ -317,8 +343,10 @@ def test_the_update_of_training_on_other_devices():
     gradients = 4 * parameters(given)
     moved = sum(t.bytes for t in found.costs.collectives.values())
     check_gradients(gradients, moved)
+    assert lowered.ideal == gradients
+    assert values["collective_ratio"] == pytest.approx(moved / gradients, rel=1e-4)  # rounded
     check_products(found, lowered)
-    assert found.estimate_ms is None  # CPUs' programs hold no cycles
+    assert found.estimate_ms is None and found.step_ms is None  # CPUs' programs hold no cycles
     assert values["roofline_ms"] == pytest.approx(lowered.flops / 8 / 197e9, rel=1e-4)  # rounded
 
 
@@ -326,7 +354,7 @@ def test_the_sampler_needs_no_collective():
     lowered = programs.lower_sampling(small(), jax.devices(), absent=Absent(), per_chip=2, steps=4)
     found = on_hosts(lowered)
     assert lowered.batch == 16
-    assert found.costs.collectives == {}
+    assert found.costs.collectives == {} and found.collective_ratio is None
     check_products(found, lowered)
 
 
@@ -334,6 +362,27 @@ def test_a_frozen_codec_is_part_of_the_program():
     given, codec = config("jodiffusion", "smoke"), config("jodiffusion_codec", "smoke")
     lowered = programs.lower_training(given, jax.devices(), absent=Absent(codec=codec))
     assert lowered.batch == 8 and "12 classes" in lowered.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("preset", "mesh", "per_number"),
+    [
+        ("replicate", (8, 1, 1), 4),
+        ("fsdp", (1, 8, 1), 12),  # two gathers, one reduce-scatter
+        ("fsdp", (2, 4, 1), 13),  # and a quarter over the other axis
+        ("zero1", (8, 1, 1), 8),  # reduce-scatter, and the new parameter
+    ],
+)
+def test_ideal_collectives_by_the_places_of_parameters(preset, mesh, per_number):
+    given = standin.with_denoiser(small(), width=512, heads=2)
+    given |= {"sharding": preset, "mesh": mesh}
+    system = compose.system(given, standin.facts(given))
+    made = program.make_program(system, given, sharding.make_mesh(mesh))
+    leaves = rules.by_path(made.state.params)
+    large = sum(leaf.size for leaf in leaves.values() if leaf.size >= sharding.SMALL)
+    small_ones = sum(leaf.size for leaf in leaves.values()) - large
+    assert large > 10 * small_ones > 0
+    assert ideal.ideal_bytes(made, "float32") == per_number * large + 4 * small_ones
 
 
 def test_mistakes_are_refused():
@@ -439,6 +488,88 @@ def test_another_refusal_of_the_compiler_is_the_users_mistake():
     )
     with pytest.raises(UserError, match=r"\[compiler\].*No such compile option"):
         report.compiled(program, chips.CHIPS["v5e"])
+
+
+# --------------------------------------------------------------------------------- sweep
+
+
+def stand_in(lowered, chip, options):
+    """A compiler for which more rows need more memory, and remat makes slower and smaller."""
+    rows = lowered.batch / 8
+    full = lowered.passes > 1.6
+    made = report.Report(
+        lowered=lowered,
+        chip=chip,
+        seconds=1.0,
+        memory=report.Memory(
+            arguments=1.0,
+            outputs=1.0,
+            shared=1.0,
+            temporaries=rows,
+            code=0.0,
+            peak=rows * (3.0 if full else 6.0),
+        ),
+        costs=costs.Costs(
+            flops=1,
+            collectives={},
+            cycles={"forward": int(1.5e6 * (1 + rows) * (1.3 if full else 1.0))},
+            kernels={},
+        ),
+    )
+    return made, ""
+
+
+@pytest.fixture
+def unlowered(monkeypatch):
+    """No program, only what is known of it before it is lowered."""
+
+    def lower(given, devices, absent):
+        mesh = sharding.make_mesh(given["mesh"], devices).devices.shape
+        passes = 5.5 / 3 if given["system"]["denoiser"]["remat"] == "full" else 1.5
+        return programs.Lowered(
+            program=None, mesh=mesh, batch=given["batch"], flops=8e9, notes=(), passes=passes
+        )
+
+    monkeypatch.setattr(programs, "lower_training", lower)
+
+
+def test_a_sweep_picks_the_fastest_that_fits(unlowered):
+    grid = sweep.Grid(
+        attention=["xla"], sharding=["replicate", "fsdp"], remat=["none", "full"], rows=[4, 1, 2]
+    )
+    found = [
+        *sweep.trials(
+            small(),
+            jax.devices(),
+            chips.CHIPS["v5e"],
+            grid,
+            absent=Absent(),
+            options={},
+            compiled=stand_in,
+        )
+    ]
+    shown = [(t.setting.sharding, t.setting.remat, t.setting.rows, t.fits) for t in found]
+    one = [("none", 1, True), ("none", 2, True), ("none", 4, False)]
+    one += [("full", 1, True), ("full", 2, True), ("full", 4, True)]
+    assert shown == [(preset, *t) for preset in ("replicate", "fsdp") for t in one]
+    assert {t.setting.sharding: t.mesh for t in found} == {
+        "replicate": (8, 1, 1),
+        "fsdp": (1, 8, 1),
+    }
+    best = sweep.best(found)  # per row: 1.5 ms with none at 2, 1.625 with full at 4
+    assert best.setting == sweep.Setting("xla", "replicate", "none", 2)
+    assert sweep.values(best)["image_ms"] == pytest.approx(1.5)
+    text = "\n".join(sweep.lines_to_use(best))
+    assert "--config.batch=16" in text and "remat" in text and "none" in text
+    assert "too tight" in sweep.line(found[2]) and "too tight" not in sweep.line(best)
+
+
+def test_a_setting_that_is_refused_is_a_row_of_its_own():
+    grid = sweep.Grid(attention=["flash"], sharding=["replicate"], remat=["none"], rows=[1, 2])
+    run = functools.partial(sweep.trials, small(), jax.devices(), chips.CHIPS["v5e"], grid)
+    found = [*run(absent=Absent(), options={}, compiled=stand_in)]
+    assert len(found) == 1 and not found[0].fits and sweep.best(found) is None
+    assert "refused" in sweep.line(found[0]) and "attention: one of" in sweep.line(found[0])
 
 
 # ------------------------------------------------------------------------------- libtpu

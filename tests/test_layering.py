@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = "jointseg_jax"
 
-FOUNDATION = {"types", "rules", "sharding", "build"}
+FOUNDATION = {"types", "rules", "sharding", "build", "accelerators"}
 DRAWING = {"instances", "masks", "pictures"}
 LOOPS = {"training", "generation", "evaluation"}
 PROCESSES = {"peers", "processes"}
@@ -40,7 +40,13 @@ ALLOWED = {
     "peers": {"types"},
     "processes": {"peers", "types"},
     "aot": {"systems", "data", "compose", "profiling"} | LOOPS | FOUNDATION,
-    "cli": {"data"} | PROCESSES | FOUNDATION,
+    "benchmark": ({"aot", "systems", "data", "compose", "profiling", "masks"} | LOOPS | FOUNDATION),
+    "mistakes": {"systems", "codecs", "models", "transport", "data", "compose", "weights"}
+    | {"aot", "training"}
+    | FOUNDATION,
+    "dry_run": {"aot", "data", "compose", "mistakes"} | LOOPS | FOUNDATION,
+    "overrides": set(),
+    "cli": {"data", "overrides"} | PROCESSES | FOUNDATION,
     "configs": {"presets"},
 }
 """Part of the package (or top folder) -> the parts it may import; ``launch`` may import all."""

@@ -187,7 +187,7 @@ def test_constrain_splits_the_batch_over_the_data_axes():
 
 
 @pytest.mark.parametrize(("scan", "blocks"), [(False, 5), (True, 3)])
-def test_a_network_pins_its_activations_once_per_block(scan, blocks):
+def test_a_network_pins_its_tokens_and_what_each_block_makes_of_them(scan, blocks):
     net = module(width=8, scan=scan)
     inputs = {k: jax.tree.map(jnp.zeros_like, v) for k, v in net.input_shapes(8).items()}
     variables = jax.eval_shape(net.init, jax.random.key(0), **inputs)
@@ -199,4 +199,4 @@ def test_a_network_pins_its_activations_once_per_block(scan, blocks):
     assert pins(forward) == 0
     with jax.set_mesh(mesh()):
         # a scanned half is one block in the program
-        assert pins(lambda v, x: forward(v, x)) == blocks
+        assert pins(lambda v, x: forward(v, x)) == 1 + blocks

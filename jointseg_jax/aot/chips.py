@@ -16,6 +16,7 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
+from jointseg_jax import accelerators
 from jointseg_jax.types import UserError
 
 
@@ -29,6 +30,7 @@ class Chip:
       bandwidth: GB/s of HBM.
       links: of the interconnect, each ``link`` GB/s in one direction.
       clock: GHz.
+      attention: part of the peak that attention kernels are taken to reach with heads of 64.
     """
 
     hbm: int | float
@@ -37,6 +39,7 @@ class Chip:
     links: int
     link: int | float
     clock: int | float
+    attention: int | float
 
     @property
     def ici(self) -> int | float:
@@ -45,9 +48,9 @@ class Chip:
 
 
 CHIPS = {
-    "v5e": Chip(hbm=15.75, peak=197, bandwidth=819, links=4, link=45, clock=1.5),
-    "v5p": Chip(hbm=95.73, peak=459, bandwidth=2765, links=6, link=90, clock=1.75),
-    "v6e": Chip(hbm=31.24, peak=918, bandwidth=1638, links=4, link=90, clock=1.75),
+    "v5e": Chip(hbm=15.75, peak=197, bandwidth=819, links=4, link=45, clock=1.5, attention=0.4),
+    "v5p": Chip(hbm=95.73, peak=459, bandwidth=2765, links=6, link=90, clock=1.75, attention=0.4),
+    "v6e": Chip(hbm=31.24, peak=918, bandwidth=1638, links=4, link=90, clock=1.75, attention=0.2),
 }
 
 EXAMPLES = (
@@ -78,6 +81,12 @@ def chip_of(topology: str) -> Chip:
             f"{', '.join(CHIPS)}, for example {EXAMPLES}."
         )
     return CHIPS[found.group(1)]
+
+
+def options_of(topology: str) -> dict[str, str]:
+    """The compiler's options that a run on such chips has."""
+    chip_of(topology)
+    return dict(accelerators.OPTIONS[topology.split(":")[0]])
 
 
 def devices_of(topology: str) -> list[Any]:

@@ -17,6 +17,7 @@ import collections
 import functools
 import math
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -38,6 +39,13 @@ KERNELS = ("tpu_custom_call", "MosaicTPU", "mosaic", "cudnn")
 """Parts of the targets of custom calls that compute; the others only place or move buffers."""
 
 
+SHORT = 256
+"""Scores of so few tokens are small, and an axis so short may be something else."""
+
+TILES = (1, 8, 16, 128)
+"""Multiples to which a number of tokens may be padded."""
+
+
 class Traffic(NamedTuple):
     """Collectives of one kind: how many run, and their bytes on one device."""
 
@@ -53,22 +61,32 @@ class Costs(NamedTuple):
       collectives: by kind.
       cycles: as the compiler estimates, by part of the program.
       kernels: custom calls without an estimate -> how many run.
+      squares: types of buffers with two axes as long as attention's.
     """
 
     flops: int
     collectives: dict[str, Traffic]
     cycles: dict[str, int]
     kernels: dict[str, int]
+    squares: tuple[str, ...] = ()
 
 
-def costs(module: Module) -> Costs:
-    """Counts everything in one pass."""
+def costs(module: Module, lengths: Sequence[int] = ()) -> Costs:
+    """Counts everything in one pass.
+
+    Args:
+      lengths: numbers of tokens that attend to each other; the long ones may leave no squares.
+    """
+    sides = {-(-n // unit) * unit for n in lengths if n > SHORT for unit in TILES}
+    fused, squares = module.fused(), {}
     flops, cycles, kernels = 0, collections.Counter(), collections.Counter()
     traffic: dict[str, Traffic] = {}
     seen: set[tuple[str, str]] = set()
     for visit in module.visits():
         times, _, instruction = visit
         flops += times * product_flops(module, visit)
+        if sides and visit.computation not in fused:
+            squares |= dict.fromkeys(_squares(instruction.type, sides))
         if kind := collective_kind(visit):
             key = (kind, instruction.attribute(r"channel_id=(\d+)") or instruction.name)
             if key not in seen:
@@ -82,7 +100,16 @@ def costs(module: Module) -> Costs:
             target = instruction.attribute(r'custom_call_target="([^"]*)"') or ""
             if any(word in target for word in KERNELS):
                 kernels[target] += times
-    return Costs(flops, traffic, dict(cycles.most_common()), dict(kernels))
+    return Costs(flops, traffic, dict(cycles.most_common()), dict(kernels), tuple(squares))
+
+
+def _squares(type_text: str, sides: set[int]) -> list[str]:
+    """The arrays of a type with two axes out of ``sides``."""
+    return [
+        f"{element}{list(dims)}".replace(" ", "")
+        for element, dims in sizes(type_text)
+        if sum(n in sides for n in dims) > 1
+    ]
 
 
 def product_flops(module: Module, visit: Visit) -> int:

@@ -110,6 +110,11 @@ class Module:
                 elif instruction.op in CALLERS:
                     waiting += [(called, times) for called in _called(instruction)]
 
+    def fused(self) -> set[str]:
+        """Names of the computations that run inside one kernel: their results are no buffers."""
+        every = (i for found in self.computations.values() for i in found.values())
+        return {name for i in every if i.op == "fusion" for name in _called(i)}
+
     def operand_types(self, visit: Visit) -> list[str]:
         """Types of an instruction's operands."""
         known = self.computations[visit.computation]

@@ -36,6 +36,7 @@ def _program(report: Report, values: dict[str, Any]) -> list[str]:
         _row("chips", f"{values['chips']:,}", f"mesh data {data} x fsdp {fsdp} x model {model}"),
         _row("batch", f"{values['batch']:,}", f"{rows:g} per data-parallel shard"),
         _row("compiled in", f"{values['compile_s']:.1f} s", "; ".join(values["notes"])),
+        *(_row("option", "", f"{k}={v}") for k, v in values["compiler_options"].items()),
     ]
 
 
@@ -71,18 +72,26 @@ def _traffic(values: dict[str, Any]) -> list[str]:
         for kind, t in values["collectives"].items()
     ]
     total = f"{values['ici_ms']:.3f} ms with every link busy"
+    if ratio := values["collective_ratio"]:
+        total += f"; {ratio:.3f} x what there must be"
     rows.append(_row("together", f"{values['collective_gb']:.4f} GB", total))
     return ["", "Collectives per chip, bytes x trip count", *rows]
 
 
 def _work(report: Report, values: dict[str, Any]) -> list[str]:
-    analytic, matmul = values["analytic_tflop"], values["matmul_tflop"]
-    ratio = f"{matmul / analytic:.3f} x analytic" if analytic else ""
+    matmul, ratio = values["matmul_tflop"], ""
+    if values["matmul_ratio"]:
+        apart = "no attention; " if values["not_estimated"] else ""
+        ratio = f"{values['matmul_ratio']:.3f} x analytic ({apart}remat, padding, codecs)"
     lines = [
         "",
         "Work per chip and run",
-        _row("analytic FLOPs", _number(analytic, "TFLOP"), "of the network alone, by its sizes"),
-        _row("matmul FLOPs", _number(matmul, "TFLOP"), f"{ratio} (remat, padding, codecs)"),
+        _row(
+            "analytic FLOPs",
+            _number(values["analytic_tflop"], "TFLOP"),
+            "of the network alone, by its sizes",
+        ),
+        _row("matmul FLOPs", _number(matmul, "TFLOP"), ratio),
         _row("roofline", _number(values["roofline_ms"], "ms"), f"at {report.chip.peak} TFLOP/s"),
         _row(
             "estimated computation",
@@ -96,6 +105,13 @@ def _work(report: Report, values: dict[str, Any]) -> list[str]:
         lines.append(_row("  the rest", f"{sum(ms for _, ms in parts[PARTS:]):.3f} ms"))
     for kernel, count in values["not_estimated"].items():
         lines.append(_row("not in the estimate", f"{count:,} x", kernel))
+    if values["not_estimated"]:
+        remark = f"if at {report.chip.attention:.0%} of the peak: a guess"
+        lines.append(_row("attention kernels", _number(values["kernel_ms"], "ms"), remark))
+    together = "with collectives, nothing hidden; to compare"
+    lines.append(_row("step", _number(values["step_ms"], "ms"), together))
+    squares = ", ".join(values["squares"][:2]) + (", ..." if values["squares"][2:] else "")
+    lines.append(_row("N x N buffers", str(len(values["squares"])), squares))
     for loop in values["unknown_loops"]:
         lines.append(_row("counted once", loop, "a loop that ends when its data say so"))
     return lines

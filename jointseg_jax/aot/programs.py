@@ -16,7 +16,8 @@ import jax.numpy as jnp
 
 from jointseg_jax import compose, profiling, sharding
 from jointseg_jax.aot import standin
-from jointseg_jax.generation.loop import PER_DEVICE, sampler
+from jointseg_jax.aot.ideal import ideal_bytes
+from jointseg_jax.generation.loop import PER_DEVICE, sampler, sampling_params
 from jointseg_jax.systems.system import Generator
 from jointseg_jax.training.program import check_batch, make_program, placed
 from jointseg_jax.types import UserError
@@ -34,6 +35,10 @@ class Lowered:
       batch: rows over all devices.
       flops: that the network needs for the batch by its sizes, or None where nobody knows.
       notes: what was made up.
+      attention: part of ``flops`` that are scores and weighted sums.
+      lengths: numbers of tokens that attend to each other.
+      passes: over attention by a kernel, in forward passes of one; see ``report``.
+      ideal: bytes of collectives that there must be on one chip (None: not known).
     """
 
     program: Any
@@ -41,6 +46,15 @@ class Lowered:
     batch: int
     flops: float | None
     notes: tuple[str, ...]
+    attention: float = 0.0
+    lengths: tuple[int, ...] = ()
+    passes: float = 1.0
+    ideal: int | None = None
+
+
+PASSES = {False: 4.5, True: 5.5}
+"""Products of an attention kernel's update over those of its forward pass: 2 forward, 7 backward
+(scores once for the gradient of queries, once for that of keys), 2 more where it is recomputed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,13 +91,17 @@ def lower_training(
         lowered = program.update.lower(
             program.state, _at(frozen, everywhere), _at(batch, sharding.batch_sharding(mesh))
         )
-    forward = profiling.forward_flops(system)
+    forward, denoiser = profiling.forward_flops(system), getattr(system, "denoiser", None)
     return Lowered(
         program=lowered,
         mesh=tuple(mesh.devices.shape),
         batch=config["batch"],
         flops=3.0 * forward * config["batch"] if forward else None,
         notes=notes,
+        attention=profiling.attention_share(system),
+        lengths=profiling.lengths(system),
+        passes=PASSES[getattr(denoiser, "remat", "none") == "full"] / 3.0,
+        ideal=ideal_bytes(program, getattr(denoiser, "dtype", jnp.float32)),
     )
 
 
@@ -120,7 +138,9 @@ def lower_sampling(
         system.check_given(known)
     except ValueError as error:
         raise UserError(f"{error} On the command line: --given=labels or --given=image.") from error
-    params = jax.eval_shape(system.init, jax.random.key(0))
+    params = jax.eval_shape(
+        lambda key: sampling_params(system, system.init(key)), jax.random.key(0)
+    )
     rows, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
     text = _at(fields["text"], rows) if system.text is not None else None
     indices = jax.ShapeDtypeStruct((batch,), jnp.uint32, sharding=rows)
@@ -136,6 +156,9 @@ def lower_sampling(
         batch=batch,
         flops=each * batch if each else None,
         notes=(*notes, *_undecoded(system)),
+        attention=profiling.attention_share(system),
+        lengths=profiling.lengths(system),
+        ideal=0,
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from jointseg_jax.models.layers import ATTENTION
+from jointseg_jax.models.attention import ATTENTION
 from jointseg_jax.models.streams import Patches, Spec, Tokens
 from jointseg_jax.models.trunk import REMAT
 
@@ -48,7 +48,7 @@ def check_fields(module: nn.Module, *more: tuple[bool, str]) -> None:
         f"width: even and a multiple of heads={module.heads}; given {module.width}",
     )
     require(module.depth >= 1, f"depth: at least 1; given {module.depth}")
-    choices = {"norm": NORMS, "attention": tuple(ATTENTION), "remat": tuple(REMAT)}
+    choices = {"norm": NORMS, "attention": ATTENTION, "remat": tuple(REMAT)}
     for holds, text in more:
         require(holds, text)
     for field, allowed in choices.items():

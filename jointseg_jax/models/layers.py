@@ -14,7 +14,6 @@ Source: U-ViT (arXiv 2209.12152) section 3; UniDiffuser (arXiv 2303.06555) appen
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -23,6 +22,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from jointseg_jax.models.attention import attend_cudnn, attend_xla, chosen
 from jointseg_jax.sharding import constrain
 
 NORM_EPSILON = 1e-5  # torch's; Flax's own default is 1e-6
@@ -33,24 +33,6 @@ normal = nn.initializers.normal(0.02)
 def gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """Exact GELU; ``erf`` rather than ``jax.nn.gelu``'s ``erfc``, which costs a kernel on TPU."""
     return 0.5 * x * (1.0 + jax.lax.erf(x * 2**-0.5))
-
-
-def attend_xla(q: Array, k: Array, v: Array) -> Array:
-    """Attention by plain matrix products, softmax in float32."""
-    return jax.nn.dot_product_attention(q, k, v, implementation="xla")
-
-
-def attend_cudnn(q: Array, k: Array, v: Array) -> Array:
-    """Fused attention of cuDNN; bfloat16 or float16 on an NVIDIA GPU."""
-    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
-
-
-ATTENTION: dict[str, Callable[[Array, Array, Array], Array]] = {
-    "xla": attend_xla,
-    "cudnn": attend_cudnn,
-}
-"""``[batch, tokens, heads, size]`` queries, keys, values -> the same shape. The only place where
-an attention backend is chosen."""
 
 
 def linear(features: Any, name: str, dtype: Any, *, axis: Any = -1, bias: bool = True) -> nn.Module:
@@ -65,6 +47,21 @@ def layer_norm(name: str, dtype: Any) -> nn.Module:
     return nn.LayerNorm(epsilon=NORM_EPSILON, dtype=dtype, name=name)
 
 
+class Parameters(nn.Module):
+    """The parameters of a ``linear``, for products that are written otherwise."""
+
+    shape: tuple[int, ...]
+    outputs: int | None
+
+    @nn.compact
+    def __call__(self) -> tuple[Array, Array | None]:
+        """Kernel, and bias over the last ``outputs`` axes (None: no bias)."""
+        kernel = self.param("kernel", normal, self.shape)
+        if self.outputs is None:
+            return kernel, None
+        return kernel, self.param("bias", nn.initializers.zeros, self.shape[-self.outputs :])
+
+
 class Attention(nn.Module):
     """Full self-attention; kernels ``qkv [width, 3, heads, d]`` and ``out [heads, d, width]``."""
 
@@ -74,12 +71,37 @@ class Attention(nn.Module):
     attention: str
 
     @nn.compact
-    def __call__(self, x: Float[Array, "batch tokens width"]) -> Float[Array, "batch tokens width"]:
-        width = x.shape[-1]
-        qkv = linear((3, self.heads, width // self.heads), "qkv", self.dtype, bias=self.qkv_bias)(x)
-        y = ATTENTION[self.attention](qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
+    def __call__(
+        self, x: Float[Array, "batch tokens width"], count: int | None = None
+    ) -> Float[Array, "batch tokens width"]:
+        """Tokens from ``count`` on (None: none) are padding, which only ``splash`` takes."""
+        width, size = x.shape[-1], x.shape[-1] // self.heads
+        backend = chosen(self.attention, dtype=self.dtype, size=size, tokens=x.shape[1])
+        if backend == "splash" and not self.is_initializing():
+            return self._splash(x.astype(self.dtype), count)
+        qkv = linear((3, self.heads, size), "qkv", self.dtype, bias=self.qkv_bias)(x)
+        attend = attend_cudnn if backend == "cudnn" else attend_xla
+        y = attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
         y = checkpoint_name(y, "attn_out")
         return linear(width, "out", self.dtype, axis=(-2, -1))(y)
+
+    def _splash(self, x: Array, count: int | None) -> Array:
+        """The same from the same parameters, heads before tokens all the way."""
+        from jointseg_jax.models.splash import attend_splash  # Pallas takes a second to import
+
+        width, size = x.shape[-1], x.shape[-1] // self.heads
+        shape, bias = (width, 3, self.heads, size), 3 if self.qkv_bias else None
+        kernel, offset = Parameters(shape, bias, name="qkv")()
+        heads = []
+        for i, scale in enumerate((size**-0.5, 1.0, 1.0)):
+            y = jnp.einsum("bnd,dhk->bhnk", x, kernel[:, i].astype(self.dtype) * scale)
+            if offset is not None:
+                y = y + (offset[i].astype(self.dtype) * scale)[None, :, None]
+            heads.append(y)
+        y = attend_splash(*heads, count)
+        kernel, offset = Parameters((self.heads, size, width), 1, name="out")()
+        y = jnp.einsum("bhnk,hkd->bnd", y, kernel.astype(self.dtype))
+        return y + offset.astype(self.dtype)[None, None]
 
 
 class Mlp(nn.Module):
@@ -103,14 +125,16 @@ class Block(nn.Module):
     join_norm: bool = False
     qkv_bias: bool = False
     dtype: Any = jnp.float32
-    attention: str = "xla"
+    attention: str = "auto"
 
     @nn.compact
     def __call__(
         self,
         x: Float[Array, "batch tokens width"],
         skip: Float[Array, "batch tokens width"] | None = None,
+        count: int | None = None,
     ) -> Float[Array, "batch tokens width"]:
+        """Tokens from ``count`` on (None: none) are padding that no other token sees."""
         width = x.shape[-1]
         attention = Attention(self.heads, self.qkv_bias, self.dtype, self.attention, name="attn")
         mlp = Mlp(int(width * self.mlp_ratio), self.dtype, name="mlp")
@@ -125,9 +149,9 @@ class Block(nn.Module):
             if self.join_norm:
                 x = layer_norm("join_norm", self.dtype)(x)
         if self.norm == "pre":
-            x = x + attention(attn_norm(x))
+            x = x + attention(attn_norm(x), count)
             x = x + mlp(mlp_norm(x))
         else:
-            x = attn_norm(x + attention(x))
+            x = attn_norm(x + attention(x, count))
             x = mlp_norm(x + mlp(x))
         return x if self.is_initializing() else constrain(x, "batch", "tokens", "width")

@@ -28,10 +28,14 @@ from jointseg_jax.models.layers import Block
 REMAT: dict[str, Any] = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names("attn_out"),
+    ),
     "attn_out": jax.checkpoint_policies.save_only_these_names("attn_out"),
 }
-"""What the backward pass finds stored of each block; the rest it computes again."""
+"""What the backward pass finds stored of each block; the rest it computes again. ``dots``: the
+products with kernels, and what attention gives; ``attn_out``: the latter alone."""
 
 Step = Callable[[Any, Any, Any], tuple[Any, Any]]
 """``(layer, state, what an in-layer left or None) -> (state, what an out-layer may read)``."""
@@ -92,7 +96,8 @@ class Trunk:
         """Makes one block."""
         block = Block
         if self.remat != "none":  # inside a scan nothing can be shared with the forward pass
-            block = nn.remat(Block, policy=REMAT[self.remat], prevent_cse=not scanned)
+            options = {"policy": REMAT[self.remat], "prevent_cse": not scanned}
+            block = nn.remat(Block, static_argnums=(3,), **options)  # 3: the count of tokens
         return functools.partial(
             block,
             heads=self.heads,
@@ -175,4 +180,8 @@ class Trunk:
         blocks, hidden = 2 * self.half + 1, int(width * self.mlp_ratio)
         per_token = blocks * (4 * width * width + 2 * width * hidden)
         per_token += self.half * 2 * width * width if self.skip else 0
-        return tokens * per_token + blocks * 2 * tokens * tokens * width
+        return tokens * per_token + self.attention_products(width, tokens)
+
+    def attention_products(self, width: int, tokens: int) -> int:
+        """Of these, the multiply-adds of scores and weighted sums."""
+        return (2 * self.half + 1) * 2 * tokens * tokens * width

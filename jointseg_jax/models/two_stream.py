@@ -88,8 +88,8 @@ class Layer(nn.Module):
         x, m = state
         skip_x, skip_y = (None, None) if skips is None else skips
         count = x.shape[1]
-        y = self.map(jnp.concatenate([x, m], axis=1), skip_y)
-        x = self.image(x, skip_x) + self.exchange(y[:, :count])
+        y = self.map(jnp.concatenate([x, m], axis=1), skip_y, None)
+        x = self.image(x, skip_x, None) + self.exchange(y[:, :count])
         return (x, y[:, count:]), (x, y)
 
 
@@ -123,7 +123,7 @@ class TwoStream(nn.Module):
     qkv_bias: bool = False
     time_mlp: bool = False
     dtype: Any = "float32"
-    attention: str = "xla"
+    attention: str = "auto"
     scan: bool = False
     remat: str = "none"
     exchange_bias: bool = False
@@ -224,6 +224,12 @@ class TwoStream(nn.Module):
 
 def _layer(layer: Layer, state: tuple, skips: tuple | None) -> Any:
     return layer(state, skips)
+
+
+def lengths(module: TwoStream, sizes: Sizes | None = None) -> tuple[int, ...]:
+    """Numbers of tokens that attend to each other, image stream and map stream."""
+    span = module.spans(sizes)[module.streams[1][0]]
+    return span.start, span.stop
 
 
 def forward_flops(module: TwoStream, sizes: Sizes | None = None) -> int:

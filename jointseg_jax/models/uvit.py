@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from jointseg_jax.models.attention import chosen
 from jointseg_jax.models.checks import check_call, check_fields, extent
 from jointseg_jax.models.layers import layer_norm
 from jointseg_jax.models.streams import (
@@ -41,6 +42,7 @@ from jointseg_jax.models.streams import (
 )
 from jointseg_jax.models.trunk import REMAT as REMAT
 from jointseg_jax.models.trunk import Layers, Trunk
+from jointseg_jax.sharding import constrain
 from jointseg_jax.types import Streams
 
 Sizes = Mapping[str, tuple[int, int]]
@@ -67,7 +69,7 @@ class UViT(nn.Module):
       skip: False leaves the long skips out.
       time_mlp: Linear-SiLU-Linear on every time token.
       dtype: of the matrix products; parameters and predictions are float32.
-      attention: a name of ``layers.ATTENTION``.
+      attention: a name of ``attention.ATTENTION``.
       scan: one compiled block per half instead of ``depth // 2``: less compile time, slower steps.
       remat: a name of ``REMAT``.
     """
@@ -89,7 +91,7 @@ class UViT(nn.Module):
     qkv_bias: bool = False
     time_mlp: bool = False
     dtype: Any = "float32"
-    attention: str = "xla"
+    attention: str = "auto"
     scan: bool = False
     remat: str = "none"
 
@@ -153,7 +155,13 @@ class UViT(nn.Module):
         trunk = Trunk.of(self)
         tokens = self.embed(latents, times, text, class_id, data_type)
         within = [t for t in taps if t in trunk.names]
-        x, tapped = trunk.run(_block, tokens, self.layers(), within)
+        count = tokens.shape[1]
+        more = self._room(count) - count
+        padded = jnp.pad(tokens, ((0, 0), (0, more), (0, 0))) if more else tokens
+        step = functools.partial(_block, count=count)
+        x, tapped = trunk.run(step, padded, self.layers(), within)
+        if more:
+            x, tapped = jax.tree.map(lambda y: y[:, :count], (x, tapped))
         x = self.last_norm(x)
         tapped |= {n: a for n, a in {"tokens": tokens, "norm": x}.items() if n in taps}
         features = with_added(self.add_features, self.features(x, latents))
@@ -185,7 +193,18 @@ class UViT(nn.Module):
             x = self.ways_in[name](latents[name])
             home = self.share[0] if name in self.share else name
             tokens[home] = tokens[home] + x if home in tokens else x
-        return jnp.concatenate([*parts, *tokens.values()], axis=1)
+        joined = jnp.concatenate([*parts, *tokens.values()], axis=1)
+        return joined if self.is_initializing() else constrain(joined, "batch", "tokens", "width")
+
+    def _room(self, count: int) -> int:
+        """How many tokens the blocks get: those there are, or more where attention likes that."""
+        size = self.width // self.heads
+        backend = chosen(self.attention, dtype=self.dtype, size=size, tokens=count)
+        if backend != "splash" or self.is_initializing():
+            return count
+        from jointseg_jax.models.splash import room
+
+        return room(count)
 
     def layers(self) -> Layers:
         """The blocks, as ``Trunk.run`` takes them."""
@@ -245,9 +264,9 @@ uvit = UViT
 """The constructor that configs name; it takes their plain mappings as they are."""
 
 
-def _block(block: Any, x: Array, skip: Array | None) -> tuple[Array, Array]:
-    """One layer; what it leaves is its output."""
-    x = block(x, skip)
+def _block(block: Any, x: Array, skip: Array | None, count: int) -> tuple[Array, Array]:
+    """One layer; what it leaves is its output. Tokens from ``count`` on are padding."""
+    x = block(x, skip, count)
     return x, x
 
 
@@ -273,8 +292,13 @@ def forward_flops(module: UViT, sizes: Sizes | None = None) -> int:
 
     Recomputation is not counted, nor norms, softmax, activations and the resize of positions.
     """
-    tokens = max(span.stop for span in module.spans(sizes).values())
+    (tokens,) = lengths(module, sizes)
     return 2 * (Trunk.of(module).products(module.width, tokens) + edge_products(module, sizes))
+
+
+def lengths(module: UViT, sizes: Sizes | None = None) -> tuple[int, ...]:
+    """Numbers of tokens that attend to each other."""
+    return (max(span.stop for span in module.spans(sizes).values()),)
 
 
 def edge_products(module: UViT, sizes: Sizes | None = None) -> int:

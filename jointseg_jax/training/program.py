@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jointseg_jax import rules, sharding
+from jointseg_jax import accelerators, rules, sharding
 from jointseg_jax.build import build
 from jointseg_jax.systems.system import Objective
 from jointseg_jax.training import start as starting
@@ -29,6 +29,7 @@ class Program(NamedTuple):
       state: shapes and places of the state.
       shardings: the places alone.
       update: jitted ``(state, frozen, batch) -> (state, metrics)``; the state given is used up.
+      options: of the compiler, for the chips of the mesh.
     """
 
     params: Any
@@ -36,6 +37,7 @@ class Program(NamedTuple):
     state: states.TrainState
     shardings: Any
     update: Any
+    options: Mapping[str, str]
 
 
 def make_program(system: Objective, config: Mapping[str, Any], mesh: jax.sharding.Mesh) -> Program:
@@ -65,14 +67,15 @@ def make_program(system: Objective, config: Mapping[str, Any], mesh: jax.shardin
         accumulate=config.get("accumulate", 1),
         learning_rate=optimizer.learning_rate(config["steps"]),
     )
-    everywhere = sharding.replicated(mesh)
+    everywhere, options = sharding.replicated(mesh), accelerators.compiler_options(mesh)
     jitted = jax.jit(
         update,
         in_shardings=(places, everywhere, sharding.batch_sharding(mesh)),
         out_shardings=(places, everywhere),
         donate_argnums=0,
+        compiler_options=options,
     )
-    return Program(shapes, init, placed(abstract, places), places, jitted)
+    return Program(shapes, init, placed(abstract, places), places, jitted, options or {})
 
 
 def placed(shapes: Any, places: Any) -> Any:
@@ -84,7 +87,12 @@ def placed(shapes: Any, places: Any) -> Any:
 
 def check_batch(config: Mapping[str, Any], mesh: jax.sharding.Mesh) -> None:
     """Refuses (UserError) a batch that devices and micro-batches cannot share evenly."""
-    batch, shards = config["batch"], sharding.data_parallel(mesh)
+    check_rows(config, sharding.data_parallel(mesh))
+
+
+def check_rows(config: Mapping[str, Any], shards: int) -> None:
+    """Refuses (UserError) a batch that so many data shards cannot share evenly."""
+    batch = config["batch"]
     parts = shards * config.get("accumulate", 1)
     if batch % parts:
         nearest = max(round(batch / parts), 1) * parts

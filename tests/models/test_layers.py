@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from scipy.special import erf, softmax
 
-from jointseg_jax.models.layers import Attention, Block, attend_cudnn, attend_xla, gelu
+from jointseg_jax.models.attention import attend_cudnn, attend_xla
+from jointseg_jax.models.layers import Attention, Block, gelu
 
 # float32 results of a few dozen operations on numbers of order 1: some 2^-24 each
 FLOAT32 = 2e-6

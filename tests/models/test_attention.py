@@ -1,0 +1,142 @@
+"""Attention backends against the plain one, and who is chosen where."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh
+
+from jointseg_jax import accelerators
+from jointseg_jax.models import splash
+from jointseg_jax.models.attention import chosen
+from jointseg_jax.models.uvit import UViT
+
+# float32 sums of up to 200 products of numbers of order 1, in another order than the other's
+FLOAT32 = 2e-5
+
+
+def normal(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def plain(q, k, v, count):
+    """Over the real keys, in the layout of ``splash``."""
+    scores = jnp.einsum("bhnd,bhmd->bhnm", q, k[:, :, :count])
+    return jnp.einsum("bhnm,bhmd->bhnd", jax.nn.softmax(scores), v[:, :, :count])
+
+
+@functools.cache
+def both(tokens, count):
+    """(result, gradients of q k v) of the kernel and of plain products; real rows count."""
+    qkv = [normal(i, 1, 2, tokens, 16) * s for i, s in enumerate((0.25, 1, 1))]
+    weights = normal(3, 1, 2, count, 16)
+
+    def value(attend):
+        def total(qkv):
+            out = attend(*qkv)[:, :, :count]
+            return jnp.sum(out * weights), out
+
+        (_, out), grads = jax.jit(jax.value_and_grad(total, has_aux=True))(qkv)
+        return [
+            out,
+            *(grad[:, :, :count] for grad in grads),
+            *(grad[:, :, count:] for grad in grads),
+        ]
+
+    kernel = functools.partial(splash.attend_splash, count=count)
+    return value(kernel), value(functools.partial(plain, count=count))
+
+
+@pytest.mark.parametrize(("tokens", "count"), [(256, 200), (130, 130)], ids=["before", "inside"])
+def test_splash_equals_plain_products_forward_and_backward(tokens, count):
+    """Padded before the call, or by it; the gradient is 0 where padding is."""
+    got, want = both(tokens, count)
+    names = ("y", "dq", "dk", "dv", "dq padding", "dk padding", "dv padding")
+    for name, a, b in zip(names, got, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=FLOAT32, atol=FLOAT32, err_msg=name)
+
+
+def test_a_network_says_the_same_with_either_backend():
+    """The parameters are those of the plain backend; 249 tokens become 256, a token of time too."""
+    fields = {"width": 32, "heads": 1, "depth": 1, "qkv_bias": True, "remat": "dots"}
+    streams = {"x": {"kind": "tokens", "count": 248, "width": 3}}
+    make = functools.partial(UViT, streams=streams, time_tokens=("x",), **fields)
+    x, t = {"x": normal(0, 1, 248, 3)}, {"x": jnp.ones((1,))}
+    shapes = jax.eval_shape(make(attention="splash").init, jax.random.key(0), x, t)
+    draw = np.random.default_rng(7).normal
+    params = jax.tree.map(lambda s: jnp.asarray(0.3 * draw(size=s.shape), s.dtype), shapes)
+
+    def error(params, backend):
+        predictions, taps = make(attention=backend).apply(params, x, t, taps=("mid_block",))
+        return jnp.mean(predictions["x"] ** 2), (predictions["x"], taps)
+
+    gradient = jax.jit(jax.value_and_grad(error, has_aux=True), static_argnums=1)
+    # float32 sums in another order, in a block; gradients reach some tens
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
+    jax.tree.map(close, gradient(params, "splash"), gradient(params, "xla"))
+
+
+def test_blocks_divide_the_length_and_stay_below_the_limit():
+    for generation, (keys, scores) in splash.SCORES.items():
+        for tokens in range(128, 4225, 128):
+            made = splash.blocks(tokens, generation)
+            assert tokens % made.block_q == 0 and tokens % made.block_kv == 0
+            assert made.block_q % 128 == 0 and made.block_kv % 128 == 0
+            assert made.block_kv <= keys and made.block_q * made.block_kv <= scores
+    assert splash.blocks(2176, "v5e").block_kv == 2176
+
+
+def test_padding_in_every_layer_stays_small():
+    assert splash.room(2129) == 2176  # JoDiffusion: 2 %
+    assert splash.room(590) == 590  # PDM: it would be 8 %
+    assert splash.room(640) == 640
+
+
+def mesh_of(kind, platform):
+    """A mesh whose devices are of another kind than this machine's."""
+    axes = {"axis_names": ("data", "fsdp", "model"), "axis_types": (AxisType.Auto,) * 3}
+    device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=1, platform=platform)
+    return jax.sharding.AbstractMesh((1, 1, 1), **axes, abstract_device=device)
+
+
+@pytest.mark.parametrize(
+    ("kind", "platform", "backend"),
+    [
+        ("TPU v5 lite", "tpu", "splash"),
+        ("TPU v5", "tpu", "splash"),
+        ("NVIDIA H200", "gpu", "cudnn"),
+        ("AMD Instinct MI300X", "gpu", "xla"),
+        ("cpu", "cpu", "xla"),
+    ],
+)
+def test_auto_goes_by_the_devices_that_the_program_is_for(kind, platform, backend):
+    half = functools.partial(chosen, "auto", dtype=jnp.bfloat16)
+    with jax.sharding.use_abstract_mesh(mesh_of(kind, platform)):
+        assert half(size=64, tokens=2129) == backend
+        assert chosen("auto", dtype=jnp.float32, size=64, tokens=2129) == "xla"
+        assert chosen("cudnn", dtype=jnp.bfloat16, size=64, tokens=2129) == "cudnn"
+        assert half(size=12, tokens=2129) == "xla"
+        assert half(size=64, tokens=39) == ("cudnn" if backend == "cudnn" else "xla")
+    assert half(size=64, tokens=2129) == "xla"  # without a mesh: this machine's CPU
+
+
+def test_generations_by_their_devices_names():
+    kinds = ("TPU v5 lite", "TPU v5e", "TPU v5", "TPU v5p", "TPU v6 lite", "TPU v4")
+    assert [*map(accelerators.generation, kinds)] == ["v5e", "v5e", "v5p", "v5p", "v6e", None]
+
+
+def test_a_mesh_gives_each_device_its_own_rows():
+    devices, kinds = np.array(jax.devices()[:4]).reshape(2, 2, 1), (AxisType.Auto,) * 3
+    mesh = Mesh(devices, ("data", "fsdp", "model"), axis_types=kinds)
+    qkv = [normal(i, 4, 1, 128, 16) for i in range(3)]
+
+    def place(rows):
+        with jax.set_mesh(mesh):
+            text = jax.jit(splash.attend_splash).lower(*(x[:rows] for x in qkv)).as_text()
+        return re.search(r"sdy.manual_computation.*out_shardings=(.*?) manual_axes", text).group(1)
+
+    assert '{"data", "fsdp"}' in place(4)
+    assert "data" not in place(3)  # three rows cannot be shared evenly: each computes all of them
