@@ -1,7 +1,7 @@
 """JAX made strict: 8 host devices, no rank promotion, no key reuse, shapes checked.
 
 Programs here are compiled once and run for milliseconds, so they are compiled with little
-optimization; launchers in tests/cli run as users run them.
+optimization.
 """
 
 import os

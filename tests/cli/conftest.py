@@ -1,4 +1,7 @@
-"""Launchers as a user runs them: subprocesses, one shared compile cache, single-threaded maths."""
+"""Launchers as a user runs them: subprocesses, with one shared compile cache.
+
+Programs are compiled with little optimization, for they run for a second at most.
+"""
 
 import dataclasses
 import json
@@ -60,7 +63,12 @@ class Finished:
 @pytest.fixture(scope="session")
 def launch(tmp_path_factory):
     cache = tmp_path_factory.getbasetemp().parent / "xla"
-    return Launcher({**os.environ, "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(cache)})
+    settings = {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    }
+    return Launcher(os.environ | settings)
 
 
 @pytest.fixture(scope="session")

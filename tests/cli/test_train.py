@@ -76,7 +76,7 @@ def test_sigterm_saves_and_leaves(launch, tmp_path):
         (("--config.stepz=3",), "steps"),
         (("--config.steps=1e4",), "steps"),
         (("--config.batch=12", "--config.accumulate=5"), "multiple"),
-        (("--config.mesh=(3,1,1)",), "number of devices"),
+        (("--config.mesh=(3,1,1)", "--config.batch=9"), "number of devices"),
         (("--config.system.denoiser.name=unet",), "uvit"),
         (("--config.system.denoiser.width=33",), "heads"),
         (("--config.optimizer.schedule.lr=-1.0",), "lr"),
