@@ -41,14 +41,6 @@ def config(**changes):
     return found | {"checkpoint": {"every": 2, "keep": 2}} | changes
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quickly_compiled():
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run of 4 steps."""

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 
-import jax
 import numpy as np
 import pytest
 
@@ -21,14 +20,6 @@ from jointseg_jax.benchmark import (
 )
 from jointseg_jax.benchmark.job import Request
 from jointseg_jax.types import UserError
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiler():
-    """What is compiled here is checked, not timed."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

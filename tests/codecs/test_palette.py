@@ -48,15 +48,6 @@ def every_id(codec):
 CORNERS = np.array(list(itertools.product((0.0, 1.0), repeat=3)), np.float32).reshape(8, 1, 1, 3)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compiles():
-    # programs that run once: less than half the time, as in tests/systems
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 @functools.partial(jax.jit, static_argnums=0)
 def encode(codec, labels, keys=None):
     return codec.encode({}, labels, keys=keys)

@@ -35,14 +35,6 @@ NOISE = {"predicts": "noise", "schedule": {"name": "cosine"}}
 SCENES = {"name": "scenes", "size": 8, "thing_size": (0.5, 0.6), "count": RECORDS}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compiles():
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 @pytest.fixture(scope="module")
 def codec(tmp_path_factory):
     """What a run of a codec leaves behind."""

@@ -30,14 +30,6 @@ CODEC = {
 NOISE = {"predicts": "noise", "schedule": {"name": "cosine"}}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compiles():
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 def facts(names=NAMES):
     return compose.Facts(Classes(names=names), (), ())
 

@@ -52,10 +52,6 @@ def setting(monkeypatch, caplog):
     monkeypatch.setitem(compose.SOURCES, "poisoned", Poisoned)
     READS.clear()
     caplog.set_level(logging.WARNING, logger="jointseg_jax")
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture

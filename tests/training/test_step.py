@@ -24,14 +24,6 @@ REORDERED = 1e-6  # float32: means of the same 8 rows, summed in another order
 EMA = 0.15  # reached at the second step: (1 + step) / (10 + step) is 0.1, 0.18, ...
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compiles():
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 @jax.custom_jvp
 def untouchable(x):
     return x
