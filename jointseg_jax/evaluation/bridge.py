@@ -37,17 +37,24 @@ log = logging.getLogger("jointseg_jax")
 
 
 def bridge_report(
-    run: Run, batches: Callable[[], Any], judge: Judge | None, seed: int, steps: Sequence[int]
+    run: Run,
+    batches: Callable[[], Any],
+    count: int,
+    judge: Judge | None,
+    seed: int,
+    steps: Sequence[int],
 ) -> dict[str, Any]:
     """One row per number of steps, and the one-step segmentation as a part of the best.
 
     Args:
       batches: starts anew the validation batches, with ``valid``.
+      count: records in them; the pictures show some of them, evenly spread.
       judge: None is the bridge itself.
     """
     rows = []
-    for count in steps:
-        rows.append({"steps": count} | _row(run, batches(), judge, seed, count))
+    every = max(1, count // SHOWN)
+    for n in steps:
+        rows.append({"steps": n} | _row(run, batches(), judge, seed, n, every))
         log.info("%s", "  ".join(f"{k} {v}" for k, v in rows[-1].items() if not _nested(v)))
     best = max(row["segmentation_miou"] for row in rows)
     one = [row["segmentation_miou"] for row in rows if row["steps"] == 1]
@@ -63,7 +70,9 @@ def _nested(value: Any) -> bool:
     return isinstance(value, (dict, list))
 
 
-def _row(run: Run, batches: Any, judge: Judge | None, seed: int, steps: int) -> dict[str, Any]:
+def _row(
+    run: Run, batches: Any, judge: Judge | None, seed: int, steps: int, every: int
+) -> dict[str, Any]:
     names = run.facts.classes.names
     travel = _both_ways(run, steps)
     segmentation = Reconstruction(names)
@@ -80,7 +89,7 @@ def _row(run: Run, batches: Any, judge: Judge | None, seed: int, steps: int) -> 
             for i in np.flatnonzero(valid):
                 seen = made["back"][i] if judge is None else judge(made["first"][i])
                 judged.append((seen, real["labels"][i]))
-                if len(shown) < SHOWN:
+                if len(judged) % every == 1 % every and len(shown) < SHOWN:
                     shown.append((real["image"][i], real["labels"][i], made, i))
     grid = _grid(run, shown, steps)
     alignment, found = _alignment(names, judged, seed), segmentation.report()

@@ -148,7 +148,8 @@ def both_directions(run: Run, num: int, seed: int, steps: Sequence[int]) -> dict
     rows = PER_DEVICE * jax.local_device_count()
     batches = functools.partial(validation, run, rows, num, "pairs")
     steps = steps or (run.system.solver.steps,)
-    return bridge_report(run, batches, find_judge(run), seed, steps)
+    count = min(num, len(compose.source(run.config, "val")))
+    return bridge_report(run, batches, count, find_judge(run), seed, steps)
 
 
 def joint_report(run: Run, num: int, seed: int, steps: Sequence[int]) -> dict[str, Any]:
