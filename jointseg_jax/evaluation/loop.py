@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,6 +37,7 @@ from jointseg_jax.evaluation.counts import share_difference, shares
 from jointseg_jax.evaluation.images import ImageReconstruction
 from jointseg_jax.evaluation.panoptic import PanopticReconstruction
 from jointseg_jax.generation.loop import sample
+from jointseg_jax.generation.writer import manifest_lines
 from jointseg_jax.systems.autoencode import Autoencode
 from jointseg_jax.systems.bridge import Bridge
 from jointseg_jax.systems.joint import TEXT_STREAM, Joint
@@ -289,8 +291,7 @@ class PairFolder(Sequence[Pair]):
 
     def __init__(self, folder: Path, num: int):
         self.folder = folder
-        lines = (folder / "manifest.jsonl").read_text().splitlines()
-        self.lines = [json.loads(line) for line in lines[:num]]
+        self.lines = list(itertools.islice(manifest_lines(folder / "manifest.jsonl"), num))
 
     def __len__(self) -> int:
         return len(self.lines)

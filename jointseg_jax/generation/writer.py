@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -125,8 +125,8 @@ class PairWriter:
     def append(self, line: Mapping[str, Any]) -> None:
         """Adds the next pair to the manifest, its files being there."""
         self._require_next(line["index"])
-        with self._manifest.open("a") as file:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        with self._manifest.open("ab") as file:
+            file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
         self.lines.append(dict(line))
 
     def _require_next(self, index: int) -> None:
@@ -138,35 +138,67 @@ class PairWriter:
         if not self._manifest.exists():
             return []
         lines: list[dict[str, Any]] = []
-        for text in self._manifest.read_text().splitlines(keepends=True):
-            try:
-                line = json.loads(text)
-            except json.JSONDecodeError:
-                break
-            if not text.endswith("\n") or line.get("index") != len(lines) or not self._whole(line):
+        for line in manifest_lines(self._manifest):
+            if line.get("index") != len(lines) or not self._whole(line):
                 break
             lines.append(line)
         return lines
 
     def _whole(self, line: Mapping[str, Any]) -> bool:
         for key in (k.removesuffix("_sha256") for k in line if k.endswith("_sha256")):
-            path = self.folder / line[key]
-            if not path.is_file():
+            path = self._inside(line.get(key))
+            if path is None or not path.is_file():
                 return False
             if hashlib.sha256(path.read_bytes()).hexdigest() != line[key + "_sha256"]:
                 return False
         return {"image_sha256", "annotation_sha256"} <= line.keys()
 
+    def _inside(self, name: Any) -> Path | None:
+        """A file of this folder that a line names; None for any other place, which is not read."""
+        if not isinstance(name, str) or "\0" in name:
+            return None
+        path = self.folder / name
+        return path if path.resolve().is_relative_to(self.folder.resolve()) else None
+
     def _rewrite_manifest(self) -> None:
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in self.lines)
-        if not self._manifest.exists() or self._manifest.read_text() != text:
-            files.write(self._manifest, text.encode())
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in self.lines).encode()
+        if not self._manifest.exists() or self._manifest.read_bytes() != text:
+            files.write(self._manifest, text)
+
+
+def manifest_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a manifest up to the first that is torn or damaged.
+
+    A line ends at a newline and nowhere else: a prompt may hold what Unicode calls a line break.
+    """
+    *whole, _ = path.read_bytes().split(b"\n")
+    for text in whole:
+        try:
+            line = json.loads(text)
+        except (ValueError, RecursionError):  # no JSON, no UTF-8
+            return
+        if not isinstance(line, dict):
+            return
+        yield line
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        saved = json.loads(path.read_bytes())
+    except ValueError:
+        saved = None
+    if not isinstance(saved, dict):
+        raise UserError(
+            f"{path}: damaged; nobody can say with what settings these pairs were made. Put the "
+            "file back from a copy, or choose another --out."
+        )
+    return saved
 
 
 def _agree(path: Path, settings: Mapping[str, Any]) -> None:
     """Writes the settings, or refuses other ones than those the folder was made with."""
     if path.exists():
-        saved = json.loads(path.read_text())
+        saved = _read(path)
         keys = sorted(set(saved) | set(settings))
         changed = [k for k in keys if saved.get(k) != settings.get(k)]
         if changed:
