@@ -39,7 +39,10 @@ def get_config(arg: str = "") -> ConfigDict:
 
 def scenes() -> dict:
     """Embedded scenes at 32 px."""
-    config = small(presets.easy_scenes(32), (32, 32), patch=4, label_patch=1, batch=32, steps=1500)
+    config = small(presets.easy_scenes(32), (32, 32), patch=4, label_patch=1, batch=32, steps=1200)
+    config["system"]["denoiser"] |= {"width": 128, "depth": 4}
+    config["system"]["streams"]["mask"]["codec"]["refine"] = 1
+    config |= {"ema": 0.995}
     return config | {"evaluate": {"judge": "oracle", "transforms": {}}, "finish": {"num": 256}}
 
 
