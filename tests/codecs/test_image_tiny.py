@@ -96,7 +96,7 @@ def test_latents_beyond_three_have_no_say():
     codec = small()
     far = np.full((1, 2, 2, 4), 40.0, np.float32)
     raw = [decode(codec, started(codec), x)[1] for x in (far, 2 * far)]
-    np.testing.assert_array_equal(*raw)
+    np.testing.assert_allclose(*raw, rtol=1e-5)  # arrays that lie otherwise are summed otherwise
     z = np.linspace(-3, 3, 7, dtype=np.float32)
     np.testing.assert_allclose(unscaled(scaled(z)), z, atol=1e-6)
     np.testing.assert_array_equal(scaled(np.float32([-9, 0, 9])), [0, 0.5, 1])
