@@ -21,6 +21,8 @@ from jointseg_jax.codecs.pixels import normalise
 from jointseg_jax.data.scenes import Scenes
 from jointseg_jax.types import UserError
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 SMALL = dict(widths=(8, 16), blocks=(1, 1), up_widths=(16, 8), up_blocks=(1, 1))
 
 

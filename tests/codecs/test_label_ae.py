@@ -14,6 +14,8 @@ from jointseg_jax.codecs.label_ae import LabelAE, cross_entropy, unit_scale
 from jointseg_jax.codecs.label_net import Decoder, Double
 from jointseg_jax.types import VOID, UserError
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 SMALL = dict(widths=(8, 16), up_widths=(16,), middle_width=16, groups=4, latent_channels=3)
 
 
