@@ -161,6 +161,8 @@ def _log_to_stderr() -> None:
     logger.setLevel(logging.INFO)
     logger.handlers[:] = [handler]
     logger.propagate = False
+    # that there is no TPU is no news where there is none
+    logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)
 
 
 def last_line(values: dict[str, Any]) -> None:
