@@ -226,7 +226,12 @@ class ArrayRecords:
                 f"{', '.join(manifest['splits'])}. Set config.data.*.split."
             )
         listed = manifest["splits"][self.split]
-        check_files(Path(self.folder), listed["shards"])
+        files.require_sizes(
+            Path(self.folder),
+            [(Path(self.folder) / shard["file"], shard["bytes"]) for shard in listed["shards"]],
+            what="shards",
+            remedy="Copy them again from their source, or run launch/prepare.py again.",
+        )
         content = manifest["classes"]
         shards = tuple((shard["file"], shard["count"]) for shard in listed["shards"])
         digests = "".join(shard["sha256"] for shard in listed["shards"])
@@ -291,20 +296,3 @@ class ArrayRecords:
             "classes": list(self.classes.names),
             "sha256": self._digest,
         }
-
-
-def check_files(folder: Path, shards: list[dict[str, Any]]) -> None:
-    """Refuses to start while a shard is missing or has another size than it was written with."""
-    problems = []
-    for shard in shards:
-        path = folder / shard["file"]
-        size = path.stat().st_size if path.is_file() else None
-        if size != shard["bytes"]:
-            found = "missing" if size is None else f"{size} bytes"
-            problems.append(f"ERROR [data] {path}: {found}; {shard['bytes']} bytes were written.")
-    if problems:
-        listed = "\n".join(problems)
-        raise UserError(
-            f"{listed}\nERROR [data] {folder}: {len(problems)} of {len(shards)} shards are not as "
-            "written. Copy them again from their source, or run launch/prepare.py again."
-        )

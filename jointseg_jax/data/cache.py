@@ -124,12 +124,6 @@ def read_index(path: Path) -> dict[str, Any]:
     return index
 
 
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 @dataclass(frozen=True, kw_only=True)
 class Cache:
     """An encoded split as a source whose batches are gathered whole (``gathering.py``).
@@ -346,30 +340,15 @@ class Cache:
 
     def _table(self, entry: dict[str, Any]) -> np.ndarray:
         path = Path(self.root) / entry["file"]
-        if sha256(path) != entry["sha256"]:
+        if files.sha256(path) != entry["sha256"]:
             raise UserError(f"ERROR [data] {path}: damaged (another SHA-256 was written). {AGAIN}")
         return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
 def check_files(root: Path, entries: list[dict[str, Any]]) -> None:
-    """Refuses files that are missing or have another size than was written.
-
-    Raises:
-      UserError: all of them, in one block.
-    """
-    problems = []
-    for entry in entries:
-        path = files.inside(root, entry["file"])
-        size = path.stat().st_size if path.is_file() else None
-        if size != entry["bytes"]:
-            found = "missing" if size is None else f"{size} bytes"
-            problems.append(f"ERROR [data] {path}: {found}; {entry['bytes']} bytes were written.")
-    if problems:
-        listed = "\n".join(problems)
-        raise UserError(
-            f"{listed}\nERROR [data] {root}: {len(problems)} of {len(entries)} files of the cache "
-            f"are not as written. {AGAIN}"
-        )
+    """Refuses files that are missing or have another size than was written."""
+    written = ((files.inside(root, entry["file"]), entry["bytes"]) for entry in entries)
+    files.require_sizes(root, written, what="files of the cache", remedy=AGAIN)
 
 
 def dump(content: object) -> bytes:

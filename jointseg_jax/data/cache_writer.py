@@ -26,7 +26,6 @@ from jointseg_jax.data.cache import (
     read_index,
     row_bytes,
     row_sums,
-    sha256,
     shard_name,
 )
 from jointseg_jax.data.records import BadSample
@@ -67,7 +66,7 @@ def kept(root: Path, name: str) -> bool:
     if not note.is_file() or not shard.is_file():
         return False
     try:
-        return files.read_json(note)["sha256"] == sha256(shard)
+        return files.read_json(note)["sha256"] == files.sha256(shard)
     except (BadSample, KeyError, TypeError):
         return False
 
@@ -105,7 +104,7 @@ class ShardWriter:
         del self._words, self._sums, self._memory
         with open(self.path, "rb") as file:
             os.fsync(file.fileno())
-        digest, size = sha256(self.path), self.path.stat().st_size
+        digest, size = files.sha256(self.path), self.path.stat().st_size
         final = self.root / f"{self.name}.bin"
         os.replace(self.path, final)
         files.sync_folder(self.root)
@@ -151,7 +150,7 @@ def _table(root: Path, name: str, values: np.ndarray) -> dict[str, Any]:
     os.replace(temporary, root / name)
     files.sync_folder(root)
     size = (root / name).stat().st_size
-    return {"file": name, "bytes": size, "sha256": sha256(root / name)}
+    return {"file": name, "bytes": size, "sha256": files.sha256(root / name)}
 
 
 def remove_strays(root: Path, split: str, names: set[str]) -> None:

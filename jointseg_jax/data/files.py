@@ -8,12 +8,15 @@ regular file (a FIFO would block the run, a device could do worse).
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import os
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 
 from jointseg_jax.data.records import BadSample
+from jointseg_jax.types import UserError
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 """File name endings of images, in lower case."""
@@ -48,6 +51,40 @@ def inside(root: Path, name: str) -> Path:
             "Copy the file into the folder, or make the root the folder that holds both.",
         )
     return Path(path)
+
+
+def require_sizes(
+    root: Path, written: Iterable[tuple[Path, int]], *, what: str, remedy: str
+) -> None:
+    """Refuses to start while files are missing or of another size than was written.
+
+    Args:
+      written: files and their bytes.
+      what: they are, in the message.
+      remedy: what the user can do, as its last sentences.
+
+    Raises:
+      UserError: all of them, in one block.
+    """
+    problems, count = [], 0
+    for path, wanted in written:
+        count += 1
+        size = path.stat().st_size if path.is_file() else None
+        if size != wanted:
+            found = "missing" if size is None else f"{size} bytes"
+            problems.append(f"ERROR [data] {path}: {found}; {wanted} bytes were written.")
+    if problems:
+        listed = "\n".join(problems)
+        raise UserError(
+            f"{listed}\nERROR [data] {root}: {len(problems)} of {count} {what} are not as "
+            f"written. {remedy}"
+        )
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @functools.cache

@@ -11,7 +11,6 @@ its parameters as they are (``refine``).
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -64,7 +63,7 @@ def load(workdir: Path, config: Mapping[str, Any]) -> tuple[dict[str, Any], dict
             )
         record = json.loads(path.read_text())
         file = path.with_suffix(".safetensors")
-        if not file.exists() or _sha256(file) != record["sha256"]:
+        if not file.exists() or files.sha256(file) != record["sha256"]:
             raise UserError(f"{file}: missing or not the file that {path.name} describes (sha256).")
         specs[name] = record["codec"]
         params[name] = rules.nested({k: jnp.asarray(v) for k, v in load_file(file).items()})
@@ -143,7 +142,8 @@ def _write(target: Path, record: dict[str, Any], params: Any) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     file = target.with_suffix(".safetensors")
     save_file({k: np.asarray(v) for k, v in rules.by_path(params).items()}, file)
-    target.write_text(json.dumps(record | {"sha256": _sha256(file)}, indent=1) + "\n")
+    text = json.dumps(record | {"sha256": files.sha256(file)}, indent=1) + "\n"
+    files.write(target, text.encode())  # whole or absent: a run may be killed here
 
 
 def copied(workdir: Path, name: str) -> dict[str, Any] | None:
@@ -186,7 +186,3 @@ def _fit(codec: Any, params: Any, field: str, batches: Iterable[Any], count: int
     for _, batch in zip(range(count), batches):
         found.append(np.asarray(encode(batch[field]), np.float64).ravel())
     return float(1.0 / np.concatenate(found).std())
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
