@@ -50,6 +50,7 @@ LOGICAL_AXES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
     "tokens": (),
     "width": (),
+    "heads": ("model",),
 }
 """Mesh axes over which an activation axis of this meaning is split."""
 

@@ -1,8 +1,9 @@
 """Attention of all tokens to all tokens, by the backend that the device is best at.
 
 1. ``y = softmax(q k^T / sqrt(d)) v`` over the keys ``0 .. count - 1``; the others are padding.
-2. ``xla`` writes the scores ``[heads, N, N]`` to memory; ``cudnn`` (NVIDIA) and ``splash`` (TPU,
-   see ``splash``) walk over them in blocks that never leave the chip.
+2. ``xla`` writes the scores ``[heads, N, N]`` to memory; ``cudnn`` (NVIDIA), ``packed`` (TPU, our
+   own, see ``packed``) and ``splash`` (TPU, JAX's own, see ``splash``, for what ``packed`` does not
+   take) walk over them in blocks that never leave the chip.
 
 Source: 2 FlashAttention (Dao et al. 2022).
 """
@@ -17,7 +18,7 @@ from jaxtyping import Array, Float
 
 from jointseg_jax import accelerators
 
-ATTENTION = ("auto", "xla", "splash", "cudnn")
+ATTENTION = ("auto", "xla", "packed", "splash", "cudnn")
 """The names of backends; ``auto`` is one of the others, by the device and the sizes."""
 
 SHORT = 256
@@ -26,7 +27,7 @@ SHORT = 256
 Heads = Float[Array, "batch tokens heads size"]
 
 
-def chosen(name: str, *, dtype: Any, size: int, tokens: int) -> str:
+def chosen(name: str, *, dtype: Any, heads: int, size: int, tokens: int) -> str:
     """The backend that ``auto`` stands for where the program runs; any other name is itself.
 
     Args:
@@ -35,12 +36,30 @@ def chosen(name: str, *, dtype: Any, size: int, tokens: int) -> str:
     if name != "auto":
         return name
     target, half = accelerators.target(), jnp.dtype(dtype).itemsize == 2
-    if target.platform == "tpu" and half and size % 64 == 0 and tokens > SHORT:
-        return "splash"
+    if target.platform == "tpu" and half and tokens > SHORT:
+        from jointseg_jax.models.packed import fits  # Pallas takes a second to import
+
+        if fits(heads, size, tokens):
+            return "packed"
+        if size % 64 == 0:
+            return "splash"
     nvidia = target.platform == "gpu" and "nvidia" in target.kind.lower()
     if nvidia and half and size % 8 == 0 and size <= 128:
         return "cudnn"
     return "xla"
+
+
+def room(backend: str, tokens: int) -> int:
+    """How many tokens every layer should have, so that they are not padded in each of them."""
+    if backend == "packed":
+        from jointseg_jax.models import packed
+
+        return packed.room(tokens)
+    if backend == "splash":
+        from jointseg_jax.models import splash
+
+        return splash.room(tokens)
+    return tokens
 
 
 def attend_xla(q: Heads, k: Heads, v: Heads) -> Heads:

@@ -74,32 +74,55 @@ class Attention(nn.Module):
     def __call__(
         self, x: Float[Array, "batch tokens width"], count: int | None = None
     ) -> Float[Array, "batch tokens width"]:
-        """Tokens from ``count`` on (None: none) are padding, which only ``splash`` takes."""
+        """Tokens from ``count`` on (None: none) are padding, which only TPU kernels take."""
         width, size = x.shape[-1], x.shape[-1] // self.heads
-        backend = chosen(self.attention, dtype=self.dtype, size=size, tokens=x.shape[1])
-        if backend == "splash" and not self.is_initializing():
-            return self._splash(x.astype(self.dtype), count)
+        fields = {"dtype": self.dtype, "heads": self.heads, "size": size}
+        backend = chosen(self.attention, **fields, tokens=x.shape[1])
+        if backend in ("packed", "splash") and not self.is_initializing():
+            run = self._packed if backend == "packed" else self._splash
+            kernel, offset = Parameters((width, 3, self.heads, size), self._biases, name="qkv")()
+            # the scale of the scores is given to the queries, where it costs nothing
+            scales = (size**-0.5, 1.0, 1.0)
+            kernels = [kernel[:, i].astype(self.dtype) * s for i, s in enumerate(scales)]
+            offsets = [None] * 3
+            if offset is not None:
+                offsets = [offset[i].astype(self.dtype) * s for i, s in enumerate(scales)]
+            return run(x.astype(self.dtype), kernels, offsets, count)
         qkv = linear((3, self.heads, size), "qkv", self.dtype, bias=self.qkv_bias)(x)
         attend = attend_cudnn if backend == "cudnn" else attend_xla
         y = attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
         y = checkpoint_name(y, "attn_out")
         return linear(width, "out", self.dtype, axis=(-2, -1))(y)
 
-    def _splash(self, x: Array, count: int | None) -> Array:
-        """The same from the same parameters, heads before tokens all the way."""
-        from jointseg_jax.models.splash import attend_splash  # Pallas takes a second to import
+    @property
+    def _biases(self) -> int | None:
+        return 3 if self.qkv_bias else None
 
-        width, size = x.shape[-1], x.shape[-1] // self.heads
-        shape, bias = (width, 3, self.heads, size), 3 if self.qkv_bias else None
-        kernel, offset = Parameters(shape, bias, name="qkv")()
+    def _packed(self, x: Array, kernels: list, offsets: list, count: int | None) -> Array:
+        """The same from the same parameters, the heads of a token side by side all the way."""
+        from jointseg_jax.models.packed import attend_packed  # Pallas takes a second to import
+
+        width = x.shape[-1]
         heads = []
-        for i, scale in enumerate((size**-0.5, 1.0, 1.0)):
-            y = jnp.einsum("bnd,dhk->bhnk", x, kernel[:, i].astype(self.dtype) * scale)
-            if offset is not None:
-                y = y + (offset[i].astype(self.dtype) * scale)[None, :, None]
-            heads.append(y)
+        for kernel, offset in zip(kernels, offsets, strict=True):
+            y = x @ kernel.reshape(width, width)
+            heads.append(y if offset is None else y + offset.reshape(1, 1, width))
+        y = attend_packed(*heads, heads=self.heads, count=count)
+        kernel, offset = Parameters((self.heads, width // self.heads, width), 1, name="out")()
+        y = y @ kernel.astype(self.dtype).reshape(width, width)
+        return y + offset.astype(self.dtype)[None, None]
+
+    def _splash(self, x: Array, kernels: list, offsets: list, count: int | None) -> Array:
+        """The same from the same parameters, heads before tokens all the way."""
+        from jointseg_jax.models.splash import attend_splash
+
+        width = x.shape[-1]
+        heads = []
+        for kernel, offset in zip(kernels, offsets, strict=True):
+            y = jnp.einsum("bnd,dhk->bhnk", x, kernel)
+            heads.append(y if offset is None else y + offset[None, :, None])
         y = attend_splash(*heads, count)
-        kernel, offset = Parameters((self.heads, size, width), 1, name="out")()
+        kernel, offset = Parameters((self.heads, width // self.heads, width), 1, name="out")()
         y = jnp.einsum("bhnk,hkd->bnd", y, kernel.astype(self.dtype))
         return y + offset.astype(self.dtype)[None, None]
 

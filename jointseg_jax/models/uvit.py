@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jointseg_jax.models.attention import chosen
+from jointseg_jax.models.attention import chosen, room
 from jointseg_jax.models.checks import check_call, check_fields, extent
 from jointseg_jax.models.layers import layer_norm
 from jointseg_jax.models.streams import (
@@ -199,12 +199,9 @@ class UViT(nn.Module):
     def _room(self, count: int) -> int:
         """How many tokens the blocks get: those there are, or more where attention likes that."""
         size = self.width // self.heads
-        backend = chosen(self.attention, dtype=self.dtype, size=size, tokens=count)
-        if backend != "splash" or self.is_initializing():
-            return count
-        from jointseg_jax.models.splash import room
-
-        return room(count)
+        fields = {"dtype": self.dtype, "heads": self.heads, "size": size}
+        backend = chosen(self.attention, **fields, tokens=count)
+        return count if self.is_initializing() else room(backend, count)
 
     def layers(self) -> Layers:
         """The blocks, as ``Trunk.run`` takes them."""

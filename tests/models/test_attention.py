@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AxisType, Mesh
 
 from jointseg_jax import accelerators
-from jointseg_jax.models import splash
+from jointseg_jax.models import packed, splash
 from jointseg_jax.models.attention import chosen
 from jointseg_jax.models.uvit import UViT
 
@@ -28,11 +28,22 @@ def plain(q, k, v, count):
     return jnp.einsum("bhnm,bhmd->bhnd", jax.nn.softmax(scores), v[:, :, :count])
 
 
+def side_by_side(q, k, v, count):
+    """``packed`` in the layout of ``splash``."""
+    batch, heads, tokens, size = q.shape
+    flat = (x.swapaxes(1, 2).reshape(batch, tokens, heads * size) for x in (q, k, v))
+    y = packed.attend_packed(*flat, heads=heads, count=count)
+    return y.reshape(batch, tokens, heads, size).swapaxes(1, 2)
+
+
+KERNELS = {"splash": splash.attend_splash, "packed": side_by_side}
+
+
 @functools.cache
-def both(tokens, count):
+def both(kernel, tokens, count, heads=2, size=16, batch=1):
     """(result, gradients of q k v) of the kernel and of plain products; real rows count."""
-    qkv = [normal(i, 1, 2, tokens, 16) * s for i, s in enumerate((0.25, 1, 1))]
-    weights = normal(3, 1, 2, count, 16)
+    qkv = [normal(i, batch, heads, tokens, size) * s for i, s in enumerate((size**-0.5, 1, 1))]
+    weights = normal(3, batch, heads, count, size)
 
     def value(attend):
         def total(qkv):
@@ -46,22 +57,37 @@ def both(tokens, count):
             *(grad[:, :, count:] for grad in grads),
         ]
 
-    kernel = functools.partial(splash.attend_splash, count=count)
-    return value(kernel), value(functools.partial(plain, count=count))
+    attend = functools.partial(KERNELS[kernel], count=count)
+    return value(attend), value(functools.partial(plain, count=count))
 
 
 @pytest.mark.parametrize(("tokens", "count"), [(256, 200), (130, 130)], ids=["before", "inside"])
 def test_splash_equals_plain_products_forward_and_backward(tokens, count):
     """Padded before the call, or by it; the gradient is 0 where padding is."""
-    got, want = both(tokens, count)
+    same("splash", tokens, count)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [(256, 200, 8, 16), (33, 33, 2, 64), (1296, 1290, 1, 128)],
+    ids=["padded before, eight heads in a group", "padded inside", "three blocks, a head a group"],
+)
+def test_packed_equals_plain_products_forward_and_backward(sizes):
+    assert sizes[0] < 1000 or sizes[0] // packed.block(sizes[0]) == 3
+    same("packed", *sizes)
+
+
+def same(*case):
+    got, want = both(*case)
     names = ("y", "dq", "dk", "dv", "dq padding", "dk padding", "dv padding")
     for name, a, b in zip(names, got, want, strict=True):
         np.testing.assert_allclose(a, b, rtol=FLOAT32, atol=FLOAT32, err_msg=name)
 
 
-def test_a_network_says_the_same_with_either_backend():
+@pytest.mark.parametrize(("backend", "width"), [("splash", 32), ("packed", 128)])
+def test_a_network_says_the_same_with_every_backend(backend, width):
     """The parameters are those of the plain backend; 249 tokens become 256, a token of time too."""
-    fields = {"width": 32, "heads": 1, "depth": 1, "qkv_bias": True, "remat": "dots"}
+    fields = {"width": width, "heads": width // 32, "depth": 1, "qkv_bias": True, "remat": "dots"}
     streams = {"x": {"kind": "tokens", "count": 248, "width": 3}}
     make = functools.partial(UViT, streams=streams, time_tokens=("x",), **fields)
     x, t = {"x": normal(0, 1, 248, 3)}, {"x": jnp.ones((1,))}
@@ -76,7 +102,7 @@ def test_a_network_says_the_same_with_either_backend():
     gradient = jax.jit(jax.value_and_grad(error, has_aux=True), static_argnums=1)
     # float32 sums in another order, in a block; gradients reach some tens
     close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
-    jax.tree.map(close, gradient(params, "splash"), gradient(params, "xla"))
+    jax.tree.map(close, gradient(params, backend), gradient(params, "xla"))
 
 
 def test_blocks_divide_the_length_and_stay_below_the_limit():
@@ -87,6 +113,23 @@ def test_blocks_divide_the_length_and_stay_below_the_limit():
             assert made.block_q % 128 == 0 and made.block_kv % 128 == 0
             assert made.block_kv <= keys and made.block_q * made.block_kv <= scores
     assert splash.blocks(2176, "v5e").block_kv == 2176
+
+
+def test_packed_blocks_divide_the_length():
+    for tokens in range(1, packed.LONGEST // 2, 97):
+        length = packed.room(tokens)
+        queries = packed.block(length)
+        assert length % queries == 0 and queries % packed.ROWS == 0
+        assert tokens <= length <= max(tokens + packed.ROWS - 1, (1 + packed.WASTE) * tokens)
+        assert queries <= packed.QUERIES and queries * length <= packed.SCORES
+    assert (packed.room(2129), packed.block(2160)) == (2160, 720)  # JoDiffusion: 1.5 %
+    assert (packed.room(593), packed.block(608)) == (608, 608)  # PDM: 2.5 %
+
+
+def test_packed_tells_what_it_takes():
+    x = normal(0, 1, 32, 96)
+    with pytest.raises(ValueError, match=r"there are 2 of 48 and 32 tokens\. Use auto\."):
+        packed.attend_packed(x, x, x, heads=2)
 
 
 def test_padding_in_every_layer_stays_small():
@@ -105,20 +148,21 @@ def mesh_of(kind, platform):
 @pytest.mark.parametrize(
     ("kind", "platform", "backend"),
     [
-        ("TPU v5 lite", "tpu", "splash"),
-        ("TPU v5", "tpu", "splash"),
+        ("TPU v5 lite", "tpu", "packed"),
+        ("TPU v5", "tpu", "packed"),
         ("NVIDIA H200", "gpu", "cudnn"),
         ("AMD Instinct MI300X", "gpu", "xla"),
         ("cpu", "cpu", "xla"),
     ],
 )
 def test_auto_goes_by_the_devices_that_the_program_is_for(kind, platform, backend):
-    half = functools.partial(chosen, "auto", dtype=jnp.bfloat16)
+    half = functools.partial(chosen, "auto", dtype=jnp.bfloat16, heads=24)
     with jax.sharding.use_abstract_mesh(mesh_of(kind, platform)):
         assert half(size=64, tokens=2129) == backend
-        assert chosen("auto", dtype=jnp.float32, size=64, tokens=2129) == "xla"
-        assert chosen("cudnn", dtype=jnp.bfloat16, size=64, tokens=2129) == "cudnn"
+        assert chosen("auto", dtype=jnp.float32, heads=24, size=64, tokens=2129) == "xla"
+        assert chosen("cudnn", dtype=jnp.bfloat16, heads=24, size=64, tokens=2129) == "cudnn"
         assert half(size=12, tokens=2129) == "xla"
+        assert half(size=192, tokens=2129) == ("splash" if platform == "tpu" else "xla")
         assert half(size=64, tokens=39) == ("cudnn" if backend == "cudnn" else "xla")
     assert half(size=64, tokens=2129) == "xla"  # without a mesh: this machine's CPU
 
