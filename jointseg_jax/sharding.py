@@ -8,7 +8,7 @@ of a train state its place by path rules whose values are tactics:
 | ``"replicate"`` | a whole copy on every device |
 | ``"fsdp"`` | split over mesh axis ``fsdp`` along the largest axis that divides evenly |
 | ``"zero"`` | as ``fsdp`` but over ``data`` and ``fsdp`` together (optimizer state, ZeRO-1) |
-| a tuple | an explicit ``PartitionSpec`` |
+| a tuple | an explicit ``PartitionSpec``, of one layer where layers are scanned |
 
 Small tensors, and those without an axis that divides evenly, are replicated by every tactic.
 
@@ -25,7 +25,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jointseg_jax import rules
 from jointseg_jax.types import UserError
@@ -34,15 +34,27 @@ AXES = ("data", "fsdp", "model")
 SMALL = 2**16
 """Tensors with fewer elements are replicated by the ``fsdp`` and ``zero`` tactics."""
 
+FSDP: rules.Rules = (
+    (r"/position$", "replicate"),  # added to activations, which would take its layout over
+    (r"^(params|opt|ema)/", "fsdp"),
+    (r"", "replicate"),
+)
+
+HEADS_AND_HIDDEN: rules.Rules = (
+    (r"/attn/qkv/kernel$", ("fsdp", None, "model", None)),
+    (r"/attn/qkv/bias$", (None, "model", None)),
+    (r"/attn/out/kernel$", ("model", None, "fsdp")),
+    (r"/mlp/fc1/kernel$", ("fsdp", "model")),
+    (r"/mlp/fc1/bias$", ("model",)),
+    (r"/mlp/fc2/kernel$", ("model", "fsdp")),
+)
+"""Tensor parallelism: heads and hidden units over ``model``, two sums over it in each block."""
+
 PRESETS: Mapping[str, rules.Rules] = {
     "replicate": ((r"", "replicate"),),
     "zero1": ((r"^(opt|ema)/", "zero"), (r"", "replicate")),
-    # positions are added to activations, which would take their layout over
-    "fsdp": (
-        (r"/position$", "replicate"),
-        (r"^(params|opt|ema)/", "fsdp"),
-        (r"", "replicate"),
-    ),
+    "fsdp": FSDP,
+    "fsdp+model": (*HEADS_AND_HIDDEN, *FSDP),
 }
 """Sharding rules by name; a config may also give its own list."""
 
@@ -75,13 +87,27 @@ def constrain(x: jax.Array, *axes: str) -> jax.Array:
         )
     if len(axes) != x.ndim:
         raise ValueError(f"constrain: {len(axes)} names {axes} for an array of shape {x.shape}.")
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    if jax.sharding.get_abstract_mesh().empty:
         return x
-    # An axis that shard_map has made manual is already split: the block sees its own part only.
-    free = {n for n, kind in zip(mesh.axis_names, mesh.axis_types) if kind != AxisType.Manual}
-    entries = [tuple(n for n in LOGICAL_AXES[a] if n in free) or None for a in axes]
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*entries))
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*[free_axes(a) or None for a in axes]))
+
+
+def free_axes(meaning: str) -> tuple[str, ...]:
+    """The axes of the mesh in force that split an activation axis of this meaning.
+
+    An axis that ``shard_map`` has made manual is split already: the block sees its own part only.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types))
+    return tuple(
+        n for n in LOGICAL_AXES[meaning] if kinds.get(n, AxisType.Manual) != AxisType.Manual
+    )
+
+
+def shards_of(meaning: str) -> int:
+    """Parts into which the mesh in force splits an activation axis of this meaning; none: 1."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(mesh.shape[n] for n in free_axes(meaning))
 
 
 def make_mesh(shape: Sequence[int], devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -160,7 +186,7 @@ def preset_rules(preset: str | rules.Rules) -> rules.Rules:
     return PRESETS[preset] if isinstance(preset, str) else preset
 
 
-def state_shardings(shapes: Any, preset: str | rules.Rules, mesh: Mesh) -> Any:
+def state_shardings(shapes: Any, preset: str | rules.Rules, mesh: Mesh | AbstractMesh) -> Any:
     """A ``NamedSharding`` per leaf of ``shapes`` (arrays or ``ShapeDtypeStruct``).
 
     Raises:
@@ -175,9 +201,14 @@ def state_shardings(shapes: Any, preset: str | rules.Rules, mesh: Mesh) -> Any:
     return jax.tree.unflatten(structure, [NamedSharding(mesh, s) for s in specs])
 
 
-def _spec(path: str, leaf: Any, tactic: Any, mesh: Mesh) -> PartitionSpec:
+def _spec(path: str, leaf: Any, tactic: Any, mesh: Mesh | AbstractMesh) -> PartitionSpec:
+    # the leading axis of scanned blocks counts layers: splitting it would serialise the scan
+    scanned = "_blocks/" in path and not path.split("_blocks/")[1][0].isdigit()
     if isinstance(tactic, tuple | list):  # a list where the config went through JSON
-        return PartitionSpec(*(tuple(a) if isinstance(a, list) else a for a in tactic))
+        entries = [tuple(a) if isinstance(a, list) else a for a in tactic]
+        if scanned and leaf.ndim == len(entries) + 1:
+            entries = [None, *entries]
+        return _checked(path, leaf, PartitionSpec(*entries), mesh)
     if tactic == "replicate":
         return PartitionSpec()
     if tactic not in ("fsdp", "zero"):
@@ -186,14 +217,23 @@ def _spec(path: str, leaf: Any, tactic: Any, mesh: Mesh) -> PartitionSpec:
         )
     axes = ("fsdp",) if tactic == "fsdp" else LOGICAL_AXES["batch"]
     parts = math.prod(mesh.shape[a] for a in axes)
-    # the leading axis of scanned blocks counts layers: splitting it would serialise the scan
-    first = (
-        1
-        if "_blocks/" in path and leaf.ndim > 1 and not path.split("_blocks/")[1][0].isdigit()
-        else 0
-    )
+    first = 1 if scanned and leaf.ndim > 1 else 0
     divisible = [i for i in range(first, leaf.ndim) if leaf.shape[i] % parts == 0]
     if parts == 1 or not divisible or math.prod(leaf.shape) < SMALL:
         return PartitionSpec()
     largest = max(divisible, key=lambda i: leaf.shape[i])
     return PartitionSpec(*[axes if i == largest else None for i in range(leaf.ndim)])
+
+
+def _checked(path: str, leaf: Any, spec: PartitionSpec, mesh: Mesh | AbstractMesh) -> PartitionSpec:
+    """An explicit spec whose every axis divides evenly."""
+    for size, entry in zip(leaf.shape, spec):
+        axes = entry if isinstance(entry, tuple) else (entry,) if entry else ()
+        parts = math.prod(mesh.shape[a] for a in axes)
+        if size % parts:
+            raise UserError(
+                f"config.sharding: {path} {tuple(leaf.shape)} is to be split as {spec}, but "
+                f"{size} does not divide into {parts} parts; change config.mesh = "
+                f"{tuple(mesh.shape.values())} {AXES}, or the rule."
+            )
+    return spec

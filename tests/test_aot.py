@@ -12,7 +12,18 @@ import numpy as np
 import pytest
 
 from jointseg_jax import compose, rules, sharding
-from jointseg_jax.aot import chips, costs, hlo, ideal, page, programs, report, standin, sweep
+from jointseg_jax.aot import (
+    chips,
+    costs,
+    hlo,
+    ideal,
+    page,
+    programs,
+    report,
+    schedule,
+    standin,
+    sweep,
+)
 from jointseg_jax.aot.programs import Absent
 from jointseg_jax.data.pipeline import batches
 from jointseg_jax.training import program
@@ -116,6 +127,11 @@ COLLECTIVES = """HloModule m
   %g = f32[4,8]{1,0} parameter(0)
   %sum = f32[4,8]{1,0} all-reduce(%g), channel_id=5, replica_groups={{0,1,2,3}}, to_apply=%add
   ROOT %own = f32[1,8]{1,0} dynamic-slice(%sum, %g), dynamic_slice_sizes={1,8}
+
+%all-reduce-scatter.2 (g: f32[4,8]) -> f32[1,8] {
+  %g = f32[4,8]{1,0} parameter(0)
+  %sum = f32[4,8]{1,0} all-reduce(%g), channel_id=5, replica_groups={{0,1,2,3}}, to_apply=%add
+  ROOT %own = f32[1,8]{1,0} dynamic-slice(%sum, %g), dynamic_slice_sizes={1,8}
 }
 
 %begin (h: bf16[2,8]) -> bf16[8,8] {
@@ -132,6 +148,7 @@ ENTRY %main (x: f32[4,8], y: bf16[2,8]) -> bf16[8,8] {
   %x = f32[4,8]{1,0} parameter(0)
   %y = bf16[2,8]{1,0} parameter(1)
   %rs = f32[1,8]{1,0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1
+  %rt = f32[1,8]{1,0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.2
   %two = (f32[4,8]{1,0}, f32[]) all-reduce(%x, %x), channel_id=1, to_apply=%add
   %st = (bf16[2,8]{1,0}, bf16[8,8]{1,0}) all-gather-start(%y), channel_id=2, dimensions={0}
   %dn = bf16[8,8]{1,0} all-gather-done(%st)
@@ -148,7 +165,8 @@ def test_collectives_by_kind():
     assert found.collectives == {
         "all-reduce": costs.Traffic(1, 2 * 4 * 8 * 4),  # one of two arrays
         "all-gather": costs.Traffic(2, 2 * 8 * 8 * 2),  # channel 8 stands in two places, runs once
-        "reduce-scatter": costs.Traffic(1, 4 * 8 * 4),  # an all-reduce of which a part is kept
+        # all-reduces of which a part is kept; they have one channel and are two
+        "reduce-scatter": costs.Traffic(2, 2 * 4 * 8 * 4),
     }
     assert found.kernels == {"tpu_custom_call": 1}  # a buffer is no kernel
 
@@ -570,6 +588,45 @@ def test_a_setting_that_is_refused_is_a_row_of_its_own():
     found = [*run(absent=Absent(), options={}, compiled=stand_in)]
     assert len(found) == 1 and not found[0].fits and sweep.best(found) is None
     assert "refused" in sweep.line(found[0]) and "attention: one of" in sweep.line(found[0])
+
+
+# ------------------------------------------------------------------------------ schedule
+
+BUNDLES = """
+LH: loop header
+     0   :  { %s0 = inlined_call_operand.<no memory space> [shape: s8[1,1,1]] }
+   0x1   :  { %s1 = smov.u32 0 }
+   0x2 LB: > { %v1 = vld [vmem:[%s0] sm:$0xff] ;;  %522 = sbr.rel (%p6) target = $region36 }
+   0x3 PB: > { %v2 = vmatmul.bf16.gmra.mxu0 %v1 }
+   0x4   : > { %p7 = scmp.ge.s32.totalorder %s34_s26, 10 /* loop exit test */ }
+   0x5   :  { %33 = sbr.rel (!%p7) target = $region164 }
+"""
+
+
+def test_cycles_of_a_kernel_are_its_bundles_in_every_step():
+    assert schedule.cycles(BUNDLES) == 3 * (10 - 2) + 3  # two turns only move blocks
+    with pytest.raises(ValueError, match="0 bundles"):
+        schedule.cycles("nothing")
+    with pytest.raises(ValueError, match=r"loops of \[10, 10\] turns"):
+        schedule.cycles(BUNDLES + BUNDLES)
+
+
+@pytest.mark.parametrize(
+    ("name", "kernel"),
+    [
+        ("1795-packed_attention.31-01-final_bundles.txt", "packed_attention"),
+        (
+            "1795-transpose_jvp_packed_attention_backward__.1-01-final_bundles.txt",
+            "packed_attention_backward",
+        ),
+        ("1795-splash_mha_dq_no_residuals.1-72-final_bundles.txt", "splash_mha_dq_no_residuals"),
+        ("1795-packed_attention.1-00-schedule-analysis_final_bundles.txt", None),
+        ("1795-copy.7-66-final_bundles.txt", None),
+    ],
+)
+def test_schedules_of_kernels_are_known_by_their_names(name, kernel):
+    found = schedule.FILE.fullmatch(name)
+    assert (found and found.group(1)) == kernel
 
 
 # ------------------------------------------------------------------------------- libtpu

@@ -271,16 +271,35 @@ def test_the_small_label_autoencoder_has_less_than_two_million_parameters(argume
 
 GOLDEN_CASES = (
     *("jodiffusion.voc", "jodiffusion_codec.voc"),
-    *("pdm.coco_panoptic", "pdm_two_stream.coco_panoptic"),
+    *("pdm.coco_panoptic", "pdm_two_stream.coco_panoptic", "pdm_given_maps.coco_panoptic"),
+    "semflow.coco_stuff",
 )
+
+POD = {"axis_sizes": (16, 16, 2), "axis_names": sharding.AXES}
+"""The mesh on which golden texts say where parameters lie."""
+
+PLACES = {"zero1": "opt", "fsdp": "params", "fsdp+model": "params"}
+"""What is split by each preset: with zero1 the moments of a parameter."""
+
+
+def places(shapes):
+    """Path -> what each preset makes of the parameter on a pod."""
+    mesh, found = jax.sharding.AbstractMesh(**POD), {}
+    for preset, part in PLACES.items():
+        specs = sharding.state_shardings({part: shapes}, preset, mesh)[part]
+        for path, leaf in rules.by_path(specs).items():
+            axes = ("+".join(a) if isinstance(a, tuple) else str(a or "-") for a in leaf.spec)
+            found.setdefault(path, []).append(f"{preset}({','.join(axes)})")
+    return {path: " ".join(specs) for path, specs in found.items()}
 
 
 @pytest.mark.parametrize("case", GOLDEN_CASES)
 def test_parameters_are_those_of_the_golden_text(case):
     name, data = case.split(".")
     _, shapes = system_of(name, f"data={data}")
+    placed = places(shapes)
     lines = [
-        f"{path} {leaf.dtype}[{','.join(map(str, leaf.shape))}]"
+        f"{path} {leaf.dtype}[{','.join(map(str, leaf.shape))}] {placed[path]}"
         for path, leaf in rules.by_path(shapes).items()
     ]
     text = "\n".join([*sorted(lines), f"total {count(shapes):,}", ""])

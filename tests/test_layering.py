@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = "jointseg_jax"
 
-FOUNDATION = {"types", "rules", "sharding", "build", "accelerators"}
+FOUNDATION = {"types", "rules", "sharding", "build", "accelerators", "differences"}
 DRAWING = {"instances", "masks", "pictures"}
 LOOPS = {"training", "generation", "evaluation"}
 PROCESSES = {"peers", "processes"}
@@ -24,7 +24,7 @@ ALLOWED = {
     "models": {"transport"} | FOUNDATION,
     "codecs": {"models", "transport"} | FOUNDATION,
     "systems": {"codecs", "models", "transport"} | FOUNDATION,
-    "data": {"types"},
+    "data": {"types", "differences"},
     "masks": {"types"},
     "instances": {"data", "masks", "types"},
     "pictures": {"data", "types"},
@@ -39,7 +39,7 @@ ALLOWED = {
     ),
     "peers": {"types"},
     "processes": {"peers", "types"},
-    "aot": {"systems", "data", "compose", "profiling"} | LOOPS | FOUNDATION,
+    "aot": {"systems", "models", "data", "compose", "profiling"} | LOOPS | FOUNDATION,
     "benchmark": ({"aot", "systems", "data", "compose", "profiling", "masks"} | LOOPS | FOUNDATION),
     "mistakes": {"systems", "codecs", "models", "transport", "data", "compose", "weights"}
     | {"aot", "training"}

@@ -116,6 +116,29 @@ def test_presets_split_large_tensors_of_their_parts_once(preset, split, axes, sc
     assert sharded >= 2 * len(split)  # at least fc1 and fc2
 
 
+@pytest.mark.parametrize("scan", [False, True])
+def test_heads_and_hidden_units_go_over_the_model_axis(scan):
+    found = places(train_state(scan=scan), "fsdp+model", mesh(2, 2, 2))
+    block = "params/denoiser/out_blocks/" + ("" if scan else "0/")
+    layers = (None,) if scan else ()
+    want = {
+        "attn/qkv/kernel": ("fsdp", None, "model", None),
+        "attn/out/kernel": ("model", None, "fsdp"),
+        "mlp/fc1/kernel": ("fsdp", "model"),
+        "mlp/fc1/bias": ("model",),
+        "mlp/fc2/kernel": ("model", "fsdp"),
+        "mlp/fc2/bias": None,
+    }
+    for name, spec in want.items():
+        assert found[block + name][1] == (P(*layers, *spec) if spec else P()), name
+    moments = [
+        spec for path, (_, spec) in found.items() if path.endswith("mid_block/attn/qkv/kernel")
+    ]
+    assert len(set(moments)) == 1 and len(moments) > 3  # of parameters, both moments, averages
+    with pytest.raises(UserError, match="2 does not divide into 4 parts; change config.mesh"):
+        places(train_state(scan=scan), "fsdp+model", mesh(1, 2, 4))
+
+
 def test_every_device_holds_its_part_of_a_placed_state():
     kernel = jax.ShapeDtypeStruct((512, 256), jnp.float32)
     state = {"params": {"kernel": kernel}, "opt": {"kernel": kernel}, "step": kernel}
@@ -155,7 +178,10 @@ def test_an_explicit_spec_may_come_from_json():
 @pytest.mark.parametrize(
     ("preset", "message"),
     [
-        ("zero3", "config.sharding = 'zero3' is unknown; one of: replicate, zero1, fsdp."),
+        (
+            "zero3",
+            "config.sharding = 'zero3' is unknown; one of: replicate, zero1, fsdp, fsdp+model.",
+        ),
         (((r"", "split"),), "params/kernel: tactic 'split' is none of replicate, fsdp, zero."),
         (((r"^opt/", "zero"),), "sharding rules: 1 leaves match no rule, first: params/kernel."),
     ],

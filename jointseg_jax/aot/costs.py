@@ -35,6 +35,9 @@ COLLECTIVES = (
     "collective-broadcast",
 )
 
+SCATTERED = re.compile(r"all-reduce-?_?scatter")
+"""Computations in which an all-reduce is one half of a reduce-scatter."""
+
 KERNELS = ("tpu_custom_call", "MosaicTPU", "mosaic", "cudnn")
 """Parts of the targets of custom calls that compute; the others only place or move buffers."""
 
@@ -88,7 +91,7 @@ def costs(module: Module, lengths: Sequence[int] = ()) -> Costs:
         if sides and visit.computation not in fused:
             squares |= dict.fromkeys(_squares(instruction.type, sides))
         if kind := collective_kind(visit):
-            key = (kind, instruction.attribute(r"channel_id=(\d+)") or instruction.name)
+            key = (kind, _channel(visit))
             if key not in seen:
                 count, total = traffic.get(kind, Traffic(0, 0))
                 moved = times * collective_bytes(module, visit)
@@ -176,8 +179,17 @@ def collective_kind(visit: Visit) -> str | None:
     op = visit.instruction.op.removesuffix("-start")
     if op not in COLLECTIVES:
         return None
-    scattered = re.match(r"all-reduce-?_?scatter", visit.computation)
-    return "reduce-scatter" if op == "all-reduce" and scattered else op
+    return "reduce-scatter" if op == "all-reduce" and SCATTERED.match(visit.computation) else op
+
+
+def _channel(visit: Visit) -> str:
+    """What all the computations have in common that one collective stands in.
+
+    Reductions of which a chip keeps its part all have the same channel, each its own computation.
+    """
+    if SCATTERED.match(visit.computation):
+        return visit.computation
+    return visit.instruction.attribute(r"channel_id=(\d+)") or visit.instruction.name
 
 
 def collective_bytes(module: Module, visit: Visit) -> int:

@@ -106,10 +106,12 @@ def _work(report: Report, values: dict[str, Any]) -> list[str]:
     for kernel, count in values["not_estimated"].items():
         lines.append(_row("not in the estimate", f"{count:,} x", kernel))
     if values["not_estimated"]:
-        remark = f"if at {report.chip.attention:.0%} of the peak: a guess"
+        remark = f"if at {report.chip.attention:.0%} of the peak, as packed is by its schedule"
         lines.append(_row("attention kernels", _number(values["kernel_ms"], "ms"), remark))
     together = "with collectives, nothing hidden; to compare"
     lines.append(_row("step", _number(values["step_ms"], "ms"), together))
+    if values["mfu"] is not None:
+        lines.append(_row("MFU", f"{values['mfu']:.1%}", "roofline / step: of that estimate"))
     squares = ", ".join(values["squares"][:2]) + (", ..." if values["squares"][2:] else "")
     lines.append(_row("N x N buffers", str(len(values["squares"])), squares))
     for loop in values["unknown_loops"]:

@@ -4,10 +4,11 @@
 2. ``estimate_ms`` = estimated cycles x trip counts / clock. Kernels of our own (Pallas) and waiting
    for other chips are not in it. It is the compiler's, not measured: good for comparing programs.
 3. ``roofline_ms`` = analytic FLOPs / chips / peak: no program of this network can be faster.
-4. ``kernel_ms`` = FLOPs of attention kernels / (peak x ``Chip.attention``), a rule of thumb for
-   what 2 leaves out: such kernels reach 40 % of the peak with heads of 64 (20 % on v6e).
-   ``step_ms`` = ``estimate_ms + kernel_ms + ici_ms``, as if nothing were hidden behind anything;
-   ``image_ms`` is its part for one row. Made for choosing between programs, not for quoting.
+4. ``kernel_ms`` = FLOPs of attention kernels / (peak x ``Chip.attention``), for what 2 leaves out:
+   the share of the peak that the packed kernel reaches by the compiler's schedule of it
+   (``schedule``; splash stays behind that). ``step_ms`` = ``estimate_ms + kernel_ms + ici_ms``, as
+   if nothing were hidden behind anything, ``image_ms`` its part for one row, and ``mfu`` =
+   ``roofline_ms / step_ms``. Made for choosing between programs, not for quoting.
 5. ``matmul_ratio`` = products in the program / those of the network, attention left out of both
    where kernels do it. 1 is none too many; remat ``full`` recomputes the forward pass: 4/3.
 6. ``collective_ratio`` = bytes of collectives / those that there must be (``ideal``).
@@ -128,6 +129,11 @@ class Report:
         return None if None in parts else sum(parts)
 
     @property
+    def mfu(self) -> float | None:
+        """Model FLOP utilization if a run took ``step_ms``."""
+        return None if None in (self.step_ms, self.roofline_ms) else self.roofline_ms / self.step_ms
+
+    @property
     def image_ms(self) -> float | None:
         """``step_ms`` over the rows that one chip does."""
         return None if self.step_ms is None else self.step_ms * self.chips / self.lowered.batch
@@ -175,6 +181,7 @@ class Report:
             "kernel_ms": _rounded(self.kernel_ms),
             "step_ms": _rounded(self.step_ms),
             "image_ms": _rounded(self.image_ms),
+            "mfu": _rounded(self.mfu),
             "matmul_ratio": _rounded(self.matmul_ratio),
             "squares": list(self.costs.squares),
             "collective_gb": _rounded(self.collective_bytes, 1e9),

@@ -3,14 +3,17 @@
 The rows of part i are i, i + parts, i + 2 parts, ...: interleaved, because a batch sharded over
 devices in contiguous blocks then has rows of every device in every part, and the sequential loop
 over parts moves nothing between devices. (Contiguous parts would make all devices work on the
-rows of one.) The number of parts follows from the rows *per device*, so one device and eight
-devices with the same share of the batch compute the same programs.
+rows of one.) The number of parts follows from the rows *per device* of the mesh in force, which is
+not always all there are (each process samples on its own; a program may be compiled for a pod), so
+one device and eight devices with the same share of the batch compute the same programs.
 """
 
 from collections.abc import Callable
 from typing import Any
 
 import jax
+
+from jointseg_jax import sharding
 
 LIVE_VALUES = 2**28
 """Values of the widest intermediate that may be alive at once on one device (1 GiB of float32)."""
@@ -24,7 +27,7 @@ def map_rows(function: Callable[[jax.Array], Any], rows: jax.Array, *, values_pe
       rows: ``[batch, ...]``.
       values_per_row: size of the widest intermediate that one row causes.
     """
-    parts = part_count(rows.shape[0], values_per_row, jax.device_count())
+    parts = part_count(rows.shape[0], values_per_row, sharding.shards_of("batch"))
     if parts == 1:
         return function(rows)
     split = rows.reshape(rows.shape[0] // parts, parts, *rows.shape[1:]).swapaxes(0, 1)

@@ -23,7 +23,6 @@ Source: 1-2 FlashAttention (Dao et al. 2022), without its walk over blocks of ke
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any
 
 import jax
@@ -31,11 +30,11 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from jointseg_jax import accelerators
-from jointseg_jax.sharding import LOGICAL_AXES
+from jointseg_jax.sharding import free_axes, shards_of
 
 LANES = 128
 ROWS = 16
@@ -266,16 +265,9 @@ def _real(scores: Array, count: int, axis: int) -> Array:
 
 def _by_rows(run: Any, rows: int, width: int) -> Any:
     """The function on each device's own rows and heads; on all of what cannot be shared evenly."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    units = {"batch": rows, "heads": width // LANES}
+    if all(shards_of(name) == 1 for name in units):  # or a shard_map has split them already
         return run
-    free = [n for n, kind in zip(mesh.axis_names, mesh.axis_types) if kind != AxisType.Manual]
-    if not free:  # inside another shard_map: these are the device's own rows
-        return run
-
-    def shared(axis: str, units: int) -> tuple[str, ...] | None:
-        axes = tuple(n for n in LOGICAL_AXES[axis] if n in free)
-        return axes if units % math.prod(mesh.shape[n] for n in axes) == 0 else None
-
-    spec = PartitionSpec(shared("batch", rows), None, shared("heads", width // LANES))
+    batch, heads = (free_axes(n) if units[n] % shards_of(n) == 0 else None for n in units)
+    spec = PartitionSpec(batch, None, heads)
     return jax.shard_map(run, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)

@@ -11,18 +11,17 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from jointseg_jax import accelerators
-from jointseg_jax.sharding import LOGICAL_AXES
+from jointseg_jax.sharding import free_axes, shards_of
 
 LANES = 128
 WASTE = 0.05
@@ -110,13 +109,8 @@ class _Real(masks._ComputableMask):
 
 def _by_rows(run: Any, rows: int) -> Any:
     """The function on each device's own rows; on all of them where they cannot be shared evenly."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    parts = shards_of("batch")
+    if parts == 1:  # or a shard_map has split them already
         return run
-    free = [n for n, kind in zip(mesh.axis_names, mesh.axis_types) if kind != AxisType.Manual]
-    if not free:  # inside another shard_map: these are the device's own rows
-        return run
-    axes = tuple(n for n in LOGICAL_AXES["batch"] if n in free)
-    even = rows % math.prod(mesh.shape[n] for n in axes) == 0
-    spec = PartitionSpec(axes if even else None)
+    spec = PartitionSpec(free_axes("batch") if rows % parts == 0 else None)
     return jax.shard_map(run, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)

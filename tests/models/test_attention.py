@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AxisType
 
-from jointseg_jax import accelerators
+from jointseg_jax import accelerators, sharding
 from jointseg_jax.models import packed, splash
 from jointseg_jax.models.attention import chosen
 from jointseg_jax.models.uvit import UViT
@@ -172,15 +172,22 @@ def test_generations_by_their_devices_names():
     assert [*map(accelerators.generation, kinds)] == ["v5e", "v5e", "v5p", "v5p", "v6e", None]
 
 
-def test_a_mesh_gives_each_device_its_own_rows():
-    devices, kinds = np.array(jax.devices()[:4]).reshape(2, 2, 1), (AxisType.Auto,) * 3
-    mesh = Mesh(devices, ("data", "fsdp", "model"), axis_types=kinds)
-    qkv = [normal(i, 4, 1, 128, 16) for i in range(3)]
+@functools.cache
+def mesh_of_eight():
+    return sharding.make_mesh((2, 2, 2))
 
-    def place(rows):
-        with jax.set_mesh(mesh):
-            text = jax.jit(splash.attend_splash).lower(*(x[:rows] for x in qkv)).as_text()
+
+@pytest.mark.parametrize(("kernel", "heads"), [("splash", None), ("packed", "model")])
+def test_a_mesh_gives_each_device_its_own_rows_and_heads(kernel, heads):
+    qkv = [normal(i, 4, 4, 128, 64) for i in range(3)]
+
+    def place(rows, heads):
+        attend = functools.partial(KERNELS[kernel], count=128)
+        with jax.set_mesh(mesh_of_eight()):
+            text = jax.jit(attend).lower(*(x[:rows, :heads] for x in qkv)).as_text()
         return re.search(r"sdy.manual_computation.*out_shardings=(.*?) manual_axes", text).group(1)
 
-    assert '{"data", "fsdp"}' in place(4)
-    assert "data" not in place(3)  # three rows cannot be shared evenly: each computes all of them
+    assert '{"data", "fsdp"}' in place(4, 4)
+    assert ('{"model"}' in place(4, 4)) == (heads == "model")
+    assert "data" not in place(3, 4)  # three rows cannot be shared evenly: each computes all
+    assert "model" not in place(4, 2)  # nor can one group of heads
