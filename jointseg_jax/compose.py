@@ -20,10 +20,12 @@ from jointseg_jax.codecs.panoptic import PanopticBits
 from jointseg_jax.codecs.table import CODECS
 from jointseg_jax.data import text as data_text
 from jointseg_jax.data.cache import Cache
+from jointseg_jax.data.cache_index import index_path
 from jointseg_jax.data.classes import Classes
 from jointseg_jax.data.features import WithFeatures
 from jointseg_jax.data.records import BadSample, Source
 from jointseg_jax.data.table import SOURCES, TRANSFORMS
+from jointseg_jax.differences import require_same
 from jointseg_jax.models.two_stream import TwoStream
 from jointseg_jax.models.uvit import UViT
 from jointseg_jax.systems.autoencode import Autoencode
@@ -78,11 +80,10 @@ def facts(source: Source, *, captions: int = 512) -> Facts:
 def source(config: Mapping[str, Any], split: str) -> Source:
     """The data source of ``config.data.train`` or ``config.data.val``.
 
-    ``config.data.cache`` takes the place of ``config.data.train``: a cache made of it, with these
-    settings. Validation records are always those of ``config.data.val``, with their pixels.
+    A cache made of them, with these settings, takes their place: see ``from_cache``.
     """
-    if split == "train" and config["data"].get("cache"):
-        return cache(config)
+    if from_cache(config, split):
+        return cache(config, split)
     spec = dict(config["data"][split])
     features = spec.pop("features", None)
     found = build(SOURCES, spec, where=f"data.{split}")
@@ -92,25 +93,46 @@ def source(config: Mapping[str, Any], split: str) -> Source:
     return build({"npy": WithFeatures}, features, where=where, source=found, split=found.split)
 
 
+def from_cache(config: Mapping[str, Any], split: str) -> bool:
+    """Whether ``config.data.cache`` takes the place of ``config.data.train`` or ``.val``.
+
+    Of ``val`` it does where the cache has that split and evaluation has no transforms of its own:
+    a cache holds one size, that of training.
+    """
+    root = config["data"].get("cache")
+    if not root or split == "train":
+        return bool(root)
+    own = config.get("evaluate", {}).get("transforms")
+    return not own and index_path(root, split).exists()
+
+
 def cache(config: Mapping[str, Any], split: str = "train") -> Cache:
     """The cache of ``config.data.cache``, once its settings are found to be the config's.
 
     Raises:
       UserError: they are not, with each that differs.
     """
-    root = config["data"]["cache"]
-    found = Cache(root=root, split=split)
-    made, now = found.index["settings"]["config"], cache_settings(config, split)
-    latents = found.index["settings"]["latents"]
-    now["codecs"] = {k: v for k, v in now["codecs"].items() if k in latents}
-    apart = differences({**made, "codecs": {k: made["codecs"].get(k) for k in latents}}, now)
-    if apart:
-        listed = "\n".join(f"  {line}" for line in apart)
-        raise UserError(
-            f"ERROR [data] {root}: encoded with other settings than this config's:\n{listed}\n"
-            "Put these back, or run launch/encode.py again with this config, into another folder."
-        )
+    found = Cache(root=config["data"]["cache"], split=split)
+    check_cache(config, found.index, split)
     return found
+
+
+def check_cache(config: Mapping[str, Any], index: Mapping[str, Any], split: str = "train") -> None:
+    """Refuses the index of a cache that was made with other settings than this config's.
+
+    Raises:
+      UserError: each setting that differs.
+    """
+    made, now = index["settings"]["config"], cache_settings(config, split)
+    latents = index["settings"]["latents"]
+    now["codecs"] = {k: v for k, v in now["codecs"].items() if k in latents}
+    require_same(
+        {**made, "codecs": {k: made["codecs"].get(k) for k in latents}},
+        now,
+        where=f"ERROR [data] {config['data']['cache']}: this cache",
+        remedy="Put these back, or run launch/encode.py again with this config, into another "
+        "folder.",
+    )
 
 
 def cache_settings(config: Mapping[str, Any], split: str) -> dict[str, Any]:
@@ -130,17 +152,6 @@ def cache_settings(config: Mapping[str, Any], split: str) -> dict[str, Any]:
             "codecs": {k: {n: v for n, v in c.items() if n != "workdir"} for k, c in specs.items()},
         }
     )
-
-
-def differences(saved: Any, current: Any, where: str = "") -> list[str]:
-    """The settings that are not the same, one line each: ``a.b: saved -> current``."""
-    if isinstance(saved, Mapping) and isinstance(current, Mapping):
-        keys = sorted({*saved, *current})
-        pairs = [(f"{where}.{k}" if where else k, saved.get(k), current.get(k)) for k in keys]
-        return [line for name, a, b in pairs for line in differences(a, b, name)]
-    if plain(saved) == plain(current):
-        return []
-    return [f"{where}: {json.dumps(plain(saved))} -> {json.dumps(plain(current))}"]
 
 
 def transforms(config: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -138,7 +138,7 @@ def _data(config: Config, split: str, limit: int, found: Rehearsal) -> Source | 
             found.note([f"ERROR [data] config.data.{split}: there is not one record in it."])
         return None
     if isinstance(source, Gathered):
-        return _gathered(source, split, found)
+        return _encoded(source, split, found)
     threads = max(config["data"].get("threads", 2), 1)
     looked = scan(source, threads=threads, limit=limit or None, spread=True)
     found.note(bad_records(looked, split, len(source)))
@@ -147,7 +147,7 @@ def _data(config: Config, split: str, limit: int, found: Rehearsal) -> Source | 
     return source
 
 
-def _gathered(source: Gathered, split: str, found: Rehearsal) -> Gathered | None:
+def _encoded(source: Gathered, split: str, found: Rehearsal) -> Gathered | None:
     """An encoded data set: every row is read and held against its sum."""
     damage = [str(problem) for problem in source.damage()]
     found.note(damage)
@@ -312,8 +312,12 @@ def _gathered(config: Config, workdir: Path) -> dict[str, Any] | None:
 
 
 def _codecs(config: Config, workdir: Path, known: compose.Facts, found: Rehearsal) -> None:
+    cache = config["data"].get("cache")
     for name, place in frozen.trained_codecs(config).items():
-        if frozen.copied(workdir, name) is None:
+        if cache and frozen.copied(workdir, name) is None:
+            if found.attempt(lambda: frozen.load(Path(cache), config)):
+                found.add(f"codec {name}", f"that of {cache}")
+        elif frozen.copied(workdir, name) is None:
             if found.attempt(lambda place=place: frozen.of_run(place, known)):
                 found.add(f"codec {name}", f"that of {place.spec['workdir']}")
         elif found.attempt(lambda: frozen.load(workdir, config)):

@@ -35,6 +35,7 @@ from jointseg_jax.training.faults import Faults
 from jointseg_jax.training.optimizer import OPTIMIZERS
 from jointseg_jax.training.program import check_rows
 from jointseg_jax.training.start import Start
+from jointseg_jax.training.watchdog import Watchdog
 from jointseg_jax.transport.process import Process
 from jointseg_jax.transport.schedules import Linear
 from jointseg_jax.transport.table import SOLVERS
@@ -137,6 +138,7 @@ def _run(config: Config, found: Mistakes) -> None:
     if not 0 <= config["ema"] < 1:
         found.note(f"config.ema = {config['ema']}: must lie in [0, 1); 0 keeps no average.")
     found.attempt(lambda: Faults(**config.get("nan", {})))
+    found.attempt(lambda: Watchdog(**config.get("watchdog", {})))
     optimizer = found.attempt(lambda: build(OPTIMIZERS, config["optimizer"], where="optimizer"))
     if optimizer is not None and config["steps"] > 0:
         found.attempt(lambda: optimizer.learning_rate(config["steps"]))
@@ -167,8 +169,16 @@ def _data(config: Config, found: Mistakes) -> None:
     cache = config["data"].get("cache")
     if cache:
         _place("config.data.cache", cache, found)
-    for split in ("val",) if cache else ("train", "val"):
+    for split in ("train", "val"):
+        if compose.from_cache(config, split):
+            continue
+        before = len(found)
         _source(config["data"][split], f"data.{split}", found)
+        if cache and len(found) > before:
+            found.note(
+                f"config.data.{split} is read beside config.data.cache = {cache}, which has no "
+                f"such split: launch/encode.py --split={split} --out={cache} adds it."
+            )
     for field in ("data", "evaluate"):
         for name, spec in config[field].get("transforms", {}).items():
             where = f"{field}.transforms.{name}"

@@ -50,7 +50,7 @@ def run(**changes: Any) -> dict[str, Any]:
         "accumulate": 1,  # micro-batches per update
         "ema": 0.9999,
         "mesh": (-1, 1, 1),  # data, fsdp, model; -1 takes the devices left over
-        "sharding": "replicate",  # replicate, zero1, fsdp, or a list of (path regex, tactic)
+        "sharding": "replicate",  # zero1, fsdp, fsdp+model, or a list of (path regex, tactic)
         "trainable": ((r"", True),),
         # other weights to begin with: see training/start.py
         "start": {"workdir": "", "file": ""},

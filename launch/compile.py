@@ -15,6 +15,10 @@ Needs libtpu (pip install 'jointseg_jax[tpu]'), a CPU and 2 to 10 GB of memory; 
 the program, not on the number of chips: seconds to minutes. Neither data nor checkpoints have to be
 on this machine (--classes and --codec say what cannot be known without them).
 
+With --cached, training reads latents in place of encoding in each step, as from a cache that is
+still to be made (launch/encode.py). Of one that there is, --config.data.cache=DIR, DIR/train.json
+and DIR/frozen/*.json are enough.
+
 How to read the page:
   HBM            the compiler's plan for one chip; it refuses what does not fit, as a chip would.
                  GiB. peak above 85 % leaves little for anything else.
@@ -27,8 +31,8 @@ How to read the page:
   estimate       the compiler's cycles / clock. For comparing programs, never a measured time.
                  Leaves out Pallas kernels (listed), so with such attention it is the time of
                  everything else; and waiting for other chips.
-  kernels, step  a rule of thumb for those kernels, and the sum of all with nothing hidden: what
-                 --sweep compares programs by.
+  kernels, step  those kernels by their own schedules (python -m jointseg_jax.aot.schedule), and
+                 the sum of all with nothing hidden: what --sweep compares programs by.
   N x N buffers  arrays as long as the tokens on two axes, which fast attention does not have.
   roofline       analytic FLOPs at the chip's peak.
 
@@ -75,6 +79,7 @@ GIVEN = flags.DEFINE_enum(
 CLASSES = flags.DEFINE_integer(
     "classes", None, "Number of classes, for data that are not on this machine.", lower_bound=1
 )
+CACHED = flags.DEFINE_bool("cached", False, "train: latents come from launch/encode.py's cache.")
 REMAT = flags.DEFINE_enum(
     "remat", None, ["none", "dots", "attn_out", "full"], "Sets system.denoiser.remat."
 )
@@ -88,7 +93,9 @@ OPTIONS = flags.DEFINE_list(
 )
 HLO = flags.DEFINE_string("hlo", None, "File to write the optimized program's text to.")
 SWEEP = flags.DEFINE_bool("sweep", False, "Tries settings and picks the best; see above.")
-SWEEP_ATTENTION = flags.DEFINE_list("sweep_attention", ["auto"], "Of --sweep: auto, xla, splash.")
+SWEEP_ATTENTION = flags.DEFINE_list(
+    "sweep_attention", ["auto"], "Of --sweep: auto, xla, packed, splash."
+)
 SWEEP_SHARDING = flags.DEFINE_list(
     "sweep_sharding", ["zero1", "fsdp"], "Of --sweep: replicate, zero1, fsdp."
 )
@@ -113,7 +120,7 @@ def main() -> int:
         CONFIG.value.to_dict(), remat=REMAT.value, scan=SCAN.value, attention=ATTENTION.value
     )
     codec = CODEC.value.to_dict() if CODEC.value is not None else None
-    absent = programs.Absent(classes=CLASSES.value, codec=codec)
+    absent = programs.Absent(classes=CLASSES.value, codec=codec, cached=CACHED.value)
     if SWEEP.value:
         return _sweep(config, devices, absent, options)
     if WHAT.value == "train":
@@ -121,6 +128,8 @@ def main() -> int:
             raise UserError("ERROR [flags] --steps and --given are for --what=sample.")
         lowered = programs.lower_training(config, devices, absent=absent, per_chip=PER_CHIP.value)
     else:
+        if CACHED.value:
+            raise UserError("ERROR [flags] --cached is for --what=train.")
         lowered = programs.lower_sampling(
             config,
             devices,

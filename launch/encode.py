@@ -7,31 +7,40 @@
 
 Give the same config, with the same --config.* overrides, to encode and to train. --split=train
 reads config.data.train as training would; inputs whose codec has parameters become latents, the
-others (pixels, analog bits, colours) are kept as they are, captions as token ids. Validation,
-previews and sampling go on using config.data.val and the codec itself, which OUT/frozen holds.
+others (pixels, analog bits, colours) are kept as they are. Texts (token ids, features) are kept
+once, however many records have the same.
+
+--split=val into the same folder keeps the pixels, labels and texts of config.data.val as previews
+and evaluation read them: then a run needs the cache alone. Without it they go on reading
+config.data.val, and so they do where config.evaluate.transforms give evaluation its own size.
+Sampling uses the codec itself, which OUT/frozen holds.
 
 What differs from training without a cache:
   crops    random crops become the centre's; --crops=4 keeps four random ones of each record
   flips    if config.data.transforms flips, each record is kept plain and mirrored
   order    records come in another order, and other flips and captions are drawn
   rounding latents and features are float16 (11 bits; denoisers compute in bfloat16, 8 bits);
-           --dtype=float32 keeps every bit in twice the space
+           --dtype=float32 keeps every bit in twice the space, --dtype=bfloat16 the range in 8 bits
 
 Killed or stopped, the same command goes on: whole shards are kept, checked by SHA-256, and the
 bytes come out the same. Run on a finished cache it checks all of it, and writes damaged shards
-again. A folder made with other settings is refused, with each setting that differs. On several
-hosts (the flags and environment of launch/train.py) they share the shards; --out is one they all
-see.
+again. A folder made with other settings is refused, with each setting that differs. Several
+processes (the flags and environment of launch/train.py) share the shards and write the same bytes
+as one; --out is a folder they all see.
 
-Writes OUT/SPLIT-*.bin and .json (shards), OUT/SPLIT.json (index), OUT/SPLIT.tokens.npy and
-OUT/SPLIT.captions.npy, OUT/frozen/. How fast a cache can be read:
+Pictures are read by --threads of this process; --workers=N reads in N processes, each with so many
+threads, which pays where reading is Python rather than decoding.
+
+Writes OUT/SPLIT-*.bin and .json (shards), OUT/SPLIT.json (index), OUT/SPLIT.text.bin and two .npy
+(texts), OUT/frozen/. How fast a cache can be read:
+  python launch/benchmark.py --what data --config C --config.data.cache=caches/folders
   python -m jointseg_jax.data.rate caches/folders --batch 256
 The last line of output is one JSON object. Exit status 2: a mistake, said in one block.
 """
 
 from __future__ import annotations
 
-import functools
+import sys
 from pathlib import Path
 
 from absl import flags
@@ -45,7 +54,9 @@ CONFIG = config_flags.DEFINE_config_file(
 )
 OUT = flags.DEFINE_string("out", None, "Folder of the cache; the same folder goes on.")
 SPLIT = flags.DEFINE_enum("split", "train", ("train", "val"), "Split of config.data to encode.")
-DTYPE = flags.DEFINE_enum("dtype", "float16", ("float16", "float32"), "Of latents and features.")
+DTYPE = flags.DEFINE_enum(
+    "dtype", "float16", ("float16", "bfloat16", "float32"), "Of latents and features."
+)
 LATENTS = flags.DEFINE_list(
     "latents",
     None,
@@ -56,15 +67,21 @@ CROPS = flags.DEFINE_integer("crops", 0, "Random crops of each record; 0: the ce
 LIMIT = flags.DEFINE_integer("limit", None, "Only so many records, from the first.", lower_bound=1)
 BATCH = flags.DEFINE_integer("batch", 32, "Rows a device encodes at a time.", lower_bound=1)
 SHARD = flags.DEFINE_integer("shard_mb", 256, "Size of a shard, about.", lower_bound=1)
-THREADS = flags.DEFINE_integer("threads", 4, "Threads that read records.", lower_bound=1)
+WORKERS = flags.DEFINE_integer("workers", 0, "Processes that read; 0: threads only.", lower_bound=0)
+THREADS = flags.DEFINE_integer("threads", 4, "Threads that read, in each process.", lower_bound=1)
 cli.define_process_flags()
+
+EVERY = 30.0
+"""Seconds from line to line, where progress goes to a log."""
+LINE = "{desc}: {n_fmt} of {total_fmt} records, {rate_fmt}, {remaining} left\n"
 flags.mark_flags_as_required(["config", "out"])
 
 
 def main() -> None:
     """Encodes one split."""
     cli.start()
-    from jointseg_jax.training.encoding import Encoding, encode
+    from jointseg_jax.training.encoding import Encoding
+    from jointseg_jax.training.encoding_run import encode
 
     options = Encoding(
         out=Path(OUT.value),
@@ -76,15 +93,21 @@ def main() -> None:
         limit=LIMIT.value,
         batch=BATCH.value,
         shard=SHARD.value << 20,
+        workers=WORKERS.value,
         threads=THREADS.value,
     )
-    bar = functools.partial(
-        tqdm, unit="record", dynamic_ncols=True, disable=None if peers.is_first() else True
-    )
-    report = encode(CONFIG.value.to_dict(), options, progress=bar, show=_say)
-    if peers.is_first() and SPLIT.value == "train":
+    report = encode(CONFIG.value.to_dict(), options, progress=_bar, show=_say)
+    if peers.is_first():
         print(f"to train from it: launch/train.py ... --config.data.cache={OUT.value}")
     cli.last_line(report)
+
+
+def _bar(total: int, desc: str) -> tqdm:
+    """Progress of this process, with the time that is left: a bar, or lines in a log."""
+    log = {"mininterval": EVERY, "bar_format": LINE}
+    look = {"dynamic_ncols": True} if sys.stderr.isatty() else log
+    off = not peers.is_first() or not total
+    return tqdm(total=total, desc=desc, unit=" records", delay=2.0, disable=off, **look)
 
 
 def _say(text: str) -> None:

@@ -4,7 +4,9 @@ Programs here are compiled once and run for milliseconds, so they are compiled w
 optimization.
 """
 
+import logging
 import os
+import re
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
@@ -17,6 +19,7 @@ from jaxtyping import install_import_hook
 install_import_hook("jointseg_jax", "beartype.beartype")
 
 import jax
+import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_key_reuse", True)
@@ -33,3 +36,21 @@ def pytest_addoption(parser):
         default=None,
         help="folder of conformance fixtures (default ../shared/fixtures, else $JOINTSEG_FIXTURES)",
     )
+
+
+@pytest.fixture
+def compilations():
+    """A list that grows by the name of every program that JAX compiles, such as ``jit(update)``."""
+    names, logger = [], logging.getLogger("jax")
+    handler = logging.Handler()
+
+    def emit(record):
+        found = re.match(r"Finished XLA compilation of (\S+) in", record.getMessage())
+        if found:
+            names.append(found[1])
+
+    handler.emit = emit
+    logger.addHandler(handler)
+    with jax.log_compiles():
+        yield names
+    logger.removeHandler(handler)

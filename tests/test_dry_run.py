@@ -14,12 +14,15 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+from tqdm import tqdm
 
 from jointseg_jax import dry_run, sharding
 from jointseg_jax.aot import chips, report
 from jointseg_jax.aot.programs import Lowered
 from jointseg_jax.training import goodput
 from jointseg_jax.training.checkpoints import read_meta
+from jointseg_jax.training.encoding import Encoding
+from jointseg_jax.training.encoding_run import encode
 from jointseg_jax.training.loop import train
 
 ROOT, SIDE, ROWS = Path(__file__).parents[1], 16, 8
@@ -172,6 +175,23 @@ def test_everything_that_is_wrong_is_told_at_once(run, damaged):
     ):
         assert said in " ".join(page.split()), said
     assert contents(run) == before
+
+
+def test_an_encoded_data_set_is_read_whole(tmp_path):
+    given, out = config(ema=2.0), tmp_path / "cache"  # refused, so that nothing is compiled
+    options = Encoding(out=out, latents=(), limit=4)
+    encode(given, options, progress=functools.partial(tqdm, disable=True))
+    given["data"] |= {"cache": str(out)}
+    page = rehearse(given, tmp_path / "run").page()
+    assert "4 encoded records read, none damaged" in page
+    assert "8 of 64 records read, all good" in " ".join(page.split())  # the validation's
+    (shard,) = out.glob("*-of-*.bin")
+    shard.write_bytes(b"\7" + shard.read_bytes()[1:])
+    given["data"] |= {"val": {"name": "folders", "root": "nowhere", "split": "val"}}
+    page = " ".join(rehearse(given, tmp_path / "run").page().split())
+    assert "the shard is damaged" in page
+    assert "config.data.val.root = nowhere: there is no such folder" in page
+    assert f"launch/encode.py --split=val --out={out} adds it" in page
 
 
 def test_a_new_folder_is_not_made(tmp_path):

@@ -135,7 +135,7 @@ def test_heads_and_hidden_units_go_over_the_model_axis(scan):
         spec for path, (_, spec) in found.items() if path.endswith("mid_block/attn/qkv/kernel")
     ]
     assert len(set(moments)) == 1 and len(moments) > 3  # of parameters, both moments, averages
-    with pytest.raises(UserError, match="2 does not divide into 4 parts; change config.mesh"):
+    with pytest.raises(UserError, match=r"2 does not divide into 4 parts; change config\.mesh"):
         places(train_state(scan=scan), "fsdp+model", mesh(1, 2, 4))
 
 

@@ -18,7 +18,7 @@ from jointseg_jax import compose, profiling, sharding
 from jointseg_jax.aot import standin
 from jointseg_jax.aot.ideal import ideal_bytes
 from jointseg_jax.generation.loop import PER_DEVICE, sampler, sampling_params
-from jointseg_jax.systems.system import Generator
+from jointseg_jax.systems.system import LATENTS, Generator
 from jointseg_jax.training.program import check_batch, make_program, placed
 from jointseg_jax.types import UserError
 
@@ -52,17 +52,22 @@ class Lowered:
     ideal: int | None = None
 
 
-PASSES = {False: 4.5, True: 5.5}
-"""Products of an attention kernel's update over those of its forward pass: 2 forward, 7 backward
-(scores once for the gradient of queries, once for that of keys), 2 more where it is recomputed."""
+PASSES = {False: 3.5, True: 4.5}
+"""Products of an attention kernel's update over those of its forward pass: 2 forward, 5 backward, 2
+more where it is recomputed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Absent:
-    """What stands in for data and runs that are not on this machine; see ``standin``."""
+    """What stands in for data and runs that are not on this machine; see ``standin``.
+
+    Attributes:
+      cached: training reads latents of a cache that is still to be made.
+    """
 
     classes: int | None = None
     codec: Config | None = None
+    cached: bool = False
 
 
 def lower_training(
@@ -85,7 +90,9 @@ def lower_training(
         raise UserError(f"{error} Or give rows per chip: --batch_per_chip=N.") from error
     system, frozen, notes = _system(config, absent)
     program = make_program(system, config, mesh)
-    batch = standin.batch_shapes(config, system, config["batch"])
+    kept = frozen if absent.cached else None
+    batch = standin.training_shapes(config, system, config["batch"], kept)
+    notes = (*notes, *_cached(batch))
     everywhere = sharding.replicated(mesh)
     with jax.set_mesh(mesh):
         lowered = program.update.lower(
@@ -169,6 +176,11 @@ def _system(config: Config, absent: Absent) -> tuple[Any, dict[str, Any], tuple[
     words = f"{len(known.vocabulary)} words" if known.vocabulary else "no words"
     notes = (f"{len(known.classes)} classes, {words}",)
     return compose.system(config, known, found.specs), found.frozen, notes
+
+
+def _cached(batch: Mapping[str, Any]) -> tuple[str, ...]:
+    names = [name.removeprefix(LATENTS) for name in batch if name.startswith(LATENTS)]
+    return (f"latents read from a cache: {', '.join(names)}",) if names else ()
 
 
 def _undecoded(system: Any) -> tuple[str, ...]:

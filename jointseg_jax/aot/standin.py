@@ -2,7 +2,8 @@
 
 A program's size depends on its data by three facts: the number of classes, the words, and the shape
 of what a batch holds. Present data are asked; the classes of absent ones are those of the data
-set's published list, and there are no words.
+set's published list, and there are no words. Of a cache (``config.data.cache``) its index is
+enough, ``train.json`` and ``frozen/*.json``: the rows themselves need not be here.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ import jax
 import jax.numpy as jnp
 
 from jointseg_jax import compose
+from jointseg_jax.data.cache_index import classes_of, fields_of, index_path, read_index, text_of
 from jointseg_jax.data.class_lists import CLASS_LISTS
 from jointseg_jax.data.classes import Classes
+from jointseg_jax.systems.system import LATENTS, Encodable
 from jointseg_jax.training import frozen
 from jointseg_jax.types import UserError
 
@@ -55,6 +58,8 @@ def facts(config: Mapping[str, Any], classes: int | None = None) -> compose.Fact
     spec = config["data"]["train"]
     if classes is not None:
         return _without_data(Classes(names=tuple(f"class {i}" for i in range(classes))))
+    if index := _index(config):
+        return compose.Facts(classes_of(index), tuple(index["words"]), ())
     if "root" not in spec or Path(spec["root"]).is_dir():
         return compose.facts(compose.source(config, "train"), captions=0)
     name = spec.get("classes") or LAYOUT_CLASSES.get(spec.get("layout"))
@@ -70,6 +75,15 @@ def _without_data(classes: Classes) -> compose.Facts:
     return compose.Facts(classes, (), ())
 
 
+def _index(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The index of the config's cache, which must have been made with its settings."""
+    if not compose.from_cache(config, "train"):
+        return None
+    index = read_index(index_path(config["data"]["cache"], "train"))
+    compose.check_cache(config, index)
+    return index
+
+
 def codecs(
     config: Mapping[str, Any], known: compose.Facts, other: Mapping[str, Any] | None = None
 ) -> Codecs:
@@ -83,6 +97,9 @@ def codecs(
     """
     specs, shapes = {}, {}
     for name, place in frozen.trained_codecs(config).items():
+        if held := _held(config, name):
+            specs[name], shapes[name] = held, _shapes(held, known, place)
+            continue
         spec = _system_of(place, other)
         if spec["name"] != "autoencode" or spec.get("field", "labels") != place.field:
             raise UserError(
@@ -94,10 +111,19 @@ def codecs(
         scale = place.spec.get("scale", codec.get("scale"))
         if scale is not None:
             codec["scale"] = 1.0 if scale == "fit" else scale  # a fitted number changes no shape
-        specs[name] = codec
-        built = compose.codec(codec, known, place.where)
-        shapes[name] = jax.eval_shape(built.init, jax.random.key(0))
+        specs[name], shapes[name] = codec, _shapes(codec, known, place)
     return Codecs(specs, shapes)
+
+
+def _held(config: Mapping[str, Any], name: str) -> dict[str, Any] | None:
+    """The spec of a codec that the config's cache was encoded with."""
+    root = config["data"].get("cache")
+    held = frozen.copied(Path(root), name) if root else None
+    return None if held is None else compose.from_plain(held)
+
+
+def _shapes(spec: Mapping[str, Any], known: compose.Facts, place: frozen.Place) -> Any:
+    return jax.eval_shape(compose.codec(spec, known, place.where).init, jax.random.key(0))
 
 
 def _system_of(place: frozen.Place, other: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -135,6 +161,32 @@ def batch_shapes(config: Mapping[str, Any], system: Any, rows: int) -> Shapes:
         if stream.field not in fields:
             fields[stream.field] = (tuple(stream.codec.latent_shape(size)), jnp.float32)
     return {k: jax.ShapeDtypeStruct((rows, *shape), kind) for k, (shape, kind) in fields.items()}
+
+
+def training_shapes(
+    config: Mapping[str, Any], system: Any, rows: int, kept: Mapping[str, Any] | None = None
+) -> Shapes:
+    """``batch_shapes``, or the fields of the config's cache.
+
+    Args:
+      kept: shapes of the codecs' parameters: the latents of those that have any are in the
+        batch, as in a cache that is still to be made; None where there will be none.
+    """
+    index = _index(config)
+    if index is not None:
+        fields = [*fields_of(index), *filter(None, [text_of(index)])]
+        return {f.name: jax.ShapeDtypeStruct((rows, *f.shape), f.read_kind) for f in fields}
+    plain = batch_shapes(config, system, rows)
+    if kept is None or not isinstance(system, Encodable):
+        return plain
+    made = {}
+    for name, value in system.inputs().items():
+        if kept.get(name):
+            latents = jax.eval_shape(value.codec.encode, kept[name], plain[value.field])
+            made[LATENTS + name] = jax.ShapeDtypeStruct(latents.shape, jnp.float16)
+        else:
+            made[value.field] = plain[value.field]
+    return made
 
 
 def with_denoiser(config: Mapping[str, Any], **fields: Any) -> dict[str, Any]:

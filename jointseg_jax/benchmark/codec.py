@@ -60,7 +60,8 @@ def inputs(found: subject.Subject, rows: int) -> tuple[dict[str, np.ndarray], st
     """A host batch with pictures in it, and where it comes from."""
     spec = found.config["data"]["train"]
     if "root" not in spec or Path(spec["root"]).is_dir():
-        config = dict(found.config) | {"batch": rows}
+        pictures = dict(found.config["data"]) | {"cache": ""}
+        config = dict(found.config) | {"batch": rows, "data": pictures}
         with subject.real_batches(found._replace(config=config)) as batches:
             return next(batches), "the config's data"
     made = subject.random_rows(found, rows, 0)

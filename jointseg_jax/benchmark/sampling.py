@@ -71,6 +71,12 @@ class _Sampling:
         start = time.perf_counter()
         inputs = self._inputs(self.text, self.known, 0, np.arange(self.batch))
         lowered = sampler(self.system, self.mesh).lower(self.params, self.frozen, *inputs)
+        if not jax.tree.leaves(lowered.out_info):
+            raise UserError(
+                "ERROR [flags] --what=sample: all streams of this config are latents that nothing "
+                "decodes. A sampler without a result is compiled to nothing, and its time would "
+                "be none. Give one of its streams a codec that decodes."
+            )
         self.lower_s = time.perf_counter() - start
         self.compiled = lowered.compile()
         self.compile_s = time.perf_counter() - start - self.lower_s

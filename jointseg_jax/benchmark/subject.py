@@ -16,6 +16,7 @@ import numpy as np
 from jointseg_jax import compose, sharding
 from jointseg_jax.aot import standin
 from jointseg_jax.benchmark.job import Request
+from jointseg_jax.data.gathering import GatheredBatches
 from jointseg_jax.data.pipeline import Batches, batches
 from jointseg_jax.training.restore import load_run
 
@@ -85,8 +86,14 @@ def number_type(system: Any) -> str:
     return str(jnp.dtype(getattr(getattr(system, "denoiser", None), "dtype", "float32")))
 
 
-def random_rows(subject: Subject, rows: int, seed: int) -> dict[str, np.ndarray]:
-    """A host batch with the fields of a training batch, all of them random."""
+def random_rows(
+    subject: Subject, rows: int, seed: int, *, cached: bool = False
+) -> dict[str, np.ndarray]:
+    """A host batch with the fields of a training batch, all of them random.
+
+    Args:
+      cached: the fields of the config's cache, if it has one, as training reads them.
+    """
     rng = np.random.default_rng(seed)
     limits = {
         "image": 256,
@@ -100,11 +107,12 @@ def random_rows(subject: Subject, rows: int, seed: int) -> dict[str, np.ndarray]
             return rng.integers(limits[name], size=shape).astype(kind)
         return rng.standard_normal(shape, np.float32).astype(kind)
 
-    wanted = standin.batch_shapes(subject.config, subject.system, rows)
+    shapes = standin.training_shapes if cached else standin.batch_shapes
+    wanted = shapes(subject.config, subject.system, rows)
     return {name: draw(name, s.shape, s.dtype) for name, s in wanted.items()}
 
 
-def real_batches(subject: Subject, *, start: int = 0) -> Batches:
+def real_batches(subject: Subject, *, start: int = 0) -> Batches | GatheredBatches:
     """The batches of the config's training data, as a run gets them."""
     config, data = subject.config, subject.config["data"]
     tokenizer = compose.tokenizer(config, subject.known.vocabulary)

@@ -58,7 +58,9 @@ class _Update:
     def _batches(self) -> Iterator[Any]:
         if self.real is not None:
             return (sharding.global_batch(rows, self.mesh) for rows in self.real)
-        rows = (subject.random_rows(self.subject, self.batch, n) for n in range(BATCHES))
+        rows = (
+            subject.random_rows(self.subject, self.batch, n, cached=True) for n in range(BATCHES)
+        )
         return itertools.cycle([subject.on_mesh(r, self.mesh) for r in rows])
 
     def run(self, count: int) -> float:

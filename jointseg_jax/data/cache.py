@@ -1,16 +1,11 @@
 """What a run reads of its data, encoded once: fixed-size rows in memory-mapped shards.
 
 ROOT/SPLIT.json                      the index: settings, fields, shards with their SHA-256
-ROOT/SPLIT-00000-of-00004.bin        rows
+ROOT/SPLIT-00000-of-00004.bin        rows (``shards.py``)
 ROOT/SPLIT-00000-of-00004.json       ids and captions of the records of that shard
-ROOT/SPLIT.captions.npy              int64 [records + 1]: record i owns captions c[i] .. c[i+1] - 1
-ROOT/SPLIT.tokens.npy                int32 [captions, length]: token ids, where text is words
+ROOT/SPLIT.text.bin, .texts.npy, .captions.npy   each different text once (``text_table.py``)
 
-1. Record i has ``variants`` rows, ``i * variants`` and on, those of ``views.py``.
-2. A shard of n rows is one block ``[n, stride_f]`` per field f, in the order of the index, and then
-   the sums ``[n, fields]``. A stride is the size of a row, filled up with zeros to 8 bytes.
-3. The sum of a row is that of its 64-bit little-endian words modulo 2^64, taken of every row that
-   is read: a changed bit, or a page of zeros, is noticed before anything learns from it.
+Record i has ``variants`` rows, ``i * variants`` and on, those of ``views.py``.
 
 ``launch/encode.py`` writes it (``cache_writer.py``). Rows come as they are stored, except that
 ``labels`` are int16 again; float16 is made float32 where it is used, on the device.
@@ -22,9 +17,7 @@ import bisect
 import functools
 import hashlib
 import itertools
-import json
 import threading
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,96 +25,20 @@ from typing import Any
 import numpy as np
 
 from jointseg_jax.data import files
-from jointseg_jax.data.class_file import class_list
+from jointseg_jax.data.cache_index import (
+    AGAIN,
+    check_files,
+    classes_of,
+    fields_of,
+    index_path,
+    read_index,
+    text_of,
+)
 from jointseg_jax.data.classes import Classes
 from jointseg_jax.data.records import BadSample, Record
+from jointseg_jax.data.shards import Field, opened, row_bytes, row_sums
+from jointseg_jax.data.text_table import Texts
 from jointseg_jax.types import UserError
-
-FORMAT, VERSION = "jointseg cache", 1
-
-AGAIN = (
-    "Copy it again from its source; or delete it and run launch/encode.py again with the same "
-    "settings: whole shards are kept."
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Field:
-    """One array of every row.
-
-    Attributes:
-      name: the batch field.
-      dtype: as stored.
-      shape: of one row.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def size(self) -> int:
-        """Bytes of a row."""
-        return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize
-
-    @property
-    def stride(self) -> int:
-        """Bytes from row to row."""
-        return -(-self.size // 8) * 8
-
-    def values(self, words: np.ndarray) -> np.ndarray:
-        """The rows ``[rows, *shape]`` of 64-bit words ``[rows, stride / 8]``."""
-        plain = words.view(np.uint8)[:, : self.size]
-        found = np.ascontiguousarray(plain).view(self.dtype).reshape(len(words), *self.shape)
-        return found.astype(np.int16) if self.name == "labels" else found
-
-
-def row_bytes(fields: Iterable[Field]) -> int:
-    """Bytes that a row takes in a shard, with its sums."""
-    return sum(f.stride + 8 for f in fields)
-
-
-def row_sums(words: np.ndarray) -> np.ndarray:
-    """The sum of each row of 64-bit words."""
-    return words.sum(axis=1, dtype=np.uint64)
-
-
-def blocks(memory: np.ndarray, fields: Sequence[Field]) -> tuple[list[np.ndarray], np.ndarray]:
-    """The words of each field, and the sums, of the bytes of a shard."""
-    count = len(memory) // row_bytes(fields)
-    ends = list(itertools.accumulate((count * f.stride for f in fields), initial=0))
-    words = [
-        memory[a:b].view(np.uint64).reshape(count, f.stride // 8)
-        for f, (a, b) in zip(fields, itertools.pairwise(ends))
-    ]
-    return words, memory[ends[-1] :].view(np.uint64).reshape(count, len(fields))
-
-
-def shard_name(split: str, number: int, shards: int) -> str:
-    """The name of a shard, without its ending."""
-    return f"{split}-{number:05d}-of-{shards:05d}"
-
-
-def read_index(path: Path) -> dict[str, Any]:
-    """Reads an index of this version, finished or not.
-
-    Raises:
-      UserError: no index of this version is there.
-    """
-    made = "Caches are made by launch/encode.py; check config.data.cache."
-    try:
-        index = files.read_json(path)
-    except BadSample as problem:
-        raise UserError(f"{problem} {made}") from None
-    found = (index.get("format"), index.get("version")) if isinstance(index, dict) else (None, None)
-    if found[0] != FORMAT:
-        raise UserError(f"ERROR [data] {path}: not the index of a cache. {made}")
-    if found[1] != VERSION:
-        raise UserError(
-            f"ERROR [data] {path}: version {found[1]} of the cache; this release reads version "
-            f"{VERSION}. Run launch/encode.py again, into another folder."
-        )
-    return index
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +49,7 @@ class Cache:
       root: its folder.
       index: what its index says.
       fields: what a row holds.
+      texts: of the records; None where nothing reads any.
     """
 
     root: str
@@ -139,9 +57,10 @@ class Cache:
     index: dict[str, Any] = field(init=False, repr=False, compare=False)
     classes: Classes = field(init=False, repr=False)
     fields: tuple[Field, ...] = field(init=False, repr=False, compare=False)
+    texts: Texts | None = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        path = Path(self.root) / f"{self.split}.json"
+        path = index_path(self.root, self.split)
         index = read_index(path)
         if not index.get("complete"):
             raise UserError(
@@ -158,19 +77,18 @@ class Cache:
 
     def _known(self, index: dict[str, Any]) -> dict[str, Any]:
         """The attributes that follow from an index."""
-        shards, tables = index["shards"], index["tables"]
-        check_files(Path(self.root), [*shards, *tables.values()])
-        content = index["classes"]
-        fields = tuple(Field(**f | {"shape": tuple(f["shape"])}) for f in index["fields"])
+        shards, tables, root = index["shards"], index["tables"], Path(self.root)
+        check_files(root, [*shards, *tables.values()])
+        fields, text = fields_of(index), text_of(index)
         for entry in shards:
             if entry["bytes"] != entry["records"] * index["variants"] * row_bytes(fields):
                 raise ValueError(f"{entry['file']}: {entry['records']} records of other fields")
         return {
             "index": index,
-            "classes": class_list(content["classes"], content["swaps"]),
+            "classes": classes_of(index),
             "fields": fields,
+            "texts": Texts(root, tables, text) if text else None,
             "_starts": list(itertools.accumulate((s["records"] for s in shards), initial=0)),
-            "_tables": {k: self._table(entry) for k, entry in tables.items()},
             "_open": {},
             "_notes": {},
             "_lock": threading.Lock(),
@@ -186,6 +104,11 @@ class Cache:
 
     def __len__(self) -> int:
         return self._starts[-1]
+
+    @property
+    def text_is_features(self) -> bool:
+        """Whether texts are features that came with the records, not token ids."""
+        return self.texts is not None and self.texts.field.kind.kind != "i"
 
     def words(self) -> tuple[str, ...]:
         """The words of the source that was encoded."""
@@ -209,7 +132,9 @@ class Cache:
         shard = bisect.bisect_right(self._starts, index) - 1
         note = self._note(shard)[index - self._starts[shard]]
         rows = self._rows(np.array([index * self.index["variants"]]))
-        arrays = {name: values[0] for name, values in rows.items()}
+        if self.text_is_features:
+            rows["text"] = self.texts.of(np.array([index]))
+        arrays = {name: _plain(values[0]) for name, values in rows.items()}
         own = {k: arrays.pop(k) for k in ("image", "labels") if k in arrays}
         record = {"id": note["id"], "captions": tuple(note["captions"]), **own}
         return Record(**record, features=arrays)
@@ -220,26 +145,22 @@ class Cache:
         Raises:
           UserError: some other vocabulary or length.
         """
-        tokens = self._tables.get("tokens")
-        if tokenizer is None or tokens is None:
+        if tokenizer is None or self.texts is None or self.text_is_features:
             return
-        last = len(self) - 1
-        good = len(tokenizer("")) == tokens.shape[1]
+        length, last = self.texts.field.shape[0], len(self) - 1
+        good = len(tokenizer("")) == length
         for index in sorted({0, last // 2, last}):
-            captions, at = self._captions(index), int(self._tables["captions"][index])
-            good = good and all(
-                np.array_equal(tokenizer(caption), tokens[at + i])
-                for i, caption in enumerate(captions)
-            )
+            stored = zip(self._captions(index), self.texts.of_record(index))
+            good = good and all(np.array_equal(tokenizer(caption), ids) for caption, ids in stored)
         if not good:
             raise UserError(
                 f"ERROR [data] {self.root}: holds token ids of another vocabulary or length "
-                f"({tokens.shape[1]} ids per caption) than config.system.text gives. Set that "
-                "back, or run launch/encode.py again, into another folder."
+                f"({length} ids per caption) than config.system.text gives. Set that back, or run "
+                "launch/encode.py again, into another folder."
             )
 
     def damage(self) -> list[BadSample]:
-        """Reads every row; what is wrong with each shard that is not as it was written."""
+        """Reads every row; what is wrong with each file that is not as it was written."""
         found = []
         for first, end in itertools.pairwise(self._starts):
             rows = np.arange(first * self.index["variants"], end * self.index["variants"])
@@ -248,6 +169,11 @@ class Cache:
                     self._rows(part)
             except BadSample as problem:
                 found.append(problem)
+        try:
+            if self.texts is not None:
+                self.texts.check()
+        except BadSample as problem:
+            found.append(problem)
         return found
 
     def gather(
@@ -263,8 +189,8 @@ class Cache:
           BadSample: a row is not what was written.
         """
         out = self._rows(records * self.index["variants"] + self._variant(chance))
-        if "tokens" in self._tables:
-            out["text"] = self._text(records, chance)
+        if self.texts is not None:
+            out["text"] = self.texts.of(records, None if chance is None else chance[2])
         return out
 
     def _variant(self, chance: np.ndarray | None) -> np.ndarray | int:
@@ -273,15 +199,6 @@ class Cache:
         crops, flip = self.index["crops"], self.index["flip"]
         crop = (chance[0] * crops).astype(np.int64)
         return crop if flip is None else 2 * crop + (chance[1] < flip)
-
-    def _text(self, records: np.ndarray, chance: np.ndarray | None) -> np.ndarray:
-        starts, tokens = self._tables["captions"], self._tables["tokens"]
-        first, count = starts[records], starts[records + 1] - starts[records]
-        if chance is not None:
-            first = first + (chance[2] * count).astype(np.int64)
-        found = np.zeros((len(records), tokens.shape[1]), np.int32)  # the empty prompt
-        found[count > 0] = tokens[first[count > 0]]
-        return found
 
     def _rows(self, rows: np.ndarray) -> dict[str, np.ndarray]:
         """Copies each row once, in the order in which rows lie on disk."""
@@ -323,8 +240,7 @@ class Cache:
             if number not in self._open:
                 path = Path(self.root) / self.index["shards"][number]["file"]
                 check_files(Path(self.root), [self.index["shards"][number]])
-                memory = np.memmap(path, np.uint8, "r")
-                self._open[number] = blocks(np.asarray(memory), self.fields)
+                self._open[number] = opened(path, self.fields)
             return self._open[number]
 
     def _note(self, number: int) -> list[dict[str, Any]]:
@@ -338,19 +254,7 @@ class Cache:
         shard = bisect.bisect_right(self._starts, index) - 1
         return self._note(shard)[index - self._starts[shard]]["captions"]
 
-    def _table(self, entry: dict[str, Any]) -> np.ndarray:
-        path = Path(self.root) / entry["file"]
-        if files.sha256(path) != entry["sha256"]:
-            raise UserError(f"ERROR [data] {path}: damaged (another SHA-256 was written). {AGAIN}")
-        return np.load(path, mmap_mode="r", allow_pickle=False)
 
-
-def check_files(root: Path, entries: list[dict[str, Any]]) -> None:
-    """Refuses files that are missing or have another size than was written."""
-    written = ((files.inside(root, entry["file"]), entry["bytes"]) for entry in entries)
-    files.require_sizes(root, written, what="files of the cache", remedy=AGAIN)
-
-
-def dump(content: object) -> bytes:
-    """JSON as it is kept in a cache."""
-    return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
+def _plain(array: np.ndarray) -> np.ndarray:
+    """Half-precision numbers in float32, as features of records are."""
+    return array if array.dtype.kind in "iu" else array.astype(np.float32)

@@ -60,7 +60,7 @@ class LabelRule:
         self, values: Int32[np.ndarray, "height width"], path: str, classes: Classes
     ) -> Int16[np.ndarray, "height width"]:
         """Looks file values up; refuses those that stand for nothing."""
-        labels = lookup(self, len(classes))[values]
+        labels = lookup(self, len(classes)).take(values)
         outside = labels == _OUTSIDE
         if outside.any():
             raise self.out_of_range(values[outside], path, classes)

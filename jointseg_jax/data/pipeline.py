@@ -297,6 +297,7 @@ def evaluation_batches(
     """Returns the records of ``source`` once, in order, each batch with a ``valid`` mask.
 
     Rows beyond the end, and the stand-ins of bad samples, are real records with ``valid=False``.
+    Records of an encoded source were transformed when they were encoded.
 
     Args:
       limit: at most so many records, from the first on.
@@ -305,6 +306,8 @@ def evaluation_batches(
     check_hosts(batch, host, hosts)
     if limit is not None and limit < 1:
         raise UserError(f"ERROR [data] limit={limit} given; evaluate at least 1 record.")
+    if isinstance(source, Gathered):
+        transforms, instances = (), 0
     rows = make_rows(
         source,
         transforms,

@@ -23,11 +23,12 @@ from typing import Any
 import numpy as np
 
 from jointseg_jax.data import cache_writer
-from jointseg_jax.data.cache import Cache, Field, row_bytes, shard_name
+from jointseg_jax.data.cache import Cache
 from jointseg_jax.data.class_file import to_content
 from jointseg_jax.data.classes import Classes
 from jointseg_jax.data.pipeline import batches
 from jointseg_jax.data.records import Source
+from jointseg_jax.data.shards import Field, row_bytes, shard_name
 
 IDS = 77
 PER_SHARD = 4096
@@ -62,30 +63,33 @@ def measure(
 
 def made_up(root: Path, records: int, *, features: bool) -> Cache:
     """Writes a cache of random latents and token ids, or text features."""
-    fields = [Field(name="latents/image", dtype="float16", shape=(64, 64, 4))]
+    latents = Field(name="latents/image", dtype="float16", shape=(64, 64, 4))
+    text = Field(name="text", dtype="int32", shape=(IDS,))
     if features:
-        fields.append(Field(name="text", dtype="float16", shape=(IDS, 768)))
-    else:
-        fields.append(Field(name="text", dtype="int32", shape=(IDS,)))
+        text = Field(name="text", dtype="float16", shape=(IDS, 768))
     shards = -(-records // PER_SHARD)
     head = {
         "settings": {"source": {"name": "made up"}},
         "classes": to_content(Classes(names=("a",))),
     }
     head |= {"words": [], "crops": 1, "flip": None, "variants": 1, "records": records}
-    head["fields"] = [{"name": f.name, "dtype": f.dtype, "shape": list(f.shape)} for f in fields]
-    cache_writer.begin(root, "train", head, lambda saved, current: [])
+    head |= {"fields": [latents.plain()], "text": text.plain()}
+    cache_writer.begin(root, "train", head)
     rng = np.random.default_rng(0)
+
+    def draw(field: Field) -> np.ndarray:
+        return rng.integers(0, 1000, (1, *field.shape)).astype(field.dtype)
+
     for number in range(shards):
         own = range(number * PER_SHARD, min((number + 1) * PER_SHARD, records))
-        shard = cache_writer.ShardWriter(
-            root, shard_name("train", number, shards), fields, len(own)
-        )
+        name = shard_name("train", number, shards)
+        part = text if features else None
+        shard = cache_writer.ShardWriter(root, name, [latents], len(own), part)
         for index in own:
-            row = {f.name: rng.integers(0, 1000, (1, *f.shape)).astype(f.dtype) for f in fields}
-            shard.add(row, [{"id": str(index), "captions": []}])
+            note = {"id": str(index), "captions": [str(index)]}
+            shard.add({latents.name: draw(latents)}, [note], draw(text) if features else None)
         shard.close()
-    cache_writer.finish(root, "train", shards, None)
+    cache_writer.finish(root, "train", shards, None if features else lambda _: draw(text)[0])
     return Cache(root=str(root), split="train")
 
 
@@ -109,7 +113,7 @@ def main() -> None:
             source = Cache(root=given.cache, split=given.split)
         else:
             source = made_up(Path(folder), given.records, features=given.features)
-        row = row_bytes(source.fields)
+        row = row_bytes([*source.fields, *([source.texts.field] if source.texts else [])])
         print(json.dumps(measure(source, **options) | {"row_bytes": row}))
 
 

@@ -104,9 +104,9 @@ def check_record(record: Mapping[str, object], classes: Classes, where: str | No
 
 def check_labels(labels: np.ndarray, classes: Classes, where: str) -> None:
     """Raises BadSample, with the offending values and their counts, for labels out of range."""
-    bad = (labels != VOID) & ((labels < 0) | (labels >= len(classes)))
-    if not bad.any():
+    if labels.size == 0 or (labels.min() >= VOID and labels.max() < len(classes)):
         return
+    bad = (labels != VOID) & ((labels < 0) | (labels >= len(classes)))
     values, counts = np.unique(labels[bad], return_counts=True)
     listed = ", ".join(f"{v} ({n} px)" for v, n in zip(values[:8], counts[:8]))
     more = f" and {len(values) - 8} more values" if len(values) > 8 else ""

@@ -3,6 +3,8 @@
 1. A crop per row: the centre's, as in evaluation, or ``crops`` drawn from (seed, record, crop).
 2. Each also mirrored, where training draws a flip (probability neither 0 nor 1).
 3. Row ``2 * crop + mirrored`` of a record, or ``crop`` without flips.
+
+Of validation records there is one view: what evaluation reads.
 """
 
 from __future__ import annotations
@@ -23,11 +25,20 @@ class Views:
 
     Args:
       crops: how many random crops; 0 is the centre's.
+      train: whether the records are for training.
     """
 
     transforms: tuple[Transform, ...]
     crops: int
     seed: int
+    train: bool = True
+
+    def __post_init__(self) -> None:
+        if self.crops and not self.train:
+            raise UserError(
+                f"ERROR [encode] crops={self.crops}: validation reads the centre's; leave --crops "
+                "out."
+            )
 
     @property
     def flip(self) -> float | None:
@@ -37,7 +48,7 @@ class Views:
             raise UserError(
                 "ERROR [encode] config.data.transforms: more than one flip; leave one in."
             )
-        return drawn[0] if drawn and 0 < drawn[0] < 1 else None
+        return drawn[0] if self.train and drawn and 0 < drawn[0] < 1 else None
 
     @property
     def random_crops(self) -> bool:
@@ -59,7 +70,7 @@ class Views:
         for transform in self.transforms:
             if isinstance(transform, Flip):
                 own = transform if mirrored is None else replace(transform, probability=mirrored)
-                record = own(record, rng, True)
+                record = own(record, rng, self.train)
             else:
                 record = transform(record, rng, self.crops > 0)
         return record

@@ -24,7 +24,7 @@ from safetensors.numpy import load_file, save_file
 
 from jointseg_jax import compose, rules
 from jointseg_jax.data import files
-from jointseg_jax.training.differences import classes_apart
+from jointseg_jax.differences import classes_apart
 from jointseg_jax.types import UserError
 
 OWN = ("name", "workdir", "scale")

@@ -141,6 +141,17 @@ def test_what_cannot_be_measured_is_refused(request_of):
         sampling.prepare(request_of("sample", batch=12))
 
 
+def test_a_sampler_without_a_result_is_refused(request_of):
+    config = request_of("sample").config
+    cells = {"field": "cells", "codec": {"name": "latents"}, "tokens": {"patch": 1}}
+    stream = config["system"]["streams"]["image"] | cells
+    system = {**config["system"], "streams": {"image": stream}}
+    system["denoiser"] = {k: v for k, v in system["denoiser"].items() if k != "share"}
+    request = dataclasses.replace(request_of("sample"), config={**config, "system": system})
+    with pytest.raises(UserError, match="compiled to nothing"):
+        sampling.prepare(request)
+
+
 def test_a_started_run_has_the_config_it_was_given(request_of):
     job = startup.prepare(request_of("startup", launcher="launch/train.py"))
     try:

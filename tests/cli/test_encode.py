@@ -1,7 +1,9 @@
 """``launch/encode.py`` as a user runs it."""
 
+import json
 import os
 import signal
+import socket
 import time
 
 import pytest
@@ -16,7 +18,8 @@ def test_a_split_is_encoded(launch, tmp_path):
     done = launch("encode", *QUICK, f"--out={out}", "--limit=6")
     found, source = done.json, Cache(root=str(out), split="train")
     assert found["records"] == len(source) == 6 and found["out"] == str(out)
-    assert set(found["fields"]) == {"latents/mask", "image"} == {f.name for f in source.fields}
+    assert set(found["fields"]) == {"latents/mask", "image", "text"}
+    assert {f.name for f in source.fields} == {"latents/mask", "image"}
     assert f"writing {out}, split train:\n" in done.out
     assert f"--config.data.cache={out}" in done.out and "Traceback" not in done.error
 
@@ -37,4 +40,29 @@ def test_a_killed_encoding_goes_on_to_the_same_bytes(launch, tmp_path):
         both = [tmp_path / folder / name for folder in ("straight", "killed")]
         assert both[0].is_dir() or both[0].read_bytes() == both[1].read_bytes()
     refused = launch("encode", *options, "--crops=2", f"--out={killed}", status=2)
-    assert "this cache was made with other settings:\n  crops: 1 -> 2" in refused.error
+    said = "this cache was made with other settings, 4 fields:\n  crops: 1 -> 2"
+    assert said in refused.error and "Traceback" not in refused.error
+
+
+@pytest.mark.slow
+def test_processes_share_the_shards_and_write_the_same_bytes(launch, tmp_path):
+    options = (*QUICK, "--limit=300", "--shard_mb=1")
+    one, two = tmp_path / "one", tmp_path / "two"
+    launch("encode", *options, f"--out={one}")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meet = f"--coordinator=127.0.0.1:{free.getsockname()[1]}"
+    own = [(meet, "--num_processes=2", f"--process_id={i}") for i in range(2)]
+    started = [launch.start("encode", *options, f"--out={two}", *flags) for flags in own]
+    try:
+        said = [process.communicate(timeout=300) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [0, 0], said
+    found = json.loads(said[0][0].strip().splitlines()[-1])
+    assert (found["processes"], found["records"], found["shards_kept"]) == (2, 300, 0)
+    assert found["shards"] > 2 and "{" not in said[1][0]
+    assert sorted(os.listdir(one)) == sorted(os.listdir(two))
+    for path in one.iterdir():
+        assert path.is_dir() or path.read_bytes() == (two / path.name).read_bytes()

@@ -4,17 +4,18 @@ import json
 import pickle
 import shutil
 
+import ml_dtypes
 import numpy as np
 import pytest
 
-from jointseg_jax.compose import differences
-from jointseg_jax.data import cache_writer
-from jointseg_jax.data.cache import Cache, Field, row_bytes, shard_name
+from jointseg_jax.data import cache_writer, text_table
+from jointseg_jax.data.cache import Cache
 from jointseg_jax.data.class_file import to_content
 from jointseg_jax.data.classes import Classes
 from jointseg_jax.data.pipeline import batches
 from jointseg_jax.data.rate import reading_rate
 from jointseg_jax.data.records import BadSample
+from jointseg_jax.data.shards import Field, row_bytes, shard_name
 from jointseg_jax.data.text import Words
 from jointseg_jax.data.transforms import Flip, Resize
 from jointseg_jax.data.views import Views
@@ -25,6 +26,7 @@ FIELDS = (
     Field(name="latents/image", dtype="float16", shape=(2, 3, 1)),  # 12 bytes: rows are filled up
     Field(name="labels", dtype="int8", shape=(4, 4)),
     Field(name="image", dtype="uint8", shape=(4, 4, 3)),
+    Field(name="clip", dtype="bfloat16", shape=(3,)),
 )
 WORDS = Words(vocabulary=("first", "of", "second", "word"), length=3)
 HEAD = {
@@ -35,13 +37,15 @@ HEAD = {
     "crops": 2,
     "flip": 0.25,
     "variants": VARIANTS,
-    "fields": [{"name": f.name, "dtype": f.dtype, "shape": list(f.shape)} for f in FIELDS],
+    "fields": [f.plain() for f in FIELDS],
+    "text": Field(name="text", dtype="int32", shape=(3,)).plain(),
 }
 RNG = np.random.default_rng(0)
 ROWS = {
     "latents/image": RNG.normal(size=(RECORDS * VARIANTS, 2, 3, 1)).astype(np.float16),
     "labels": RNG.integers(-1, 2, (RECORDS * VARIANTS, 4, 4)).astype(np.int8),
     "image": RNG.integers(0, 256, (RECORDS * VARIANTS, 4, 4, 3)).astype(np.uint8),
+    "clip": RNG.normal(size=(RECORDS * VARIANTS, 3)).astype(ml_dtypes.bfloat16),
 }
 CAPTIONS = [["first word", "second word"][: i % 3] for i in range(RECORDS)]  # none, one, or two
 SHARDS = -(-RECORDS // PER_SHARD)
@@ -63,7 +67,7 @@ def write_shard(root, number, rows=ROWS):
 def made(tmp_path_factory):
     """A finished cache, to be read only."""
     root = tmp_path_factory.mktemp("caches") / "made"
-    cache_writer.begin(root, "train", HEAD, differences)
+    cache_writer.begin(root, "train", HEAD)
     for number in range(SHARDS):
         write_shard(root, number)
     cache_writer.finish(root, "train", SHARDS, WORDS.encode)
@@ -107,6 +111,7 @@ def test_rows_are_read_as_they_were_written(made):
         np.testing.assert_array_equal(got[name], rows[order * VARIANTS])
     ids = np.stack([WORDS.encode((CAPTIONS[i] or [""])[0]) for i in order])
     np.testing.assert_array_equal(got["text"], ids, strict=True)
+    assert len(source.texts) == 2 < sum(map(len, CAPTIONS))
 
 
 @pytest.mark.parametrize(
@@ -124,7 +129,10 @@ def test_a_record_has_its_id_captions_and_arrays(made):
     record = pickle.loads(pickle.dumps(opened(made)))[9]
     assert (record["id"], record["captions"]) == ("r9", ())
     np.testing.assert_array_equal(record["image"], ROWS["image"][9 * VARIANTS])
-    assert list(record["features"]) == ["latents/image"]
+    assert list(record["features"]) == ["latents/image", "clip"]
+    np.testing.assert_array_equal(
+        record["features"]["clip"], ROWS["clip"][9 * VARIANTS].astype(np.float32), strict=True
+    )
 
 
 def test_a_cache_knows_its_source(made):
@@ -232,20 +240,25 @@ def test_a_shard_of_another_size_is_refused_at_once(copy, size):
     found = "missing" if size is None else r"\d+ bytes"
     with pytest.raises(UserError, match=rf"{path.name}: {found}; \d+ bytes were written") as error:
         opened(copy)
-    assert "1 of 5 files of the cache are not as written. Copy it again" in str(error.value)
+    assert "1 of 6 files of the cache are not as written. Copy it again" in str(error.value)
 
 
 def test_damaged_tables_are_refused(copy):
-    path = copy / "train.tokens.npy"
+    path = copy / "train.text.bin"
+    path.write_bytes(b"\7" + path.read_bytes()[1:])
+    with pytest.raises(BadSample, match=r"train.text.bin: the table is damaged \(text 0 in it has"):
+        opened(copy).gather(np.arange(RECORDS))
+    assert [p.path[-14:] for p in opened(copy).damage()] == ["train.text.bin"]
+    path = copy / "train.texts.npy"
     path.write_bytes(path.read_bytes()[:-1] + b"\7")
-    with pytest.raises(UserError, match=r"train.tokens.npy: damaged \(another SHA-256"):
+    with pytest.raises(UserError, match=r"train.texts.npy: damaged \(another SHA-256"):
         opened(copy)
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"version": 2}, "version 2 of the cache; this release reads version 1. Run launch/encode"),
+        ({"version": 1}, "version 1 of the cache; this release reads version 2. Run launch/encode"),
         ({"format": "x"}, "not the index of a cache. Caches are made by launch/encode.py; check"),
         ({"complete": False}, "the cache is not finished. Run the same launch/encode.py command"),
         ({"fields": [{"name": "image"}]}, "train.json: damaged"),
@@ -293,7 +306,7 @@ def test_whole_shards_are_kept_and_others_made_again_to_the_same_bytes(made, cop
     (copy / f"{names[2]}.bin").write_bytes(b"short")
     (copy / f"{names[0]}.bin.tmp").write_bytes(b"left over")
     assert [cache_writer.kept(copy, name) for name in names] == [True, False, False]
-    cache_writer.begin(copy, "train", HEAD, differences)
+    cache_writer.begin(copy, "train", HEAD)
     for number in (1, 2):
         write_shard(copy, number)
     cache_writer.finish(copy, "train", SHARDS, WORDS.encode)
@@ -303,11 +316,67 @@ def test_whole_shards_are_kept_and_others_made_again_to_the_same_bytes(made, cop
 
 def test_other_settings_are_refused_by_name(copy):
     with pytest.raises(UserError) as error:
-        cache_writer.begin(copy, "train", HEAD | {"flip": 0.5, "crops": 1}, differences)
+        cache_writer.begin(copy, "train", HEAD | {"flip": 0.5, "crops": 1})
     said = (
-        "this cache was made with other settings:\n  crops: 2 -> 1\n  flip: 0.25 -> 0.5\nPut these"
+        "this cache was made with other settings, 2 fields:\n"
+        "  crops: 2 -> 1\n  flip: 0.25 -> 0.5\nPut these"
     )
     assert f"train.json: {said} settings back, or choose another --out." in str(error.value)
+
+
+# --------------------------------------------------------------------- features of text
+
+TEXT = Field(name="text", dtype="float16", shape=(2, 3))
+TEXTS = RNG.normal(size=(3, 2, 3)).astype(np.float16)[np.arange(RECORDS) % 3]
+
+
+def write_with_features(root, shards=range(SHARDS), texts=TEXTS):
+    """Shards of one field whose records come with features, of which there are three."""
+    (field,) = (f for f in FIELDS if f.name == "clip")
+    cache_writer.begin(root, "train", HEAD | {"fields": [field.plain()], "text": TEXT.plain()})
+    for number in shards:
+        records = range(number * PER_SHARD, min((number + 1) * PER_SHARD, RECORDS))
+        name = shard_name("train", number, SHARDS)
+        shard = cache_writer.ShardWriter(root, name, [field], len(records) * VARIANTS, TEXT)
+        for index in records:
+            rows = ROWS["clip"][index * VARIANTS : (index + 1) * VARIANTS]
+            shard.add({"clip": rows}, [{"id": str(index), "captions": []}], texts[[index]])
+        shard.close()
+    return cache_writer.finish(root, "train", SHARDS, None)
+
+
+def test_features_are_kept_once(tmp_path):
+    index, source, order = write_with_features(tmp_path), opened(tmp_path), np.array([10, 0, 4, 4])
+    assert index["tables"]["text"]["rows"] == len(source.texts) == 3
+    got = source.gather(order, np.full((3, 4), 0.9))["text"]
+    np.testing.assert_array_equal(got, TEXTS[order], strict=True)
+    np.testing.assert_array_equal(source[7]["features"]["text"], TEXTS[7].astype(np.float32))
+    source.check_tokenizer(WORDS.encode)  # there are no token ids
+    assert not list(tmp_path.glob("*-of-*.text.bin"))
+
+
+def test_a_table_of_features_is_made_of_what_there_is(tmp_path):
+    index = write_with_features(tmp_path)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    assert text_table.is_whole(tmp_path, index)
+    write_with_features(tmp_path, shards=[1])  # the parts of the others are gone
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+    other = TEXTS.copy()
+    other[5] = 1.0
+    assert write_with_features(tmp_path, [1], other)["tables"]["text"]["rows"] == 4
+    np.testing.assert_array_equal(opened(tmp_path).gather(np.arange(RECORDS))["text"], other)
+    path = tmp_path / "train.text.bin"
+    spoilt = bytearray(path.read_bytes())
+    spoilt[3 * TEXT.stride] ^= 1  # the text of record 5
+    path.write_bytes(spoilt)
+    assert not text_table.is_whole(tmp_path, cache_writer.read_index(tmp_path / "train.json"))
+    name = shard_name("train", 1, SHARDS)
+    assert cache_writer.kept(tmp_path, name) and not cache_writer.kept(tmp_path, name, part=True)
+    with pytest.raises(UserError, match=r"1 of 4 texts are in no file of the cache any more"):
+        write_with_features(tmp_path, [2], other)
+    path.write_bytes(spoilt[:-1])  # a size that it cannot have: it is not looked into
+    write_with_features(tmp_path, range(SHARDS), other)
+    assert opened(tmp_path).damage() == []
 
 
 # -------------------------------------------------------------------------------- views
@@ -346,6 +415,14 @@ def test_random_crops_belong_to_their_record():
     other = views(Resize(size=4), crops=6, index=1)
     pixels = [[view["image"].tobytes() for view in found] for found in (one, again, other)]
     assert pixels[0] == pixels[1] != pixels[2] and len(set(pixels[0])) > 1
+
+
+def test_validation_has_the_view_that_evaluation_reads():
+    chain = (Resize(size=4), Flip(probability=1.0))
+    (view,) = Views(transforms=chain, crops=0, seed=0, train=False).of(record(), 0)
+    np.testing.assert_array_equal(view["image"], views(Resize(size=4))[0]["image"])
+    with pytest.raises(UserError, match="crops=2: validation reads the centre's; leave --crops"):
+        Views(transforms=chain, crops=2, seed=0, train=False)
 
 
 def test_two_flips_are_refused():

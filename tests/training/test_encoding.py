@@ -10,16 +10,20 @@ import numpy as np
 import optax
 import pytest
 
-from jointseg_jax import compose
-from jointseg_jax.data.pipeline import batches
+from jointseg_jax import compose, sharding
+from jointseg_jax.aot import standin
+from jointseg_jax.benchmark import input
+from jointseg_jax.benchmark.job import Request
+from jointseg_jax.data.cache import Cache
+from jointseg_jax.data.pipeline import batches, evaluation_batches
 from jointseg_jax.data.scenes import Scenes
 from jointseg_jax.data.transforms import Flip
-from jointseg_jax.data.workers import in_order
 from jointseg_jax.systems.system import LATENTS
-from jointseg_jax.training import encoding, frozen, loop
+from jointseg_jax.training import frozen, loop
 from jointseg_jax.training import state as states
 from jointseg_jax.training.checkpoints import Checkpoints
-from jointseg_jax.training.encoding import Encoding, encode
+from jointseg_jax.training.encoding import Encoding
+from jointseg_jax.training.encoding_run import encode
 from jointseg_jax.types import UserError
 
 SIZE, RECORDS = (8, 8), 10
@@ -162,9 +166,12 @@ def test_what_is_kept_and_said(made):
     assert report["fields"] == {
         "latents/mask": "float32[4, 4, 2]",
         "image": "uint8[8, 8, 3]",
+        "text": "int32[5]",
     }
     assert (report["records"], report["rows"], report["shards_kept"]) == (10, 20, 0)
-    assert report["bytes"] == sum(p.stat().st_size for p in out.glob("*.bin"))
+    assert report["bytes"] == sum(
+        p.stat().st_size for p in (*out.glob("*.bin"), *out.glob("*.npy"))
+    )
     assert "10 records, 1 crop, each also mirrored" in said
     assert "image: kept as `image`; its codec is applied in each step" in said
 
@@ -186,21 +193,19 @@ def test_a_batch_is_the_codecs_own_encoding_of_the_same_records(config, made):
     assert loss.shape == ()
 
 
-def test_a_stopped_encoding_goes_on_to_the_same_bytes(config, made, tmp_path, monkeypatch):
+def test_a_stopped_encoding_goes_on_to_the_same_bytes(config, made, tmp_path):
     out = tmp_path / "again"
-    read_some = in_order
 
-    def stops(function, items, threads):
-        if len(list(out.glob("*.bin"))) == 2:
-            raise KeyboardInterrupt
-        return read_some(function, items, threads)
+    class Stopped(Bar):
+        def update(self, count):
+            super().update(count)
+            if self.desc.startswith("encoding") and len(list(out.glob("*.bin"))) == 2:
+                raise KeyboardInterrupt
 
-    monkeypatch.setattr(encoding, "in_order", stops)
     with pytest.raises(KeyboardInterrupt):
-        encode(config, options(out), progress=Bar)
+        encode(config, options(out), progress=Stopped)
     with pytest.raises(UserError, match="the cache is not finished"):
         compose.source(cached(config, out), "train")
-    monkeypatch.undo()
     assert encode(config, options(out), progress=Bar)["shards_kept"] == 2
     names = sorted(p.name for p in out.iterdir() if p.is_file())
     assert names == sorted(p.name for p in made[0].iterdir() if p.is_file())
@@ -210,13 +215,17 @@ def test_a_stopped_encoding_goes_on_to_the_same_bytes(config, made, tmp_path, mo
 def test_other_settings_are_refused_by_name(config, made):
     out = made[0]
     with pytest.raises(
-        UserError, match=r"other settings:\n  crops: 1 -> 2\n(.*\n)*  variants: 2 ->"
+        UserError, match=r"other settings, 4 fields:\n  crops: 1 -> 2\n(.*\n)*  variants: 2 ->"
     ):
         encode(config, options(out, crops=2), progress=Bar)
     data = config["data"] | {"transforms": {}}
     with pytest.raises(UserError) as error:
         compose.source(cached(config | {"data": data}, out), "train")
-    said = 'transforms.flip: {"name": "flip", "probability": 0.5} -> null\nPut these back, or run'
+    said = (
+        "this cache was made with other settings, 3 fields:\n  transforms: (absent) -> {}\n"
+        '  transforms/flip/name: "flip" -> (absent)\n'
+        "  transforms/flip/probability: 0.5 -> (absent)\nPut these back, or run"
+    )
     assert said in str(error.value)
 
 
@@ -229,12 +238,83 @@ def test_a_codec_that_was_trained_on_is_refused(config, made, codec, tmp_path):
         encode(compose.from_plain(other), options(made[0]), progress=Bar)
 
 
-def test_float16_is_the_nearest_and_takes_half_the_space(config, made, tmp_path):
-    report = encode(config, options(tmp_path, dtype="float16", limit=4, crops=0), progress=Bar)
-    assert report["fields"]["latents/mask"] == "float16[4, 4, 2]" and report["records"] == 4
+def test_the_step_that_reads_latents_is_known_by_the_index_alone(config, made, tmp_path):
+    (tmp_path / "frozen").mkdir()
+    for name in ("train.json", "frozen/mask.json"):
+        shutil.copy(made[0] / name, tmp_path / name)
+    here = compose.from_plain(json.loads(json.dumps(cached(config, tmp_path))))
+    here["system"]["streams"]["mask"]["codec"] |= {"workdir": str(tmp_path / "nowhere")}
+    known = standin.facts(here)
+    assert known == compose.facts(compose.source(cached(config, made[0]), "train"), captions=0)
+    found = standin.codecs(here, known)
+    system = compose.system(here, known, found.specs)
+    real = sharding.global_batch(read(config, made[0]), sharding.make_mesh((8, 1, 1)))
+    expected = standin.training_shapes(here, system, 8)
+    assert {k: (v.shape, v.dtype) for k, v in real.items()} == {
+        k: (v.shape, v.dtype) for k, v in expected.items()
+    }
+    unmade = here | {"data": config["data"]}
+    assert LATENTS + "mask" not in standin.training_shapes(unmade, system, 8)
+    planned = standin.training_shapes(unmade, system, 8, found.frozen)
+    assert {k: v.shape for k, v in planned.items()} == {k: v.shape for k, v in expected.items()}
+    with pytest.raises(UserError, match=r"1 field:\n  size: \[8, 8\] -> \[16, 16\]"):
+        standin.facts(here | {"system": here["system"] | {"size": (16, 16)}})
+
+
+def test_the_input_benchmark_reads_the_cache(config, made):
+    job = input.prepare(
+        Request(what="data", name="made", config=cached(config, made[0]), step_ms=1.0)
+    )
+    try:
+        medians = {name: action.run(2) for name, action in job.actions.items()}
+        assert set(medians) == {"batch", "wait"}
+        assert job.after(medians)["cached_samples_per_second"] > 0
+    finally:
+        job.close()
+
+
+def test_processes_that_read_change_nothing(config, made, tmp_path):
+    encode(config, options(tmp_path, workers=1, threads=1), progress=Bar)
+    names = [p.name for p in made[0].iterdir() if p.is_file()]
+    assert all((tmp_path / n).read_bytes() == (made[0] / n).read_bytes() for n in names)
+
+
+def test_validation_comes_from_the_cache_as_it_would_from_the_data(config, made, tmp_path):
+    out = shutil.copytree(made[0], tmp_path / "cache")
+    assert compose.source(cached(config, out), "val").name == "scenes"
+    report = encode(config, options(out, split="val", limit=6), progress=Bar)
+    kept = {"image": "uint8[8, 8, 3]", "labels": "int8[8, 8]", "text": "int32[5]"}
+    assert (report["fields"], report["rows"]) == (kept, 6)
+    here = cached(config, out)
+    assert isinstance(compose.source(here, "val"), Cache)
+    read = []
+    for given in (here, config):
+        source = compose.source(given, "val")
+        tokenizer = compose.tokenizer(config, source.words()).encode
+        transforms = compose.evaluation_transforms(config | {"evaluate": {"transforms": {}}})
+        with evaluation_batches(
+            source, batch=4, limit=6, transforms=transforms, tokenizer=tokenizer
+        ) as found:
+            read.append(list(found))
+    for got, want in zip(*read, strict=True):
+        assert set(got) == set(want)
+        for name in want:
+            np.testing.assert_array_equal(got[name], want[name], strict=True)
+    own = here | {"evaluate": {"transforms": {"resize": {"name": "resize", "size": 16}}}}
+    assert compose.source(own, "val").name == "scenes"
+    with pytest.raises(UserError, match=r"config.evaluate.transforms give evaluation a size of it"):
+        encode(own, options(tmp_path / "other", split="val"), progress=Bar)
+    with pytest.raises(UserError, match="--split=val: all that its records have is kept"):
+        options(out, split="val", keep=("labels",))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_is_the_nearest_and_takes_half_the_space(config, made, tmp_path, dtype):
+    report = encode(config, options(tmp_path, dtype=dtype, limit=4, crops=0), progress=Bar)
+    assert report["fields"]["latents/mask"] == f"{dtype}[4, 4, 2]" and report["records"] == 4
     fine, coarse = (compose.source(cached(config, o), "train") for o in (made[0], tmp_path))
     rows = [source.gather(np.arange(4))[LATENTS + "mask"] for source in (fine, coarse)]
-    np.testing.assert_array_equal(rows[0].astype(np.float16), rows[1], strict=True)
+    np.testing.assert_array_equal(rows[0].astype(jnp.dtype(dtype)), rows[1], strict=True)
 
 
 def test_a_codec_that_draws_is_not_kept_as_latents(config, tmp_path):
@@ -242,7 +322,8 @@ def test_a_codec_that_draws_is_not_kept_as_latents(config, tmp_path):
     drawing["system"]["streams"]["mask"]["codec"] |= {"latent": "sample"}
     drawing = compose.from_plain(drawing)
     report = encode(drawing, options(tmp_path / "a", limit=2), progress=Bar)
-    assert report["fields"] == {"image": "uint8[8, 8, 3]", "labels": "int8[8, 8]"}
+    kept = {"image": "uint8[8, 8, 3]", "labels": "int8[8, 8]", "text": "int32[5]"}
+    assert report["fields"] == kept
     with pytest.raises(UserError, match="--latents=mask: this codec draws its latents anew"):
         encode(drawing, options(tmp_path / "b", latents=("mask",)), progress=Bar)
     with pytest.raises(

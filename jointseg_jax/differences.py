@@ -1,7 +1,7 @@
-"""What changed between the settings a checkpoint was made with and those of this run.
+"""What changed between the settings that a folder was begun with and those given now.
 
-Nested settings are read as flat keys, ``data/batch_size``, as in ``rules``. A run may continue
-only when the two agree outside the keys the caller allows to change (number of steps, logging,
+Nested settings are read as flat keys, ``data/batch_size``, as in ``rules``. A run, or a cache, goes
+on only when the two agree outside the keys the caller allows to change (number of steps, logging,
 ...): regular expressions, each searched for in the key.
 """
 
