@@ -35,7 +35,8 @@ SMALL = 2**16
 """Tensors with fewer elements are replicated by the ``fsdp`` and ``zero`` tactics."""
 
 FSDP: rules.Rules = (
-    (r"/position$", "replicate"),  # added to activations, which would take its layout over
+    # positions and the ways in and out are small, and activations would take their layout over
+    (r"/position$|/\w+_(in|out)/", "replicate"),
     (r"^(params|opt|ema)/", "fsdp"),
     (r"", "replicate"),
 )
