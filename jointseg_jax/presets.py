@@ -57,7 +57,10 @@ def run(**changes: Any) -> dict[str, Any]:
         "log": {"every": 50},  # steps
         "preview": {"every": 1000, "count": 8},  # steps (0: never), pairs
         "checkpoint": {"every": 1000, "keep": 3},  # steps, checkpoints
-        "nan": {"policy": "skip", "limit": 10},  # skip, stop or rollback; refused updates in a row
+        # policy: skip, stop or rollback; limit: refused updates in a row; spike: a loss so many
+        # times the usual, on_spike: count or rollback
+        "nan": {"policy": "skip", "limit": 10, "spike": 100.0, "on_spike": "count"},
+        "watchdog": {"seconds": 1800, "abort": False},  # of silence, before stacks are written
         "profile": {"start": -1, "steps": 0},  # traced steps
         "finish": {"num": 0},  # pairs generated and judged after the last step
         # judge: "oracle" where the data knows its own labels; transforms: {} for those of training

@@ -45,12 +45,14 @@ def main() -> None:
     """Evaluates."""
     cli.start()
     from jointseg_jax.evaluation.loop import evaluate
+    from jointseg_jax.training.preemption import Departure
 
     size, steps = _size(SIZE.value), _steps(STEPS.value)
     workdir = Path(WORKDIR.value)
-    report = evaluate(
-        workdir, num=NUM.value, seed=SEED.value, size=size, steps=steps, refine=REFINE.value
-    )
+    with Departure():
+        report = evaluate(
+            workdir, num=NUM.value, seed=SEED.value, size=size, steps=steps, refine=REFINE.value
+        )
     cli.last_line(report)
 
 

@@ -9,9 +9,10 @@
 Writes OUT/images/ID.png, OUT/annotations/ID.png (palette PNG: pixel = class index, 255 = void),
 OUT/manifest.jsonl (prompt, seed, size, confidence, SHA-256 of both files) and OUT/grid.png; with
 instance bits also OUT/panoptic/ID.png (RGB PNG of COCO segment ids). Pair i depends on (seed, i)
-alone; an interrupted run goes on with the same command and ends with the same bytes. The last line
-of output is one JSON object. Several processes (as in launch/train.py, with --out on a file system
-that they share) divide the pairs among them and leave the same folder as one.
+alone; an interrupted run (exit status 75 after SIGTERM) goes on with the same command and ends with
+the same bytes. The last line of output is one JSON object. Several processes (as in
+launch/train.py, with --out on a file system that they share) divide the pairs among them and leave
+the same folder as one.
 """
 
 from __future__ import annotations
@@ -83,6 +84,24 @@ MIN_INSTANCE = flags.DEFINE_integer(
     "Of panoptic results: fewest pixels of a connected part of an instance.",
     lower_bound=0,
 )
+MIN_CONFIDENCE = flags.DEFINE_float(
+    "min_confidence",
+    0.0,
+    "A pair of less mean confidence is rejected: its manifest line says why, it has no files. "
+    "--num counts it.",
+    lower_bound=0.0,
+    upper_bound=1.0,
+)
+MIN_CLASSES = flags.DEFINE_integer(
+    "min_classes", 0, "Likewise a pair whose map has fewer classes.", lower_bound=0
+)
+MAX_SHARE = flags.DEFINE_float(
+    "max_share",
+    1.0,
+    "Likewise a pair whose map is one class to a larger part.",
+    lower_bound=0.0,
+    upper_bound=1.0,
+)
 PER_DEVICE = flags.DEFINE_integer("per_device", 16, "Pairs per device and batch.", lower_bound=1)
 cli.define_process_flags()
 flags.mark_flags_as_required(["workdir", "out"])
@@ -92,7 +111,9 @@ def main() -> None:
     """Samples."""
     cli.start()
     from jointseg_jax.data.given import given_images, given_labels
+    from jointseg_jax.generation.filters import Filters
     from jointseg_jax.generation.loop import MORE, sample
+    from jointseg_jax.training.preemption import Departure
     from jointseg_jax.training.restore import load_facts
 
     kind, folder = _given(GIVEN.value, DIRECTION.value)
@@ -107,21 +128,27 @@ def main() -> None:
         given = given_labels(
             folder, classes, layout=LAYOUT.value, split=SPLIT.value, mode=FIT.value
         )
-    report = sample(
-        Path(WORKDIR.value),
-        Path(OUT.value),
-        num=NUM.value,
-        prompts=_prompts(PROMPTS.value),
-        features=_features(FEATURES.value),
-        given=given,
-        more=tuple(more),
-        seed=SEED.value,
-        steps=STEPS.value,
-        guidance=GUIDANCE.value,
-        per_device=PER_DEVICE.value,
-        absorb=ABSORB.value,
-        min_instance=MIN_INSTANCE.value,
-    )
+    with Departure():
+        report = sample(
+            Path(WORKDIR.value),
+            Path(OUT.value),
+            num=NUM.value,
+            prompts=_prompts(PROMPTS.value),
+            features=_features(FEATURES.value),
+            given=given,
+            more=tuple(more),
+            seed=SEED.value,
+            steps=STEPS.value,
+            guidance=GUIDANCE.value,
+            per_device=PER_DEVICE.value,
+            absorb=ABSORB.value,
+            min_instance=MIN_INSTANCE.value,
+            filters=Filters(
+                min_confidence=MIN_CONFIDENCE.value,
+                min_classes=MIN_CLASSES.value,
+                max_share=MAX_SHARE.value,
+            ),
+        )
     cli.last_line(report)
 
 

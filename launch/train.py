@@ -20,7 +20,8 @@ checkpoint, lists everything that is wrong (exit status 2) or what was found (0)
 workdir as it is. Memory is that of the devices here, or of a TPU that need not exist:
   python launch/train.py --config C --workdir W --validate --topology v5e:4x4
 
-A run ends with a line of where its time went, restarts included, also kept in goodput.jsonl.
+A run ends with a line of where its time went, restarts included, also kept in goodput.jsonl. One
+that stands still says so, with what it waits for and the stacks of its threads in stacks.txt.
 """
 
 from __future__ import annotations
@@ -82,8 +83,9 @@ def train(config: dict[str, Any], workdir: Path) -> int:
     status = loop.train(config, workdir, ALLOW.value)
     if status == 0 and config["finish"]["num"]:
         from jointseg_jax.evaluation.loop import evaluate
+        from jointseg_jax.training.preemption import Departure
 
-        with goodput.evaluation(workdir, writes=peers.is_first()):
+        with Departure(), goodput.evaluation(workdir, writes=peers.is_first()):
             report = evaluate(workdir, num=config["finish"]["num"])
         if peers.is_first():
             grid = report.get("grid", workdir / "samples")

@@ -32,6 +32,7 @@ from jointseg_jax import accelerators, compose, instances, masks, peers, picture
 from jointseg_jax.data.classes import Classes
 from jointseg_jax.data.given import Given
 from jointseg_jax.data.images import decode_segment_ids
+from jointseg_jax.generation.filters import Filters, rejections
 from jointseg_jax.generation.rounds import RoundWriter
 from jointseg_jax.generation.writer import PairWriter
 from jointseg_jax.systems.keys import sample_keys
@@ -172,6 +173,7 @@ def made_batches(
     start: int,
     stop: int,
     known: Callable[[np.ndarray], dict[str, Any]] = lambda indices: {},
+    needed: Callable[[np.ndarray], np.ndarray] = lambda indices: indices >= 0,
 ) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
     """``(indices, pairs)`` in index order, made one batch ahead of the reader.
 
@@ -180,6 +182,7 @@ def made_batches(
 
     Args:
       known: the given fields of some indices.
+      needed: which of some indices are wanted; batches without any are not made.
     """
 
     def begin(first: int) -> Any:
@@ -187,8 +190,12 @@ def made_batches(
         rows = None if text is None else text[indices % len(text)]
         return indices, make(rows, seed, indices, known(indices))
 
+    def wanted(indices: np.ndarray) -> np.ndarray:
+        return needed(indices) & (indices >= start) & (indices < stop)
+
     # from a multiple of the batch on: a resumed run makes the same batches as a straight one
-    everyones = list(range(start - start % make.batch, stop, make.batch))
+    starts = range(start - start % make.batch, stop, make.batch)
+    everyones = [i for i in starts if wanted(np.arange(i, i + make.batch)).any()]
     firsts = everyones[jax.process_index() :: jax.process_count()]
     ahead = begin(firsts[0]) if firsts else None
     for n in range(-(-len(everyones) // jax.process_count())):
@@ -197,7 +204,7 @@ def made_batches(
             return
         indices, pairs = ahead
         ahead = begin(firsts[n + 1]) if n + 1 < len(firsts) else None
-        keep = (indices >= start) & (indices < stop)
+        keep = wanted(indices)
         yield indices[keep], {k: np.asarray(v)[keep] for k, v in pairs.items()}
 
 
@@ -216,6 +223,7 @@ def sample(
     absorb: int = 0,
     min_instance: int = 16,
     more: Sequence[str] = (),
+    filters: Filters | None = None,
 ) -> dict[str, Any]:
     """Generates ``num`` pairs into ``out`` and returns what the last line reports.
 
@@ -229,8 +237,9 @@ def sample(
       absorb: regions of fewer pixels are merged into their surroundings (0: off).
       min_instance: of panoptic results, parts of instances with fewer pixels are merged likewise.
       more: further pictures to write, names of ``MORE``.
+      filters: what a pair must have; one that has not is listed without files, and counts.
     """
-    run = load_run(workdir)
+    run, filters = load_run(workdir), filters or Filters()
     system = with_options(run.system, steps=steps, guidance=guidance)
     try:
         system.check_given({} if given is None else {FIELDS[given.kind]: None})
@@ -256,13 +265,14 @@ def sample(
         settings["given"] = given.fingerprint()
     if more:
         settings["more"] = sorted(more)
+    if filters != Filters():
+        settings["filters"] = dataclasses.asdict(filters)
     writer = RoundWriter(out, run.facts.classes, settings)
-    start = writer.start
     text = text_rows(run, prompts, features)
     make = generator(run, system, per_device=per_device)
     bar = tqdm(
         total=num,
-        initial=min(start, num),
+        initial=min(writer.start, num),
         unit="pair",
         desc="sampling",
         dynamic_ncols=True,
@@ -272,9 +282,10 @@ def sample(
         make,
         text,
         seed=seed,
-        start=start,
+        start=writer.start,
         stop=num,
         known=lambda indices: given_rows(given, indices, system.size),
+        needed=writer.needed,
     )
     with bar:
         for indices, pairs in made:
@@ -291,9 +302,13 @@ def sample(
                 if given is not None:
                     facts["given"] = given.ids[index % len(given)]
                     name = _name(given, index)
+                prompt, reason = prompts[index % len(prompts)], filters.reason(pair)
+                if reason:
+                    bar.update(writer.reject(index, prompt, facts, reason, name=name))
+                    continue
                 listed = writer.write(
                     index,
-                    prompts[index % len(prompts)],
+                    prompt,
                     pair["image"],
                     pair["labels"],
                     facts,
@@ -307,7 +322,8 @@ def sample(
     def finish() -> str:
         pairs = writer.pairs
         pairs.close()
-        counts = {"pairs": pairs.done, "made_now": pairs.done - start}
+        counts = {"pairs": pairs.done, "made_now": pairs.done - writer.there}
+        counts |= {"rejected": rejections(pairs.lines)} if filters != Filters() else {}
         grid = contact_sheet(out, pairs, run)
         return json.dumps(counts | {"out": str(out), "grid": str(grid)})
 
@@ -356,7 +372,7 @@ MORE = {"overlay": _overlay, "confidence": _confidence}
 
 def contact_sheet(out: Path, writer: PairWriter, run: Run, count: int = 32) -> Path:
     """``OUT/grid.png``: the first pairs as image, mask and overlay with their prompts."""
-    lines = writer.lines[:count]
+    lines = [line for line in writer.lines if "rejected" not in line][:count]
     images, labels, segments = [], [], []
     for line in lines:
         images.append(np.asarray(Image.open(out / line["image"])))
@@ -369,5 +385,6 @@ def contact_sheet(out: Path, writer: PairWriter, run: Run, count: int = 32) -> P
     sheet = pictures.pair_sheet(
         images, labels, run.facts.classes, captions=prompts, segments=segments or None
     )
-    pictures.save_png(out / "grid.png", sheet)
+    with writer.explained(out / "grid.png"):
+        pictures.save_png(out / "grid.png", sheet)
     return out / "grid.png"

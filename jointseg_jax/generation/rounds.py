@@ -4,7 +4,7 @@
 2. The first process then lists the pairs of the round in the manifest, in index order, from the
    lines that the others send it. Nobody waits for it.
 3. A run that goes on asks the manifest alone what is there: pairs whose round was never listed are
-   made again, with the same bytes.
+   made again, with the same bytes, and so are those whose files are no longer whole.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from jointseg_jax import peers
 from jointseg_jax.data.classes import Classes
@@ -26,7 +28,8 @@ class RoundWriter:
       settings: see ``PairWriter``.
 
     Attributes:
-      start: how many pairs were there already.
+      start: the first pair that is to be made.
+      there: how many pairs were there already.
       pairs: the writer, whose ``lines`` are complete on the first process.
     """
 
@@ -35,20 +38,36 @@ class RoundWriter:
 
         def first() -> str:
             found.append(PairWriter(folder, classes, settings))
-            return str(found[0].done)
+            start, kept = found[0].done, found[0].kept
+            end = max(kept, default=start - 1) + 1
+            return json.dumps([start, end, [i for i in range(start, end) if i not in kept]])
 
-        self.start = int(peers.from_first(first))
+        self.start, self._end, gaps = json.loads(peers.from_first(first))
+        self.there = self._end - len(gaps)
+        self._gaps = np.array(gaps, np.int64)
         self.pairs = found[0] if found else PairWriter(folder, classes, settings, lines=False)
         self._together = peers.several()
         self._lines: list[dict[str, Any]] = []
 
+    def needed(self, indices: np.ndarray) -> np.ndarray:
+        """Which of some pairs are not there."""
+        return np.isin(indices, self._gaps) | (indices >= self._end)
+
     def write(self, *pair: Any, **options: Any) -> int:
         """Writes a pair as ``PairWriter.write`` does; how many are listed by that."""
-        if not self._together:
-            self.pairs.write(*pair, **options)
-            return 1
-        self._lines.append(self.pairs.files(*pair, **options))
-        return 0
+        return self._list(self.pairs.files(*pair, **options))
+
+    def reject(self, *pair: Any, **options: Any) -> int:
+        """Lists a pair as ``PairWriter.rejected`` does; how many are listed by that."""
+        return self._list(self.pairs.rejected(*pair, **options))
+
+    def _list(self, line: dict[str, Any]) -> int:
+        if self._together:
+            self._lines.append(line)
+            return 0
+        before = self.pairs.done
+        self.pairs.append(line)
+        return self.pairs.done - before
 
     def end_round(self) -> int:
         """After a batch, if it was empty too: lists the pairs of all; how many on the first."""
@@ -56,7 +75,8 @@ class RoundWriter:
             return 0
         texts = peers.gather(json.dumps(self._lines))
         self._lines = []
-        lines = [line for text in texts for line in json.loads(text)]
-        for line in lines:
-            self.pairs.append(line)
-        return len(lines)
+        before = self.pairs.done
+        for text in texts:
+            for line in json.loads(text):
+                self.pairs.append(line)
+        return self.pairs.done - before

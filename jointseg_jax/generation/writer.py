@@ -5,16 +5,22 @@ for void), ``OUT/manifest.jsonl`` in index order; if asked for, ``OUT/overlay/ID
 over the image) and ``OUT/confidence/ID.png`` (grey, 255 = certain). Of panoptic results also
 ``OUT/panoptic/ID.png`` (RGB PNG of segment ids, ``data/segments.py``), whose COCO ``segments_info``
 stands in the manifest line, ``category_id`` being the class index. A file appears by rename; a
-manifest line follows its files; a torn last line is cut off when a run goes on. Nothing written
+manifest line follows its files; a torn last line is cut off when a run goes on, and pairs whose
+files are not what their line says are made again, they alone. Nothing written
 depends on the clock or the machine, so an interrupted run ends with the same bytes as one that was
-not.
+not. A file system that refuses ends the run with a sentence; what is whole stays.
+
+A pair that a filter rejects (``generation/filters.py``) has a line that says why, and no files.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -35,12 +41,20 @@ class PairWriter:
     Args:
       settings: everything the pairs depend on; another run into the same folder must agree.
       lines: of a process that only makes the ``files`` of pairs: their manifest is another's.
+
+    Attributes:
+      lines: of the manifest, one for each pair that is done.
+      kept: lines of pairs beyond the first that is not whole, by index: whole, and listed again
+        when their turn has come.
     """
 
     def __init__(
         self, folder: Path, classes: Classes, settings: Mapping[str, Any], *, lines: bool = True
     ):
         self.folder, self.classes = folder, classes
+        self.lines: list[dict[str, Any]] = []
+        self.kept: dict[int, dict[str, Any]] = {}
+        self._manifest = folder / "manifest.jsonl"
         if not lines:
             if not (folder / "settings.json").exists():
                 raise UserError(
@@ -48,12 +62,12 @@ class PairWriter:
                     "choose an --out on a file system that all of them share."
                 )
             return
-        for name in ("images", "annotations"):
-            (folder / name).mkdir(parents=True, exist_ok=True)
-        _agree(folder / "settings.json", settings)
-        self._manifest = folder / "manifest.jsonl"
-        self.lines = self._verified()
-        self._rewrite_manifest()
+        with self.explained():
+            for name in ("images", "annotations"):
+                (folder / name).mkdir(parents=True, exist_ok=True)
+            _agree(folder / "settings.json", settings)
+            self.lines, self.kept = self._verified()
+            self._rewrite_manifest()
 
     @property
     def done(self) -> int:
@@ -73,6 +87,7 @@ class PairWriter:
         more: Mapping[str, np.ndarray] | None = None,
     ) -> None:
         """Writes pair ``index``, the next one in order; as ``files``, then ``append``."""
+        self._list_kept()
         self._require_next(index)
         self.append(self.files(index, prompt, image, labels, facts, segments, name=name, more=more))
 
@@ -112,39 +127,91 @@ class PairWriter:
             ids, line["segments_info"] = listed(labels, segments, self.classes)
             contents["panoptic"] = (f"panoptic/{name}.png", encode_segment_ids(ids))
         for key, (path, data) in contents.items():
-            (self.folder / path).parent.mkdir(parents=True, exist_ok=True)
-            files.write(self.folder / path, data)
+            with self.explained(self.folder / path, len(data)):
+                (self.folder / path).parent.mkdir(parents=True, exist_ok=True)
+                files.write(self.folder / path, data)
             line |= {key: path, key + "_sha256": hashlib.sha256(data).hexdigest()}
         return line
 
+    def rejected(
+        self,
+        index: int,
+        prompt: str,
+        facts: Mapping[str, Any],
+        reason: str,
+        *,
+        name: str | None = None,
+    ) -> dict[str, Any]:
+        """The manifest line of pair ``index``, which a filter rejects: it has no files."""
+        name = name or f"{index:08d}"
+        return {"id": name, "index": index, "prompt": prompt, **facts, "rejected": reason}
+
     def close(self) -> None:
         """Flushes the manifest to disk."""
-        with self._manifest.open("a") as file:
+        self._list_kept()
+        with self.explained(), self._manifest.open("a") as file:
             os.fsync(file.fileno())
 
     def append(self, line: Mapping[str, Any]) -> None:
         """Adds the next pair to the manifest, its files being there."""
+        self._list_kept()
         self._require_next(line["index"])
-        with self._manifest.open("ab") as file:
-            file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+        self._add(line)
+
+    def _list_kept(self) -> None:
+        while self.done in self.kept:
+            self._add(self.kept[self.done])
+
+    def _add(self, line: Mapping[str, Any]) -> None:
+        text = json.dumps(line, ensure_ascii=False).encode() + b"\n"
+        with self.explained(self._manifest, len(text)), self._manifest.open("ab") as file:
+            file.write(text)
         self.lines.append(dict(line))
+
+    @contextlib.contextmanager
+    def explained(self, path: Path | None = None, size: int = 0) -> Iterator[None]:
+        """Turns an error of the file system into a message a user can act on."""
+        try:
+            yield
+        except OSError as error:
+            if path is not None:  # what is half there would keep the disk full
+                with contextlib.suppress(OSError):
+                    path.with_name(path.name + ".tmp").unlink()
+            reason = f"cannot be written ({error.strerror or error})"
+            remedy = "Choose another --out, or mend its permissions"
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                free = shutil.disk_usage(self.folder).free
+                reason += f": {size} bytes needed, {free} free"
+                remedy = "Free some space"
+            raise UserError(
+                f"ERROR [generation] {path or self.folder}: {reason}. {remedy}; the pairs listed "
+                f"in {self._manifest.name} are whole, and the same command goes on from them."
+            ) from error
 
     def _require_next(self, index: int) -> None:
         if index != self.done:
             raise ValueError(f"pair {index} out of order; {self.done} is next.")
 
-    def _verified(self) -> list[dict[str, Any]]:
-        """Manifest lines up to the first that is torn, out of order, or of files not whole."""
-        if not self._manifest.exists():
-            return []
+    def _verified(self) -> tuple[list[dict[str, Any]], dict[int, dict[str, Any]]]:
+        """Manifest lines up to the first of files not whole; those after it, by index.
+
+        A line that is torn or out of order ends the manifest.
+        """
         lines: list[dict[str, Any]] = []
-        for line in manifest_lines(self._manifest):
-            if line.get("index") != len(lines) or not self._whole(line):
+        kept: dict[int, dict[str, Any]] = {}
+        found = manifest_lines(self._manifest) if self._manifest.exists() else ()
+        for index, line in enumerate(found):
+            if line.get("index") != index:
                 break
-            lines.append(line)
-        return lines
+            if self._whole(line):
+                kept[index] = line
+            if index == len(lines) and index in kept:
+                lines.append(kept.pop(index))
+        return lines, kept
 
     def _whole(self, line: Mapping[str, Any]) -> bool:
+        if isinstance(line.get("rejected"), str):
+            return True
         for key in (k.removesuffix("_sha256") for k in line if k.endswith("_sha256")):
             path = self._inside(line.get(key))
             if path is None or not path.is_file():

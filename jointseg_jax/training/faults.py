@@ -1,4 +1,4 @@
-"""What a run does about losses and gradients that are not finite.
+"""What a run does about losses and gradients that are not finite, and about losses that leap.
 
 The update has discarded them already (``step``); the policy says whether and where the run goes on.
 
@@ -6,6 +6,9 @@ The update has discarded them already (``step``); the policy says whether and wh
 * ``stop``: the run ends.
 * ``rollback``: the run goes back to its newest checkpoint and draws its noise anew from there; more
   than ``limit`` returns to one checkpoint end the run. Before the first checkpoint: as ``skip``.
+
+A loss of more than ``spike`` times the usual (``spikes``) is counted and told; ``on_spike`` says
+whether the run also goes back to its newest checkpoint, as ``rollback`` does.
 """
 
 from __future__ import annotations
@@ -13,9 +16,11 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from jointseg_jax.training.spikes import Losses, Spikes
 from jointseg_jax.types import UserError
 
 POLICIES = ("skip", "stop", "rollback")
+ON_SPIKE = ("count", "rollback")
 _LISTED = 16
 
 log = logging.getLogger(__name__)
@@ -31,15 +36,30 @@ class Faults:
     Args:
       policy: one of ``POLICIES``.
       limit: of refused updates in a row, and of returns to one checkpoint.
+      spike: how many times the usual loss is a spike; 0: nothing is.
+      on_spike: one of ``ON_SPIKE``.
     """
 
-    def __init__(self, *, policy: str = "skip", limit: int = 10):
+    def __init__(
+        self,
+        *,
+        policy: str = "skip",
+        limit: int = 10,
+        spike: float | int = 100.0,
+        on_spike: str = "count",
+    ):
         if policy not in POLICIES or limit < 0:
             raise UserError(
                 f"config.nan: policy {policy!r} must be one of {', '.join(POLICIES)} and limit "
                 f"{limit} at least 0."
             )
-        self._policy, self._limit = policy, limit
+        if on_spike not in ON_SPIKE or not (spike == 0 or spike > 1):
+            raise UserError(
+                f"config.nan: on_spike {on_spike!r} must be one of {', '.join(ON_SPIKE)} and spike "
+                f"{spike} above 1, or 0 (off)."
+            )
+        self._policy, self._limit, self._on_spike = policy, limit, on_spike
+        self.spikes = Spikes(spike)
         self._returns: tuple[int | None, int] = (None, 0)  # to which checkpoint, how often
 
     def go_back(self, bad: list[tuple[int, Any]], *, refused: int, saved: int | None) -> bool:
@@ -65,21 +85,50 @@ class Faults:
         if saved is None:
             log.warning("there is no checkpoint to go back to yet; the step is left out")
             return False
+        self._return_to(saved, found)
+        return True
+
+    def go_back_from(self, leaps: Losses, *, saved: int | None) -> bool:
+        """Whether to return to the newest checkpoint because a finite loss has leapt.
+
+        Args:
+          leaps: what ``spikes`` found in this window; at least one.
+          saved: the step of the newest checkpoint.
+
+        Raises:
+          NonFinite: the run is to end.
+        """
+        step, loss, records = leaps[0]
+        found = (
+            f"step {step}: the loss {loss:.3g} is {loss / self.spikes.usual:.0f} times the usual "
+            f"({len(leaps)} such steps in this window, {self.spikes.count} in this launch); "
+            f"records {_some(records)} were in the batch; last checkpoint: {saved}"
+        )
+        log.warning("%s", found)
+        if self._on_spike == "count" or saved is None:
+            return False
+        self._return_to(saved, found)
+        return True
+
+    def _return_to(self, saved: int, found: str) -> None:
         returns = self._returns[1] + 1 if self._returns[0] == saved else 1
         if returns > self._limit:
             found += f", where the run has returned {self._limit} times"
             raise NonFinite(_last_words(found, f"or raise config.nan.limit = {self._limit}"))
         self._returns = (saved, returns)
-        return True
 
 
 def _described(bad: list[tuple[int, Any]], saved: int | None) -> str:
     step, records = bad[0]
-    shown = ", ".join(map(str, records[:_LISTED])) + (", ..." if len(records) > _LISTED else "")
     return (
         f"step {step}: the loss or a gradient is not finite ({len(bad)} such steps in this window; "
-        f"the update was not applied); records {shown} were in the batch; last checkpoint: {saved}"
+        f"the update was not applied); records {_some(records)} were in the batch; last "
+        f"checkpoint: {saved}"
     )
+
+
+def _some(records: Any) -> str:
+    return ", ".join(map(str, records[:_LISTED])) + (", ..." if len(records) > _LISTED else "")
 
 
 def _last_words(found: str, remedy: str) -> str:

@@ -9,7 +9,10 @@
    between away: their seconds (without start-up and compilation, which stay what they are) are
    ``lost``. What a killed launch did after its last record nobody knows: it is part of ``down``,
    the time between launches, which stands apart.
-4. ``goodput = step / (start + compile + data + step + save + evaluation + lost)``.
+4. Seconds by which a window between two log points took longer than those before it, where they are
+   many, are *stalled*: a host that was stopped or slow, or waiting for one. They stay part of their
+   phase and are told apart.
+5. ``goodput = step / (start + compile + data + step + save + evaluation + lost)``.
 """
 
 from __future__ import annotations
@@ -18,7 +21,9 @@ import contextlib
 import dataclasses
 import json
 import logging
+import statistics
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +31,9 @@ from typing import Any
 PHASES = ("start", "compile", "data", "step", "save", "evaluation")
 KEPT = ("start", "compile")
 """Phases that are not thrown away with the steps that followed them."""
+
+STALL = 10.0
+"""Seconds by which a window must have been longer than usual to count as stalled."""
 
 FILE = "goodput.jsonl"
 log = logging.getLogger("jointseg_jax")
@@ -47,6 +55,14 @@ class Goodput:
         self._launch = max(earlier, default=0) + 1
         self._seconds: Seconds = dict.fromkeys(PHASES, 0.0)
         self._phase, self._since = "start", time.perf_counter()
+        self._paces: deque[float] = deque(maxlen=20)  # seconds per step of the last windows
+        self._logged: tuple[int, float] | None = None  # step and seconds of the last log point
+        self._stalled = 0.0
+
+    @property
+    def phase(self) -> str:
+        """The phase that is on."""
+        return self._phase
 
     def enter(self, phase: str) -> None:
         """Ends the phase that is on and begins another."""
@@ -56,7 +72,29 @@ class Goodput:
 
     def begin(self, step: int) -> None:
         """Notes the step that training goes on from, at the start or after going back."""
+        self._logged = None
         self._write({"begin": step})
+
+    def logged(self, step: int) -> None:
+        """Notes how far training has come, at a log point, and whether it took unusually long."""
+        self.enter(self._phase)
+        spent = self._seconds["data"] + self._seconds["step"]
+        if self._logged is not None and step > self._logged[0]:
+            self._compare(step, step - self._logged[0], spent - self._logged[1])
+        self._logged = (step, spent)
+        self.reached(step)
+
+    def _compare(self, step: int, steps: int, seconds: float) -> None:
+        usual = statistics.median(self._paces) * steps if len(self._paces) >= 3 else seconds
+        if seconds - usual < max(STALL, 0.2 * usual):
+            self._paces.append(seconds / steps)
+            return
+        self._stalled += seconds - usual
+        log.warning(
+            "steps %d to %d took %s longer than usual: this host was stopped or slow, or it "
+            "waited for another that was",
+            *(step - steps, step, clock(seconds - usual)),
+        )
 
     def reached(self, step: int) -> None:
         """Notes how far training has come."""
@@ -68,6 +106,8 @@ class Goodput:
             return
         seconds = {k: round(v, 4) for k, v in self._seconds.items()}
         record = {**what, "launch": self._launch, "time": time.time(), "seconds": seconds}
+        if self._stalled:
+            record["stalled"] = round(self._stalled, 4)
         append(self._path, record)
 
 
@@ -90,6 +130,7 @@ class Summary:
     lost: float
     lost_steps: int
     down: float
+    stalled: float = 0.0
 
     @property
     def total(self) -> float:
@@ -105,6 +146,7 @@ class Summary:
         """The summary as plain values."""
         parts = {f"{phase}_s": self.seconds[phase] for phase in PHASES}
         parts |= {"lost_s": self.lost, "down_s": self.down, "total_s": self.total}
+        parts["stalled_s"] = self.stalled
         counts = {"step": self.step, "launches": self.launches, "lost_steps": self.lost_steps}
         rounded = {name: round(seconds, 3) for name, seconds in parts.items()}
         return {"goodput": round(self.goodput, 4), **rounded, **counts}
@@ -114,6 +156,8 @@ class Summary:
         names = {"step": "steps", "data": "data wait"}
         order = ("step", "data", "compile", "save", "evaluation", "start")
         parts = [f"{names.get(p, p)} {clock(self.seconds[p])}" for p in order]
+        if self.stalled:
+            parts[0] += f" (stalled for {clock(self.stalled)})"
         steps = f" ({self.lost_steps} steps)" if self.lost_steps else ""
         parts.append(f"lost to restarts {clock(self.lost)}{steps}")
         if self.launches > 1:
@@ -129,12 +173,14 @@ def summary(workdir: Path) -> Summary:
     live: list[tuple[int, Seconds]] = []  # of what still counts: (step, all that counts till then)
     before = dict.fromkeys(PHASES, 0.0)  # all seconds of earlier launches
     now, launch, launches, last = before, None, 0, 0.0
+    stalled: dict[int, float] = {}  # by launch
     for record in records(workdir / FILE):
         if record["launch"] != launch:
             launches += "begin" in record  # an evaluation is part of the launch before it
             began = record["time"] - sum(record["seconds"].values())
             down += max(began - last, 0.0) if launch is not None else 0.0
             before, launch = now, record["launch"]
+        stalled[launch] = record.get("stalled", 0.0)
         now, last = {p: before[p] + record["seconds"][p] for p in PHASES}, record["time"]
         if "begin" in record and live:
             step = record["begin"]
@@ -153,6 +199,7 @@ def summary(workdir: Path) -> Summary:
         lost=sum(lost.values()),
         lost_steps=lost_steps,
         down=down,
+        stalled=sum(stalled.values()),
     )
 
 
@@ -193,7 +240,8 @@ def clock(seconds: float) -> str:
 def _parsed(line: bytes) -> dict[str, Any] | None:
     try:
         record = json.loads(line)
-        numbers = [record["launch"], record["time"], *(record["seconds"][p] for p in PHASES)]
+        numbers = [record["launch"], record["time"], record.get("stalled", 0.0)]
+        numbers += [record["seconds"][p] for p in PHASES]
     except (ValueError, KeyError, TypeError):
         return None
     return record if all(isinstance(n, int | float) for n in numbers) else None

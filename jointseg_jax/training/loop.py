@@ -32,14 +32,13 @@ from jointseg_jax.training.digest import state_digest
 from jointseg_jax.training.faults import Faults
 from jointseg_jax.training.goodput import Goodput
 from jointseg_jax.training.lock import WorkdirLock
-from jointseg_jax.training.preemption import Preemption
+from jointseg_jax.training.preemption import STOPPED, Preemption
 from jointseg_jax.training.preview import previewer
 from jointseg_jax.training.program import check_batch, make_program
 from jointseg_jax.training.telemetry import Telemetry
+from jointseg_jax.training.watchdog import Watchdog
 from jointseg_jax.training.writers import run_writers
-
-PREEMPTED = 75
-"""Exit status after a save on request: run the same command again."""
+from jointseg_jax.types import UserError
 
 log = logging.getLogger("jointseg_jax")
 
@@ -54,8 +53,9 @@ def train(config: Mapping[str, Any], workdir: Path, allow: Sequence[str] = ()) -
         checkpoint was made with; the run then is no longer one that a straight run would equal.
     """
     workdir.mkdir(parents=True, exist_ok=True)
-    with WorkdirLock(workdir), Preemption() as preemption:
-        return _Run(config, workdir, preemption, allow).train()
+    watchdog = Watchdog(**config.get("watchdog", {}), stacks=workdir / f"stacks{_own()}.txt")
+    with WorkdirLock(workdir), Preemption() as preemption, watchdog:
+        return _Run(config, workdir, preemption, watchdog, allow).train()
 
 
 class _Run:
@@ -66,11 +66,14 @@ class _Run:
         config: Mapping[str, Any],
         workdir: Path,
         preemption: Preemption,
+        watchdog: Watchdog,
         allow: Sequence[str],
     ):
         self.allow = allow
         self.config, self.workdir, self.preemption = config, workdir, preemption
         self.goodput = Goodput(workdir, writes=jax.process_index() == 0)
+        self.watchdog = watchdog
+        watchdog.doing = lambda: self.goodput.phase
         self.mesh = sharding.make_mesh(config["mesh"])
         check_batch(config, self.mesh)
         self.faults = Faults(**config.get("nan", {}))
@@ -195,8 +198,9 @@ class _Run:
         try:
             while step < steps:
                 start = time.perf_counter()
+                self.watchdog.alive(step)
                 self.goodput.enter("data")
-                rows = next(host)
+                rows = _next(host, step)
                 indices, batch = rows["index"], sharding.global_batch(rows, self.mesh)
                 if compiled is None:
                     compiled, preview = self._compile(state, batch), self._previewer()
@@ -227,7 +231,7 @@ class _Run:
                     if step % every["checkpoint"] and step < steps:
                         self._save(step, state, wait=True)
                     log.info("stopped on request at step %d; the same command goes on", step)
-                    return state, 0 if step == steps else PREEMPTED
+                    return state, 0 if step == steps else STOPPED
             self.digest = state_digest(state)
             return state, 0
         finally:
@@ -258,16 +262,22 @@ class _Run:
         scalars, bad = telemetry.read(leave=leave)
         for report in host.drain():
             log.warning("%s", report["error"])
-            own = f".{jax.process_index()}" if jax.process_index() else ""
-            with (self.workdir / f"data_report{own}.jsonl").open("a") as file:
+            with (self.workdir / f"data_report{_own()}.jsonl").open("a") as file:
                 file.write(json.dumps(report) + "\n")
+        leaps = self.faults.spikes.among(telemetry.losses)
+        if self.faults.spikes.count:
+            scalars["spikes"] = self.faults.spikes.count
         self.writers.write(step, scalars)
-        self.goodput.reached(step)
-        return self._not_finite(state, bad) if bad else state
+        self.goodput.logged(step)
+        return self._faulty(state, bad, leaps) if bad or leaps else state
 
-    def _not_finite(self, state: states.TrainState, bad: list) -> states.TrainState:
-        saved = self._last_saved()
-        if not self.faults.go_back(bad, refused=int(state.skipped), saved=saved):
+    def _faulty(self, state: states.TrainState, bad: list, leaps: list) -> states.TrainState:
+        """The state to go on from after steps that were not finite, or leapt."""
+        saved, refused = self._last_saved(), int(state.skipped)
+        if not (
+            (bad and self.faults.go_back(bad, refused=refused, saved=saved))
+            or (leaps and self.faults.go_back_from(leaps, saved=saved))
+        ):
             return state
         retries = int(state.retries) + 1
         abstract = jax.tree.map(
@@ -285,6 +295,30 @@ class _Run:
     def _profiled(self, step: int) -> Any:
         window = self.config.get("profile", {"start": -1, "steps": 0})
         return profiling.window(self.workdir / "profile", step, window["start"], window["steps"])
+
+
+def _next(host: Any, step: int) -> dict[str, Any]:
+    """The next batch.
+
+    Raises:
+      UserError: a process that reads is gone; what a reader itself raises passes unchanged.
+    """
+    try:
+        return next(host)
+    except RuntimeError as error:
+        if "Worker process was terminated" not in str(error):
+            raise
+        code = str(error).partition("exit code ")[2].split(".")[0]
+        raise UserError(
+            f"ERROR [data] step {step}: a process that reads data ended abruptly (exit code "
+            f"{code}; -9 is a kill, most often for want of memory). Lower config.data.workers if "
+            "so; the same command goes on from the newest checkpoint."
+        ) from error
+
+
+def _own() -> str:
+    """What tells the files of this process from those of the first."""
+    return f".{jax.process_index()}" if jax.process_index() else ""
 
 
 def _dump(config: Mapping[str, Any]) -> str:

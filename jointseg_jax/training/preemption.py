@@ -6,6 +6,8 @@
 2. ``jax.distributed`` initialised: its preemption service catches SIGTERM on any host and agrees
    on a step that all hosts reach; ``requested`` returns True at that step on all of them. Ctrl-C
    is passed on as SIGTERM to this service.
+
+``Departure`` is for what follows or needs no training: evaluation and sampling.
 """
 
 from __future__ import annotations
@@ -21,7 +23,12 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
+from jointseg_jax import peers
+
 _STOP = b"\0"
+
+STOPPED = 75
+"""Exit status after a stop on request: run the same command again."""
 
 
 class Preemption:
@@ -38,7 +45,7 @@ class Preemption:
     def __enter__(self) -> Preemption:
         self._shared = jax.distributed.is_initialized()
         # the service's own handler must stay: with it a signal to one host reaches all
-        self._signals = (signal.SIGINT,) if self._shared else (signal.SIGTERM, signal.SIGINT)
+        self._signals = self._caught()
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
         self._old_fd = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
@@ -57,6 +64,9 @@ class Preemption:
         self._thread.join()
         self._reader.close()
         self._writer.close()
+
+    def _caught(self) -> tuple[signal.Signals, ...]:
+        return (signal.SIGINT,) if self._shared else (signal.SIGTERM, signal.SIGINT)
 
     def requested(self, step: int) -> bool:
         """Whether to save at this step and leave; the same answer on every process."""
@@ -77,6 +87,21 @@ class Preemption:
         _say(f"{number.name}: saving and leaving after this step (once more: leave at once).")
         if self._shared:
             os.kill(os.getpid(), signal.SIGTERM)
+
+
+class Departure(Preemption):
+    """SIGTERM where nothing has to be saved: a line, and status ``STOPPED`` at once.
+
+    For work whose files appear whole, one by one: the same command goes on.
+    """
+
+    def _caught(self) -> tuple[signal.Signals, ...]:
+        return (signal.SIGTERM,)
+
+    def _note(self, number: signal.Signals) -> None:
+        _say(f"{number.name}: stopped on request; the same command goes on.")
+        peers.leave(STOPPED)
+        os._exit(STOPPED)
 
 
 def _noted(_number: int, _frame: FrameType | None) -> None:

@@ -8,12 +8,12 @@ from typing import Any
 
 from jointseg_jax import compose
 from jointseg_jax.data.records import Source
+from jointseg_jax.differences import classes_apart, require_same
 from jointseg_jax.training import start
-from jointseg_jax.training.differences import classes_apart, require_same
 from jointseg_jax.types import UserError
 
 MAY_CHANGE = (
-    r"^(log|preview|checkpoint|evaluate|profile|finish|nan)/",
+    r"^(log|preview|checkpoint|evaluate|profile|finish|nan|watchdog)/",
     r"^(mesh|sharding)(/|$)",
     r"^data/(workers|threads|prefetch|bad|bad_limit)$",
 )

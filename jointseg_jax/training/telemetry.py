@@ -37,11 +37,15 @@ class Telemetry:
       total: steps of the run.
       batch: global batch size.
       flops: of one step (3 x forward), or None when unknown.
+
+    Attributes:
+      losses: (step, loss, record indices) of the finite steps that were read last.
     """
 
     def __init__(self, *, total: int, batch: int, flops: float | None):
         self._total, self._batch, self._flops = total, batch, flops
         self._peak = peak_flops(jax.devices()[0].device_kind)
+        self.losses: list[tuple[int, float, np.ndarray]] = []
         self._pending: deque[tuple[int, dict[str, jax.Array], np.ndarray]] = deque()
         self._wait, self._steps, self._since = 0.0, 0, time.perf_counter()
 
@@ -73,6 +77,11 @@ class Telemetry:
         finite = [bool(v.pop("finite")) for v in values]
         bad = [(step, ids) for (step, _, ids), ok in zip(ready, finite) if not ok]
         good = [v for v, ok in zip(values, finite) if ok]
+        self.losses = [
+            (step, float(v["loss"]), ids)
+            for (step, _, ids), v, ok in zip(ready, values, finite)
+            if ok and "loss" in v
+        ]
         scalars = {k: float(np.mean([v[k] for v in good])) for k in (good[0] if good else {})}
         return scalars | self._speed(ready[-1][0] if ready else 0), bad
 

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from jointseg_jax import peers
@@ -53,7 +54,7 @@ def test_two_processes_leave_the_folder_of_one(tmp_path, monkeypatch):
     write(RoundWriter(one, SCENES.classes, {}), range(4))
     RoundWriter(two, SCENES.classes, {})  # the first process, as it begins
     with monkeypatch.context() as patch:
-        said = second_of_two(patch, 0)
+        said = second_of_two(patch, "[0, 0, []]")
         writer = RoundWriter(two, SCENES.classes, {})
         assert write(writer, [2, 3]) == [0, 0] and writer.end_round() == 0
     with monkeypatch.context() as patch:
@@ -65,6 +66,25 @@ def test_two_processes_leave_the_folder_of_one(tmp_path, monkeypatch):
     assert contents(two) == contents(one)
 
 
+def test_two_processes_fill_gaps(tmp_path, monkeypatch):
+    """G4: the second process makes the pair that is not whole, the first lists it and the rest."""
+    write(RoundWriter(tmp_path, SCENES.classes, {}), range(4))
+    before = contents(tmp_path)
+    (tmp_path / "annotations/00000002.png").unlink()
+    first = RoundWriter(tmp_path, SCENES.classes, {})
+    with monkeypatch.context() as patch:
+        said = second_of_two(patch, "[2, 4, [2]]")
+        writer = RoundWriter(tmp_path, SCENES.classes, {})
+        assert writer.needed(np.arange(5)).tolist() == [False, False, True, False, True]
+        assert write(writer, [2]) == [0] and writer.end_round() == 0
+    with monkeypatch.context() as patch:
+        first_of_two(patch, said[0])
+        first._together = True
+        assert first.end_round() == 1
+    first.pairs.close()
+    assert contents(tmp_path) == before
+
+
 def test_a_round_that_leaves_a_gap_is_refused(tmp_path, monkeypatch):
     first_of_two(monkeypatch, json.dumps([{"index": 3}]))
     writer = RoundWriter(tmp_path, SCENES.classes, {})
@@ -74,6 +94,6 @@ def test_a_round_that_leaves_a_gap_is_refused(tmp_path, monkeypatch):
 
 
 def test_a_folder_that_is_not_shared_is_refused(tmp_path, monkeypatch):
-    second_of_two(monkeypatch, 0)
+    second_of_two(monkeypatch, "[0, 0, []]")
     with pytest.raises(UserError, match="a file system that all of them share"):
         RoundWriter(tmp_path, SCENES.classes, {})

@@ -1,6 +1,8 @@
 """Pairs on disk: what the manifest says is what the files hold, and both are verified."""
 
+import errno
 import json
+import os
 
 import hypothesis.strategies as st
 import numpy as np
@@ -10,6 +12,7 @@ from hypothesis import given, settings
 from jointseg_jax.data.images import decode_segment_ids
 from jointseg_jax.data.scenes import Scenes
 from jointseg_jax.data.segments import labels_of_segments
+from jointseg_jax.generation.rounds import RoundWriter
 from jointseg_jax.generation.writer import PairWriter
 from jointseg_jax.types import UserError
 
@@ -40,13 +43,76 @@ def test_segments_are_written_with_their_list(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["panoptic", "annotations", "images"])
-def test_a_file_that_is_not_whole_is_made_again(tmp_path, name):
+def test_a_file_that_is_not_whole_is_made_again(tmp_path, name):  # G4
     before = write(tmp_path).lines
     path = tmp_path / name / "00000001.png"
     whole = path.read_bytes()
     path.write_bytes(whole[:-1])
-    assert PairWriter(tmp_path, SCENES.classes, {"seed": 0}).done == 1
+    found = PairWriter(tmp_path, SCENES.classes, {"seed": 0})
+    assert found.done == 1 and list(found.kept) == [2]
     assert write(tmp_path).lines == before and path.read_bytes() == whole
+
+
+def test_only_what_is_not_whole_is_made_again(tmp_path):
+    """G4: the others are not even touched, and the manifest is the same."""
+    write(tmp_path)
+    manifest = (tmp_path / "manifest.jsonl").read_bytes()
+    (tmp_path / "images/00000000.png").unlink()
+    last = tmp_path / "images/00000002.png"
+    written = last.stat().st_mtime_ns
+    writer = RoundWriter(tmp_path, SCENES.classes, {"seed": 0})
+    assert (writer.start, writer.there) == (0, 2)
+    assert writer.needed(np.arange(5)).tolist() == [True, False, False, True, True]
+    r = SCENES[0]
+    facts = {"seed": 0}
+    assert writer.write(0, r["captions"][0], r["image"], r["labels"], facts, r["segments"]) == 1
+    writer.pairs.close()
+    assert (tmp_path / "manifest.jsonl").read_bytes() == manifest
+    assert last.stat().st_mtime_ns == written
+
+
+def test_a_line_out_of_order_ends_the_manifest(tmp_path):
+    write(tmp_path, panoptic=False)
+    path = tmp_path / "manifest.jsonl"
+    first, second, third = path.read_text().splitlines(keepends=True)
+    path.write_text(first + third + second)
+    writer = PairWriter(tmp_path, SCENES.classes, {"seed": 0})
+    assert writer.done == 1 and writer.kept == {}
+
+
+def no_space(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def read_only(*_):
+    raise OSError(errno.EROFS, "Read-only file system")
+
+
+@pytest.mark.parametrize(
+    ("fails", "said"),
+    [
+        (no_space, r"images/00000001.png: cannot be written \(No space left on device\): \d+ bytes "
+         r"needed, \d+ free. Free some space; the pairs listed in manifest.jsonl are whole"),
+        (read_only, r"\(Read-only file system\). Choose another --out, or mend its permissions; "),
+    ],
+)  # fmt: skip
+def test_what_the_file_system_refuses_is_a_sentence(tmp_path, monkeypatch, fails, said):
+    """G7."""
+    write(tmp_path, count=1, panoptic=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fails)
+        with pytest.raises(UserError, match=r"ERROR \[generation\] .*" + said):
+            write(tmp_path, count=2, panoptic=False)
+    assert not list(tmp_path.rglob("*.tmp"))
+    assert write(tmp_path, panoptic=False).done == 3
+
+
+def test_a_folder_that_cannot_be_made_is_told(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(
+        UserError, match=r"cannot be written \(Not a directory\). Choose another --o"
+    ):
+        PairWriter(tmp_path / "file" / "out", SCENES.classes, {})
 
 
 def test_without_segments_there_is_no_panoptic_folder(tmp_path):

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import time
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jointseg_jax.training import differences
+from jointseg_jax import differences
 from jointseg_jax.training.checkpoints import Checkpoints, SaveError, read_meta
 from jointseg_jax.training.digest import state_digest
 from jointseg_jax.types import UserError
@@ -103,12 +104,13 @@ def test_a_new_manager_finds_what_the_last_one_wrote(tmp_path, async_):
 # --- damage (F11, F12)
 
 
-def test_flipped_bits_are_noticed(run, caplog):
+@pytest.mark.parametrize("flips", [10, pytest.param(100, marks=pytest.mark.slow)])
+def test_flipped_bits_are_noticed(run, caplog, flips):  # F11
     rng = np.random.default_rng(0)
     whole = run.parent / "whole"
     shutil.copytree(run, whole)
     noticed = 0
-    for _ in range(10):
+    for _ in range(flips):
         shutil.rmtree(run)
         shutil.copytree(whole, run)
         path = largest_file(run / "30" / "state")
@@ -119,8 +121,8 @@ def test_flipped_bits_are_noticed(run, caplog):
         path.write_bytes(data)
         assert_restored(restored(run), 20)
         noticed += any(p.name.startswith("30.damaged-") for p in run.iterdir())
-    assert noticed == 10
-    assert caplog.text.count("30 is damaged") == 10
+    assert noticed == flips
+    assert caplog.text.count("30 is damaged") == flips
 
 
 def damage_truncated(folder):
@@ -366,6 +368,59 @@ def test_meta_is_read_without_arrays(run):
 # --- saving
 
 
+WRITING = """
+    import sys, time, jax, jax.numpy as jnp, numpy as np
+    from jointseg_jax.training.checkpoints import Checkpoints
+    drawn = np.random.default_rng(0).integers(0, 2**32, 50_000_000, np.uint32)  # 200 MB
+    abstract = {"w": jax.ShapeDtypeStruct(drawn.shape, drawn.dtype)}
+    with Checkpoints(sys.argv[1], keep=1) as checkpoints:
+        found = checkpoints.restore_newest(abstract)
+        step = 0 if found is None else found[1]["step"]
+        same = found is None or np.array_equal(found[0]["w"], drawn ^ np.uint32(step))
+        left = sorted(p.name for p in checkpoints.folder.iterdir())
+        print(step, same, *left, flush=True)
+        del found
+        while True:
+            step += 1
+            checkpoints.save(step, {"w": jnp.asarray(drawn ^ np.uint32(step))}, {})
+            checkpoints.check()
+"""
+
+
+@pytest.mark.slow
+def test_kills_while_a_checkpoint_is_written(tmp_path):
+    """F2: 20 of 20 restore the newest whole step, to the bit, and leave nothing half-written."""
+    folder, script, interrupted = tmp_path / "c", textwrap.dedent(WRITING), 0
+    newest, delays = 0, np.random.default_rng(0)
+    for _ in range(20 + 1):
+        child = subprocess.Popen(
+            [sys.executable, "-c", script, str(folder)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env={**os.environ, "XLA_FLAGS": ""},
+        )
+        try:
+            step, same, *left = child.stdout.readline().split()
+            assert int(step) == newest and same == "True"
+            assert left == ([str(newest)] if newest else [])
+            while not [p for p in half_written(folder) if int(p.name) > newest]:
+                assert child.poll() is None
+                time.sleep(0.002)
+            time.sleep(delays.uniform(0, 0.5))
+        finally:
+            child.kill()
+            child.communicate()
+        interrupted += bool(half_written(folder))
+        newest = max((int(p.parent.name) for p in folder.glob("*/commit_success.txt")), default=0)
+    assert interrupted >= 10
+
+
+def half_written(folder):
+    """Step folders without the marker that is written last."""
+    return [p for p in folder.glob("[0-9]*") if not (p / "commit_success.txt").exists()]
+
+
 def test_donation_while_a_save_is_in_flight(tmp_path):
     @jax.jit
     def make(i):
@@ -399,13 +454,13 @@ def test_leaves_must_be_arrays_and_meta_json(tmp_path):
         assert checkpoints.steps() == []
 
 
-def test_a_folder_that_cannot_be_written_is_refused_at_once(tmp_path):
+def test_a_folder_that_cannot_be_written_is_refused_at_once(tmp_path):  # F10
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         Checkpoints(tmp_path / "file" / "checkpoints")
 
 
-def test_a_vanished_folder_is_named(tmp_path):
+def test_a_vanished_folder_is_named(tmp_path):  # F10
     folder = tmp_path / "gone"
     with Checkpoints(folder) as checkpoints:
         checkpoints.save(1, {"x": jnp.zeros(3)}, {})
@@ -440,7 +495,10 @@ FULL = """
 
 
 def test_a_write_the_disk_refuses_is_told_and_earlier_steps_stay(tmp_path):
-    """A limit on the file size stands for a full disk: the write fails half-way all the same."""
+    """F9: a limit on the file size stands for a full disk: the write fails half-way all the same.
+
+    On a disk that is really full, and through the launcher: tests/cli/test_faults.py.
+    """
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(FULL), str(tmp_path)],
         capture_output=True,

@@ -107,6 +107,55 @@ def test_going_back_within_a_launch_loses_steps_too(tmp_path, clock):
     assert (found.launches, found.lost_steps, found.lost) == (1, 1, pytest.approx(5.75))
 
 
+def windows(run, clock, *seconds):
+    """Log points every ten steps, after so many seconds of stepping each; the last step."""
+    step = 0
+    for spent in seconds:
+        step += 10
+        spend(run, clock, "data", 0.1)
+        spend(run, clock, "step", spent)
+        run.logged(step)
+    return step
+
+
+def test_a_window_far_longer_than_others_was_stalled(tmp_path, clock, caplog):
+    """F19."""
+    run = Goodput(tmp_path)
+    run.begin(0)
+    windows(run, clock, 9, 1, 1.2, 1, 1, 21.3, 1)
+    found = summary(tmp_path)
+    assert found.stalled == pytest.approx(20.3)
+    assert found.seconds["step"] == pytest.approx(35.5)  # it stays part of its phase
+    assert " steps 35.5 s (stalled for 20.3 s)" in found.line()
+    assert caplog.messages == [
+        "steps 50 to 60 took 20.3 s longer than usual: this host was stopped or slow, or it waited "
+        "for another that was"
+    ]
+    windows(Goodput(tmp_path), clock, 1, 1, 1, 1, 31)
+    assert summary(tmp_path).stalled == pytest.approx(20.3 + 30)
+
+
+@pytest.mark.parametrize(
+    "seconds", [(1, 1, 1, 1, 9), (100, 100, 100, 100, 115), (1, 1, 300), (40, 30, 20, 10, 5)]
+)
+def test_windows_that_were_not_stalled(tmp_path, clock, seconds):
+    """Short ones, usual ones, the first ones, and ever shorter ones."""
+    run = Goodput(tmp_path)
+    run.begin(0)
+    windows(run, clock, *seconds)
+    assert summary(tmp_path).stalled == 0 and "stalled" not in summary(tmp_path).line()
+
+
+def test_a_clock_that_jumps_moves_no_second_from_its_phase(tmp_path, clock, monkeypatch):
+    """F19: the time of day may leap by hours; what is measured is measured on another clock."""
+    day = iter([0.0, 7200.0, 100.0, 100.0])
+    own = types.SimpleNamespace(perf_counter=lambda: clock.now, time=lambda: next(day))
+    monkeypatch.setattr(goodput, "time", own)
+    launch(tmp_path, clock, 0, 1, 2, 3)
+    found = summary(tmp_path)
+    assert (found.seconds["step"], found.down, found.launches) == (15, 0, 1)
+
+
 def test_evaluation_after_the_last_step_is_part_of_the_run(tmp_path, clock):
     launch(tmp_path, clock, 0, 1)
     with evaluation(tmp_path):

@@ -38,7 +38,7 @@ def holder(tmp_path):
     child.stdout.close()
 
 
-def test_a_second_run_is_refused_and_a_killed_one_taken_over(tmp_path, holder, caplog):
+def test_a_second_run_is_refused_and_a_killed_one_taken_over(tmp_path, holder, caplog):  # F20
     with pytest.raises(UserError) as error, WorkdirLock(tmp_path):
         pass
     text = str(error.value)
@@ -130,7 +130,7 @@ def test_only_one_of_many_launches_wins(tmp_path):
     assert sorted(said) == ["", "", "held\n"]
 
 
-def test_other_processes_of_the_run_and_unwritable_folders(tmp_path):
+def test_other_processes_of_the_run_and_unwritable_folders(tmp_path):  # F10
     with WorkdirLock(tmp_path, primary=False):
         assert not (tmp_path / ".lock").exists()
     (tmp_path / "file").write_text("")

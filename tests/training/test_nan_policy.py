@@ -15,9 +15,11 @@ import pytest
 from jointseg_jax import compose, sharding
 from jointseg_jax.data.pipeline import batches
 from jointseg_jax.data.scenes import Scenes
+from jointseg_jax.training import loop
 from jointseg_jax.training.checkpoints import Checkpoints
 from jointseg_jax.training.faults import Faults, NonFinite
 from jointseg_jax.training.loop import train
+from jointseg_jax.training.telemetry import Telemetry
 from jointseg_jax.training.writers import read_records
 from jointseg_jax.types import UserError
 
@@ -114,6 +116,7 @@ def named(message, records):
     )
 
 
+# F15; a loss, one gradient leaf, one row: test_step.py
 def test_skip_leaves_the_step_out(devices, tmp_path, records, caplog):
     assert train(config(records[5], doses=99, policy="skip"), tmp_path) == 0
     (warning,) = caplog.messages
@@ -151,6 +154,33 @@ def test_rollback_gives_up_where_nothing_changes(devices, tmp_path, records, cap
     ]
     assert named(str(error.value), records)
     assert "last checkpoint: 2, where the run has returned 2 times" in str(error.value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("on_spike", ["count", "rollback"])
+def test_a_loss_that_leaps(devices, tmp_path, caplog, monkeypatch, on_spike):
+    """F16: x 1000 at step 13, read with the window of 14; the checkpoint is that of 12 or 14."""
+
+    class Leaping(Telemetry):
+        doses = 1
+
+        def read(self, **options):
+            found = super().read(**options)
+            for i, (step, loss, ids) in enumerate(self.losses):
+                if step == 13 and Leaping.doses:
+                    Leaping.doses -= 1
+                    self.losses[i] = (step, 1000 * loss, ids)
+            return found
+
+    monkeypatch.setattr(loop, "Telemetry", Leaping)
+    given = config(-1, doses=0, spike=20.0, on_spike=on_spike) | {"steps": 18}
+    assert train(given, tmp_path) == 0
+    warning, *back = caplog.messages
+    assert warning.startswith("step 13: the loss") and "1 in this launch" in warning
+    assert back == (["rolled back to step 14, retry 1"] if on_spike == "rollback" else [])
+    assert counters(tmp_path) == (18, 0, int(on_spike == "rollback"))
+    records = read_records(tmp_path / "metrics.jsonl")
+    assert {r["step"]: r.get("spikes") for r in records}[18] == 1
 
 
 # ------------------------------------------------------------------------- the decision

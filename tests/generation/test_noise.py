@@ -1,0 +1,72 @@
+"""G9: no two samples begin with the same noise, whichever process makes them."""
+
+import jax
+import numpy as np
+import pytest
+
+from jointseg_jax import compose, presets
+from jointseg_jax.data.classes import Classes
+from jointseg_jax.generation import loop
+from jointseg_jax.systems.keys import row_keys, sample_keys
+
+COUNT = 100_000
+CHUNK = 10_000
+
+
+@pytest.fixture(scope="module")
+def system():
+    """Two streams, with as little noise as they can have."""
+    config = presets.shrunk(presets.bit_pairs("scenes"))
+    config["system"] |= {"size": (4, 4), "text": {"name": "words", "width": 8, "length": 6}}
+    for stream in config["system"]["streams"].values():
+        stream["tokens"]["patch"] = 4
+    return compose.system(config, compose.Facts(Classes(names=("sky", "road", "car")), (), ()))
+
+
+def distinct(rows):
+    """How many rows differ from all others."""
+    plain = np.ascontiguousarray(rows)
+    return len(np.unique(plain.view(f"V{plain[0].nbytes}").ravel()))
+
+
+def noises(system, keys):
+    """The first four numbers of what each stream begins with: if these differ, all do."""
+    return {k: system.source(k, keys).reshape(keys.shape[0], -1)[:, :4] for k in system.streams}
+
+
+def test_no_two_samples_begin_alike(system):
+    begin = jax.jit(lambda seed, indices: noises(system, sample_keys(seed, indices)))
+    seen = []
+    for seed, count in ((0, COUNT), (1, CHUNK)):
+        for first in range(0, count, CHUNK):
+            indices = np.arange(first, first + CHUNK, dtype=np.uint32)
+            seen += jax.device_get(list(begin(np.uint32(seed), indices).values()))
+    rows = np.concatenate(seen)
+    assert len(rows) == 2 * (COUNT + CHUNK)
+    assert distinct(rows) == len(rows)
+
+
+def test_no_two_rows_of_training_draw_alike(system):
+    draw = jax.jit(lambda step, rows: noises(system, row_keys(0, step, rows)))
+    rows = np.arange(1000, dtype=np.uint32)
+    seen = [x for step in range(10) for x in jax.device_get(draw(step, rows)).values()]
+    assert distinct(np.concatenate(seen)) == 2 * 10 * 1000
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4, 7])
+@pytest.mark.parametrize("start", [0, 13])
+def test_processes_share_out_the_indices(monkeypatch, processes, start):
+    def make(text, seed, indices, given):
+        return {"index": indices}
+
+    make.batch = 4
+    seen, counts = [], set()
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    for process in range(processes):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        own = list(loop.made_batches(make, None, seed=0, start=start, stop=50))
+        counts.add(len(own))
+        for indices, pairs in own:
+            assert indices.tolist() == pairs.get("index", indices).tolist()
+            seen += indices.tolist()
+    assert sorted(seen) == list(range(start, 50)) and len(counts) == 1

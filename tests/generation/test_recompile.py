@@ -1,0 +1,75 @@
+"""The sampler is compiled once, whatever the number of pairs."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from jointseg_jax import sharding
+from jointseg_jax.codecs.bits import Bits
+from jointseg_jax.codecs.pixels import Pixels
+from jointseg_jax.compose import Facts
+from jointseg_jax.data.classes import Classes
+from jointseg_jax.generation.loop import generator, made_batches
+from jointseg_jax.models.uvit import UViT
+from jointseg_jax.systems.joint import Joint
+from jointseg_jax.systems.stream import Stream
+from jointseg_jax.systems.text import Features
+from jointseg_jax.training.restore import Run
+from jointseg_jax.transport.process import Process
+from jointseg_jax.transport.schedules import Cosine
+from jointseg_jax.transport.table import DISTRIBUTIONS, SOLVERS, TIMES
+
+SIDE, ROWS, WORDS = 4, 4, 2
+
+
+@pytest.fixture
+def system():
+    """An image and its map in one block."""
+    codecs = {"image": Pixels(), "mask": Bits(classes=3)}
+    specs = {
+        k: {"kind": "patches", "grid": (SIDE, SIDE), "channels": c.latent_shape((4, 4))[2]}
+        for k, c in codecs.items()
+    }
+    process = Process(schedule=Cosine(), predicts="velocity")
+    return Joint(
+        streams={
+            "image": Stream(field="image", codec=codecs["image"], process=process, guidance=2.0),
+            "mask": Stream(field="labels", codec=codecs["mask"], process=process, guidance=2.0),
+        },
+        denoiser=UViT(
+            streams={k: v | {"patch": 2} for k, v in specs.items()},
+            time_tokens=("image",),
+            context={"kind": "tokens", "count": WORDS, "width": 4},
+            width=8,
+            depth=1,
+            heads=1,
+        ),
+        times=TIMES["shared"](distribution=DISTRIBUTIONS["uniform"]()),
+        solver=SOLVERS["dpm_solver_pp"](steps=2, order=1),
+        size=(SIDE, SIDE),
+        text=Features(width=4, length=WORDS),
+    )
+
+
+def test_a_short_last_batch_compiles_nothing(system, tmp_path, monkeypatch, compilations):
+    one = functools.partial(sharding.make_mesh, (-1, 1, 1), jax.devices()[:1])
+    monkeypatch.setattr(sharding, "own_mesh", one)
+    params = jax.jit(system.init)(jax.random.key(0))
+    known = Facts(Classes(names=("a", "b", "c")), (), ())
+    run = Run(tmp_path, {}, known, system, params, frozen={}, step=0, digest="")
+    make = generator(run, system, per_device=ROWS)
+    text = np.ones((3, WORDS, 4), np.float32)
+    compilations.clear()
+    made = made_batches(make, text, seed=0, start=0, stop=2 * ROWS + 3)
+    first, _ = next(made)
+    assert compilations.count("jit(pairs)") == 1
+    compilations.clear()
+    rest = [(len(indices), len(pairs["labels"])) for indices, pairs in made]
+    assert (len(first), *rest) == (ROWS, (ROWS, ROWS), (3, 3))
+    resumed = made_batches(make, text, seed=7, start=ROWS + 1, stop=2 * ROWS + 1)
+    assert [len(indices) for indices, _ in resumed] == [ROWS - 1, 1]
+    assert compilations == []
+    make(text, 0, np.arange(3), {})  # what is spared by filling up the last batch
+    assert compilations == ["jit(pairs)"]

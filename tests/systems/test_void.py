@@ -1,0 +1,38 @@
+"""D20: a map that is void all over costs no more than finite, and teaches nothing that is not."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jointseg_jax import compose, presets
+from jointseg_jax.data.classes import Classes
+from jointseg_jax.systems.keys import row_keys
+from jointseg_jax.types import VOID
+
+SIZE, ROWS = 8, 2
+
+
+def test_a_batch_of_void_has_a_finite_loss_and_gradient():
+    config = presets.shrunk(presets.bit_pairs("scenes"))
+    config["system"] |= {"size": (SIZE, SIZE), "text": {"name": "words", "width": 8, "length": 4}}
+    config["system"]["denoiser"] |= {"width": 8, "depth": 1, "heads": 1}
+    for stream in config["system"]["streams"].values():
+        stream["tokens"]["patch"] = 8
+    known = compose.Facts(Classes(names=("sky", "road", "car")), ("a",), ())
+    system = compose.system(config, known)
+    rows = {
+        "image": np.zeros((ROWS, SIZE, SIZE, 3), np.uint8),
+        "labels": np.full((ROWS, SIZE, SIZE), VOID, np.int16),
+        "text": np.zeros((ROWS, 4), np.int32),
+    }
+    batch = jax.tree.map(jnp.asarray, rows)
+
+    @jax.jit
+    def step(key):
+        params = system.init(key)
+        keys = row_keys(0, 0, jnp.arange(ROWS, dtype=jnp.uint32))
+        return jax.value_and_grad(lambda p: system.loss(p, {}, batch, keys)[0])(params)
+
+    loss, gradient = step(jax.random.key(0))
+    assert np.isfinite(loss)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(jax.device_get(gradient)))
