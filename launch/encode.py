@@ -22,11 +22,11 @@ What differs from training without a cache:
   rounding latents and features are float16 (11 bits; denoisers compute in bfloat16, 8 bits);
            --dtype=float32 keeps every bit in twice the space, --dtype=bfloat16 the range in 8 bits
 
-Killed or stopped, the same command goes on: whole shards are kept, checked by SHA-256, and the
-bytes come out the same. Run on a finished cache it checks all of it, and writes damaged shards
-again. A folder made with other settings is refused, with each setting that differs. Several
-processes (the flags and environment of launch/train.py) share the shards and write the same bytes
-as one; --out is a folder they all see.
+Killed or stopped (SIGTERM: exit status 75), the same command goes on: whole shards are kept,
+checked by SHA-256, and the bytes come out the same. Run on a finished cache it checks all of it,
+and writes damaged shards again. A folder made with other settings is refused, with each setting
+that differs. Several processes (the flags and environment of launch/train.py) share the shards and
+write the same bytes as one; --out is a folder they all see.
 
 Pictures are read by --threads of this process; --workers=N reads in N processes, each with so many
 threads, which pays where reading is Python rather than decoding.
@@ -82,6 +82,7 @@ def main() -> None:
     cli.start()
     from jointseg_jax.training.encoding import Encoding
     from jointseg_jax.training.encoding_run import encode
+    from jointseg_jax.training.preemption import Departure
 
     options = Encoding(
         out=Path(OUT.value),
@@ -96,7 +97,8 @@ def main() -> None:
         workers=WORKERS.value,
         threads=THREADS.value,
     )
-    report = encode(CONFIG.value.to_dict(), options, progress=_bar, show=_say)
+    with Departure():
+        report = encode(CONFIG.value.to_dict(), options, progress=_bar, show=_say)
     if peers.is_first():
         print(f"to train from it: launch/train.py ... --config.data.cache={OUT.value}")
     cli.last_line(report)

@@ -32,6 +32,11 @@ def test_a_killed_encoding_goes_on_to_the_same_bytes(launch, tmp_path):
     process = launch.start("encode", *options, f"--out={killed}")
     while not list(killed.glob("*.bin")) and process.poll() is None:
         time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert "the same command goes on" in process.communicate()[1] and process.returncode == 75
+    process = launch.start("encode", *options, f"--out={killed}")
+    while len(list(killed.glob("*.bin"))) < 2 and process.poll() is None:
+        time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     found = launch("encode", *options, f"--out={killed}").json
