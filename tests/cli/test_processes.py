@@ -338,7 +338,7 @@ LAYOUTS = {
 def trained_on(launch, workdir, *, count=1, devices=1, words=()):
     """What the first process says of a run of 5 steps with saves at 2, 4 and 5."""
     options = (*QUICK, "--config.steps=5", "--config.checkpoint.every=2", "--config.batch=16")
-    options = (*options, *words, f"--workdir={workdir}")
+    options = (*options, "--config.checkpoint.keep=3", *words, f"--workdir={workdir}")
     if count == 1:
         return launch("train", *options, devices=devices).error
     return run(launch, "train", *options, count=count, devices=devices)[0][2]
