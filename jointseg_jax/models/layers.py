@@ -78,50 +78,53 @@ class Attention(nn.Module):
         width, size = x.shape[-1], x.shape[-1] // self.heads
         fields = {"dtype": self.dtype, "heads": self.heads, "size": size}
         backend = chosen(self.attention, **fields, tokens=x.shape[1])
-        biases = 3 if self.qkv_bias else None
-        way_in = Parameters((width, 3, self.heads, size), biases, name="qkv")()
-        way_out = Parameters((self.heads, size, width), 1, name="out")()
-        if self.is_initializing():
-            return x
-        x, way_in, way_out = jax.tree.map(lambda a: a.astype(self.dtype), (x, way_in, way_out))
-        if backend == "splash":
-            return self._splash(x, way_in, way_out, count)
-        # products with all heads at once: their gradients are plain products too
-        flat = (width, width)
-        q, k, v = (x @ kernel.reshape(flat) for kernel in self._parts(way_in[0], backend))
-        if way_in[1] is not None:
-            offsets = self._parts(way_in[1][None], backend)
-            q, k, v = (y + b.reshape(1, 1, width) for y, b in zip((q, k, v), offsets, strict=True))
-        y = self._attend(backend, q, k, v, count)
-        return y @ way_out[0].reshape(flat) + way_out[1][None, None]
-
-    def _parts(self, x: Array, backend: str) -> list[Array]:
-        """``[n, 3, heads, size]`` as three; our own kernels want the queries scaled, which costs
-        nothing here."""
-        size = x.shape[-1]
-        scale = size**-0.5 if backend in ("packed", "splash") else 1.0
-        return [x[:, 0] * scale, x[:, 1], x[:, 2]]
-
-    def _attend(self, backend: str, q: Array, k: Array, v: Array, count: int | None) -> Array:
-        """Attention of the heads that lie side by side in ``[batch, tokens, width]``."""
-        if backend == "packed":
-            from jointseg_jax.models.packed import attend_packed  # Pallas takes a second to import
-
-            return attend_packed(q, k, v, heads=self.heads, count=count)
+        if backend in ("packed", "splash") and not self.is_initializing():
+            run = self._packed if backend == "packed" else self._splash
+            kernel, offset = Parameters((width, 3, self.heads, size), self._biases, name="qkv")()
+            # the scale of the scores is given to the queries, where it costs nothing
+            scales = (size**-0.5, 1.0, 1.0)
+            kernels = [kernel[:, i].astype(self.dtype) * s for i, s in enumerate(scales)]
+            offsets = [None] * 3
+            if offset is not None:
+                offsets = [offset[i].astype(self.dtype) * s for i, s in enumerate(scales)]
+            return run(x.astype(self.dtype), kernels, offsets, count)
+        qkv = linear((3, self.heads, size), "qkv", self.dtype, bias=self.qkv_bias)(x)
         attend = attend_cudnn if backend == "cudnn" else attend_xla
-        y = attend(*(z.reshape(*z.shape[:2], self.heads, -1) for z in (q, k, v)))
-        return checkpoint_name(y.reshape(q.shape), "attn_out")
+        y = attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
+        y = checkpoint_name(y, "attn_out")
+        return linear(width, "out", self.dtype, axis=(-2, -1))(y)
 
-    def _splash(self, x: Array, way_in: Any, way_out: Any, count: int | None) -> Array:
+    @property
+    def _biases(self) -> int | None:
+        return 3 if self.qkv_bias else None
+
+    def _packed(self, x: Array, kernels: list, offsets: list, count: int | None) -> Array:
+        """The same from the same parameters, the heads of a token side by side all the way."""
+        from jointseg_jax.models.packed import attend_packed  # Pallas takes a second to import
+
+        width = x.shape[-1]
+        heads = []
+        for kernel, offset in zip(kernels, offsets, strict=True):
+            y = x @ kernel.reshape(width, width)
+            heads.append(y if offset is None else y + offset.reshape(1, 1, width))
+        y = attend_packed(*heads, heads=self.heads, count=count)
+        kernel, offset = Parameters((self.heads, width // self.heads, width), 1, name="out")()
+        y = y @ kernel.astype(self.dtype).reshape(width, width)
+        return y + offset.astype(self.dtype)[None, None]
+
+    def _splash(self, x: Array, kernels: list, offsets: list, count: int | None) -> Array:
         """The same from the same parameters, heads before tokens all the way."""
         from jointseg_jax.models.splash import attend_splash
 
-        heads = [jnp.einsum("bnd,dhk->bhnk", x, w) for w in self._parts(way_in[0], "splash")]
-        if way_in[1] is not None:
-            offsets = self._parts(way_in[1][None], "splash")
-            heads = [y + b[0][None, :, None] for y, b in zip(heads, offsets, strict=True)]
+        width = x.shape[-1]
+        heads = []
+        for kernel, offset in zip(kernels, offsets, strict=True):
+            y = jnp.einsum("bnd,dhk->bhnk", x, kernel)
+            heads.append(y if offset is None else y + offset[None, :, None])
         y = attend_splash(*heads, count)
-        return jnp.einsum("bhnk,hkd->bnd", y, way_out[0]) + way_out[1][None, None]
+        kernel, offset = Parameters((self.heads, width // self.heads, width), 1, name="out")()
+        y = jnp.einsum("bhnk,hkd->bnd", y, kernel.astype(self.dtype))
+        return y + offset.astype(self.dtype)[None, None]
 
 
 class Mlp(nn.Module):
