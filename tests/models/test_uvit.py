@@ -443,7 +443,10 @@ def test_plain_mappings_build_the_same_module():
         ({"depth": 0}, "depth: at least 1; given 0"),
         ({"norm": "rms"}, "norm: one of pre, post; given 'rms'"),
         ({"remat": "all"}, "remat: one of none, full, dots, attn_out; given 'all'"),
-        ({"attention": "flash"}, "attention: one of auto, xla, packed, splash, cudnn; given 'flash'"),
+        (
+            {"attention": "flash"},
+            "attention: one of auto, xla, packed, splash, cudnn; given 'flash'",
+        ),
         ({"attention": "cudnn"}, "cudnn needs dtype bfloat16 or float16; given dtype=float32"),
         ({"context": IMAGE}, "context: tokens or None"),
         ({"streams": {}}, "streams: one or more different identifiers"),
