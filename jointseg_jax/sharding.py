@@ -20,7 +20,7 @@ and a pod.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -109,6 +109,24 @@ def shards_of(meaning: str) -> int:
     """Parts into which the mesh in force splits an activation axis of this meaning; none: 1."""
     mesh = jax.sharding.get_abstract_mesh()
     return math.prod(mesh.shape[n] for n in free_axes(meaning))
+
+
+def on_shards(run: Callable, *axes: tuple[str, int] | None) -> Callable:
+    """``run`` on each device's own part of its arguments, and of what it returns.
+
+    Args:
+      axes: of every argument: a name of ``LOGICAL_AXES`` and how many units can be shared, or None.
+        What does not divide evenly stays whole, and each device computes all of it.
+    """
+    if all(axis is None or shards_of(axis[0]) == 1 for axis in axes):
+        return run  # no mesh, or a shard_map has split them already
+    spec = PartitionSpec(
+        *[
+            free_axes(axis[0]) if axis and axis[1] % shards_of(axis[0]) == 0 else None
+            for axis in axes
+        ]
+    )
+    return jax.shard_map(run, in_specs=spec, out_specs=spec, check_vma=False)
 
 
 def make_mesh(shape: Sequence[int], devices: Sequence[jax.Device] | None = None) -> Mesh:

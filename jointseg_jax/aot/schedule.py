@@ -29,6 +29,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jointseg_jax.types import UserError
+
 BUNDLE = re.compile(r"\s*(?:0x[0-9a-f]+|0)\s*(?:[A-Z]{2}\s*)?:\s*(>*)")
 LAST_TURN = re.compile(r"scmp\.ge\.s32\.totalorder %\w+, (\d+) /\* loop exit test")
 FILE = re.compile(r"\d+-\w*?((?:packed|splash)_[a-z_]*[a-z])[_.\d]*-\d+-final_bundles\.txt")
@@ -62,12 +64,21 @@ def cycles(text: str) -> int:
 
 
 def kernels(program: Callable[[], Any], folder: Path) -> list[Kernel]:
-    """Compiles a program and reads the schedules of its attention kernels from the dump folder."""
+    """Compiles a program and reads the schedules of its attention kernels from the dump folder.
+
+    Raises:
+      UserError: there are none.
+    """
     for old in folder.iterdir():
         old.unlink()
     program()
     found = ((FILE.fullmatch(path.name), path) for path in sorted(folder.iterdir()))
-    return [Kernel(name.group(1), cycles(path.read_text())) for name, path in found if name]
+    made = [Kernel(name.group(1), cycles(path.read_text())) for name, path in found if name]
+    if not made:
+        raise UserError(
+            "ERROR [libtpu] this compiler wrote no schedule of an attention kernel; 0.0.51 does."
+        )
+    return made
 
 
 def dump_to(folder: Path) -> None:
@@ -81,7 +92,7 @@ def dump_to(folder: Path) -> None:
     os.environ["LIBTPU_INIT_ARGS"] = " ".join((before, *words)).strip()
 
 
-def program(backend: str, device: Any, heads: int, size: int, tokens: int, rows: int) -> Callable:
+def program(backend: str, device: Any, flags: argparse.Namespace, queries: int | None) -> Callable:
     """Compiles attention forward and backward, as the layers call it, for one device."""
     import jax
     import jax.numpy as jnp
@@ -90,11 +101,12 @@ def program(backend: str, device: Any, heads: int, size: int, tokens: int, rows:
     from jointseg_jax.models import packed, splash
 
     if backend == "packed":
-        attend = functools.partial(packed.attend_packed, heads=heads, count=tokens)
-        shape = (rows, packed.room(tokens), heads * size)
+        fields = {"heads": flags.heads, "count": flags.tokens, "queries": queries}
+        attend = functools.partial(packed.attend_packed, **fields)
+        shape = (flags.rows, packed.room(flags.tokens), flags.heads * flags.size)
     else:
-        attend = functools.partial(splash.attend_splash, count=tokens)
-        shape = (rows, heads, splash.room(tokens), size)
+        attend = functools.partial(splash.attend_splash, count=flags.tokens)
+        shape = (flags.rows, flags.heads, splash.room(flags.tokens), flags.size)
     mesh = sharding.make_mesh((1, 1, 1), [device])
     x = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=sharding.replicated(mesh))
 
@@ -117,24 +129,19 @@ def lines(flags: argparse.Namespace, folder: Path) -> Iterator[str]:
     from jointseg_jax.models import packed
 
     chip, device = chips.chip_of(flags.topology), chips.devices_of(flags.topology)[0]
-    flops = 2 * flags.tokens**2 * flags.heads * flags.size * flags.rows  # of one product
+    product = 2 * flags.tokens**2 * flags.heads * flags.size * flags.rows  # its FLOPs
     yield f"{'kernel':<36}{'queries':>8}{'1000 cycles':>13}{'of the peak':>13}"
+    own = packed.block(packed.room(flags.tokens))
+    tries = [int(n) for n in flags.queries.split(",")] if flags.queries else [own]
     for backend in flags.attention.split(","):
-        sizes = [int(n) for n in flags.queries.split(",")] if flags.queries else [None]
-        for queries in sizes if backend == "packed" else [None]:
-            if queries:
-                packed.block = lambda tokens, queries=queries: queries
-            shape = (flags.heads, flags.size, flags.tokens, flags.rows)
-            found = kernels(program(backend, device, *shape), folder)
-            total = sum(kernel.cycles for kernel in found)
-            shown = queries or (
-                packed.block(packed.room(flags.tokens)) if backend == "packed" else ""
-            )
-            for name, n in (*found, (f"{backend}, together", total)):
-                products = PRODUCTS["forward"] + PRODUCTS[backend]
-                share = products * flops / (n / chip.clock) / chip.peak / 1e3
-                of_peak = f"{share:.1%}" if "together" in name else ""
-                yield f"{name:<36}{shown:>8}{n / 1e3:>13,.1f}{of_peak:>13}"
+        for queries in tries if backend == "packed" else [None]:
+            found = kernels(program(backend, device, flags, queries), folder)
+            total, shown = sum(kernel.cycles for kernel in found), queries or ""
+            for kernel in found:
+                yield f"{kernel.name:<36}{shown:>8}{kernel.cycles / 1e3:>13,.1f}"
+            flops = (PRODUCTS["forward"] + PRODUCTS[backend]) * product
+            share = flops / (total / chip.clock) / chip.peak / 1e3
+            yield f"{f'{backend}, together':<36}{shown:>8}{total / 1e3:>13,.1f}{share:>13.1%}"
 
 
 def main() -> None:

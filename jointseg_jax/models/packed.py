@@ -23,18 +23,17 @@ Source: 1-2 FlashAttention (Dao et al. 2022), without its walk over blocks of ke
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from jointseg_jax import accelerators
-from jointseg_jax.sharding import free_axes, shards_of
+from jointseg_jax.sharding import on_shards
 
 LANES = 128
 ROWS = 16
@@ -61,6 +60,20 @@ PACKED = (16, 32, 64, 128)
 PARALLEL = ("parallel", "parallel", "arbitrary")
 
 Tokens = Float[Array, "batch tokens width"]
+
+
+class Layout(NamedTuple):
+    """How heads and tokens lie in a call of the kernel.
+
+    Attributes:
+      size: of a head.
+      count: of the tokens that are none of padding.
+      queries: in a block; they divide the tokens.
+    """
+
+    size: int
+    count: int
+    queries: int
 
 
 def fits(heads: int, size: int, tokens: int) -> bool:
@@ -93,7 +106,13 @@ def _cost(tokens: int, queries: int) -> int:
 
 
 def attend_packed(
-    q: Tokens, k: Tokens, v: Tokens, *, heads: int, count: int | None = None
+    q: Tokens,
+    k: Tokens,
+    v: Tokens,
+    *,
+    heads: int,
+    count: int | None = None,
+    queries: int | None = None,
 ) -> Tokens:
     """``softmax(q k^T) v`` of each head, its result named ``attn_out`` for remat.
 
@@ -102,9 +121,10 @@ def attend_packed(
     Args:
       q: scaled already; the heads of one token side by side.
       count: of the tokens that are none of padding; None: all.
+      queries: in a block, a divisor of ``room(tokens)``; None: ``block`` says.
 
     Raises:
-      ValueError: heads or lengths that the kernel does not take, or a GPU.
+      ValueError: heads, lengths or blocks that the kernel does not take, or a GPU.
     """
     tokens, size = q.shape[1], q.shape[2] // heads
     if accelerators.target().platform == "gpu":
@@ -116,40 +136,46 @@ def attend_packed(
             "tokens. Use auto."
         )
     length = room(tokens)
+    queries = queries or block(length)
+    if length % queries or queries % ROWS:
+        raise ValueError(
+            f"attention: packed, queries = {queries}: give a multiple of {ROWS} that divides the "
+            f"{length} tokens."
+        )
     pad = ((0, 0), (0, length - tokens), (0, 0))
     if length > tokens:
         q, k, v = (jnp.pad(x, pad) for x in (q, k, v))
-    run = functools.partial(_attend, size, count or tokens)
-    return _by_rows(run, *q.shape[::2])(q, k, v)[:, :tokens]
+    run = functools.partial(_attend, Layout(size, count or tokens, queries))
+    rows, _, width = q.shape
+    run = on_shards(run, ("batch", rows), None, ("heads", width // LANES))
+    return run(q, k, v)[:, :tokens]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(size: int, count: int, q: Array, k: Array, v: Array) -> Array:
-    return _forward(size, count, q, k, v, keep=False)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(layout: Layout, q: Array, k: Array, v: Array) -> Array:
+    return _forward(layout, q, k, v, keep=False)[0]
 
 
-def _attend_forward(size: int, count: int, q: Array, k: Array, v: Array) -> tuple[Array, Any]:
-    y, lse = (checkpoint_name(x, "attn_out") for x in _forward(size, count, q, k, v, keep=True))
+def _attend_forward(layout: Layout, q: Array, k: Array, v: Array) -> tuple[Array, Any]:
+    y, lse = (checkpoint_name(x, "attn_out") for x in _forward(layout, q, k, v, keep=True))
     return y, (q, k, v, y, lse)
 
 
-def _attend_backward(size: int, count: int, kept: Any, dy: Array) -> tuple[Array, ...]:
-    return _backward(size, count, *kept, dy)
+def _attend_backward(layout: Layout, kept: Any, dy: Array) -> tuple[Array, ...]:
+    return _backward(layout, *kept, dy)
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _forward(
-    size: int, count: int, q: Array, k: Array, v: Array, *, keep: bool
-) -> tuple[Array, ...]:
+def _forward(layout: Layout, q: Array, k: Array, v: Array, *, keep: bool) -> tuple[Array, ...]:
     """``(y,)``, and ``lse [batch, groups, blocks, pack, queries]`` when ``keep``."""
-    grid, queries, keys, sums, kept = _specs(q.shape, size)
+    grid, queries, keys, sums, kept = _specs(q.shape, layout)
     outputs = [(queries, jax.ShapeDtypeStruct(q.shape, q.dtype))]
     outputs += [(sums, jax.ShapeDtypeStruct(kept, jnp.float32))] if keep else []
     specs, shapes = zip(*outputs, strict=True)
     return pl.pallas_call(
-        functools.partial(_forward_kernel, size=size, count=count),
+        functools.partial(_forward_kernel, size=layout.size, count=layout.count),
         grid=grid,
         in_specs=[queries, keys, keys],
         out_specs=specs,
@@ -159,13 +185,13 @@ def _forward(
 
 
 def _backward(
-    size: int, count: int, q: Array, k: Array, v: Array, y: Array, lse: Array, dy: Array
-) -> tuple:
+    layout: Layout, q: Array, k: Array, v: Array, y: Array, lse: Array, dy: Array
+) -> tuple[Array, ...]:
     """The gradients of q, k and v."""
-    grid, queries, keys, sums, _ = _specs(q.shape, size)
+    grid, queries, keys, sums, _ = _specs(q.shape, layout)
     tokens = q.shape[1]
     return pl.pallas_call(
-        functools.partial(_backward_kernel, size=size, count=count),
+        functools.partial(_backward_kernel, size=layout.size, count=layout.count),
         grid=grid,
         in_specs=[queries, keys, keys, queries, sums, queries],
         out_specs=(queries, keys, keys),
@@ -179,10 +205,10 @@ def _backward(
     )(q, k, v, y, lse, dy)
 
 
-def _specs(shape: tuple[int, ...], size: int) -> tuple[Any, ...]:
+def _specs(shape: tuple[int, ...], layout: Layout) -> tuple[Any, ...]:
     """Grid; blocks of queries, of keys, of sums; the shape of all sums."""
     batch, tokens, width = shape
-    n, pack, groups = block(tokens), LANES // size, width // LANES
+    n, pack, groups = layout.queries, LANES // layout.size, width // LANES
     grid = (batch, groups, tokens // n)
     queries = pl.BlockSpec((1, n, LANES), lambda row, group, i: (row, i, group))
     keys = pl.BlockSpec((1, tokens, LANES), lambda row, group, i: (row, 0, group))
@@ -261,13 +287,3 @@ def _real(scores: Array, count: int, axis: int) -> Array:
         return scores
     key = jax.lax.broadcasted_iota(jnp.int32, scores.shape, axis)
     return jnp.where(key < count, scores, jnp.float32(-1e30))
-
-
-def _by_rows(run: Any, rows: int, width: int) -> Any:
-    """The function on each device's own rows and heads; on all of what cannot be shared evenly."""
-    units = {"batch": rows, "heads": width // LANES}
-    if all(shards_of(name) == 1 for name in units):  # or a shard_map has split them already
-        return run
-    batch, heads = (free_axes(n) if units[n] % shards_of(n) == 0 else None for n in units)
-    spec = PartitionSpec(batch, None, heads)
-    return jax.shard_map(run, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)

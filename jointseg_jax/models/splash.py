@@ -11,17 +11,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from jointseg_jax import accelerators
-from jointseg_jax.sharding import free_axes, shards_of
+from jointseg_jax.sharding import on_shards
 
 LANES = 128
 WASTE = 0.05
@@ -68,7 +65,7 @@ def attend_splash(q: Heads, k: Heads, v: Heads, count: int | None = None) -> Hea
         residual_checkpoint_name="attn_out",
         interpret=target.platform == "cpu",
     )
-    return _by_rows(jax.vmap(run), q.shape[0])(q, k, v)[:, :, :tokens]
+    return on_shards(jax.vmap(run), ("batch", q.shape[0]))(q, k, v)[:, :, :tokens]
 
 
 def blocks(tokens: int, generation: str | None) -> kernels.BlockSizes:
@@ -105,12 +102,3 @@ class _Real(masks._ComputableMask):
 
     def __hash__(self) -> int:
         return hash((self.shape, self.count))
-
-
-def _by_rows(run: Any, rows: int) -> Any:
-    """The function on each device's own rows; on all of them where they cannot be shared evenly."""
-    parts = shards_of("batch")
-    if parts == 1:  # or a shard_map has split them already
-        return run
-    spec = PartitionSpec(free_axes("batch") if rows % parts == 0 else None)
-    return jax.shard_map(run, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)

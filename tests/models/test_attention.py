@@ -130,6 +130,9 @@ def test_packed_tells_what_it_takes():
     x = normal(0, 1, 32, 96)
     with pytest.raises(ValueError, match=r"there are 2 of 48 and 32 tokens\. Use auto\."):
         packed.attend_packed(x, x, x, heads=2)
+    x = normal(0, 1, 32, 128)
+    with pytest.raises(ValueError, match="queries = 24: give a multiple of 16 that divides the 32"):
+        packed.attend_packed(x, x, x, heads=2, queries=24)
 
 
 def test_padding_in_every_layer_stays_small():
