@@ -6,6 +6,7 @@ Programs are compiled with little optimization, for they run for a second at mos
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +42,35 @@ class Launcher:
         out, error = process.communicate(timeout=600)
         assert process.returncode == status, f"status {process.returncode}\n{out}\n{error}"
         return Finished(out, error)
+
+    def on_disk(self, size: str, folder: Path, script: str) -> subprocess.CompletedProcess:
+        """Runs a shell script that finds a file system of its own at ``$DISK``, or skips the test.
+
+        What is written there is seen by the script only.
+
+        Args:
+          size: of the file system, as mount takes it.
+          folder: where it is put.
+        """
+        mount = f'mount -t tmpfs -o size={size} tmpfs "$DISK"'
+        given = {"XLA_FLAGS": "", "DISK": str(folder), "PYTHON": sys.executable}
+        return subprocess.run(
+            [*_private_mounts(), "sh", "-ec", f"{mount}; {script}"],
+            cwd=ROOT,
+            env=self.environment | given,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+
+def _private_mounts() -> list[str]:
+    unshare = shutil.which("unshare") or "false"
+    for how in ("-m", "-rm"):
+        probe = [unshare, how, "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
+        if subprocess.run(probe, capture_output=True).returncode == 0:
+            return [unshare, how]
+    pytest.skip("a small disk needs unshare and the permission to mount; neither is given here")
 
 
 @dataclasses.dataclass(frozen=True)

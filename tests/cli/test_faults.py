@@ -185,59 +185,30 @@ def test_a_request_in_any_phase_leaves_a_state_to_go_on_from(launch, tmp_path, p
 # ------------------------------------------------------------------------------------ disks
 
 
-def on_a_disk_of(size, *words):
-    """Runs a shell command that finds a file system of its own at ``$DISK``; skips if it cannot."""
-    unshare = shutil.which("unshare")
-    for how in ("-m", "-rm"):
-        probe = [unshare or "false", how, "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
-        if subprocess.run(probe, capture_output=True).returncode == 0:
-            return [
-                unshare,
-                how,
-                "sh",
-                "-ec",
-                f'mount -t tmpfs -o size={size} tmpfs "$DISK"; {words[0]}',
-            ]
-    pytest.skip("a small disk needs unshare and the permission to mount; neither is given here")
-
-
-def shell(launch, disk, command):
-    return subprocess.run(
-        command,
-        cwd=ROOT,
-        env=launch.environment | {"XLA_FLAGS": "", "DISK": str(disk), "PYTHON": sys.executable},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-
-
 def test_a_full_disk_ends_the_run_and_loses_nothing(launch, tmp_path):
     """F9: there is room for two checkpoints and no third; with more room the run goes on."""
     words = " ".join((*QUICK, "--config.steps=6", "--config.checkpoint.every=1"))
     train = f'"$PYTHON" launch/train.py {words} --config.checkpoint.keep=9 --workdir="$DISK/run"'
     script = (
-        f"{train} && exit 9 || echo status $?; ls $DISK/run/checkpoints;"
+        f"{train} && exit 9 || echo status $?;"
+        "cd $DISK/run; ls checkpoints; cat metrics.jsonl; cd -;"
         f'mount -o remount,size=64m tmpfs "$DISK"; {train}'
     )
-    done = shell(launch, tmp_path, on_a_disk_of("1500k", script))
+    done = launch.on_disk("1500k", tmp_path, script)
     assert done.returncode == 0, done.stderr
-    first, _, rest = done.stdout.partition("status 2\n")
-    assert rest, done.stdout
+    _, _, rest = done.stdout.partition("status 2\n")
+    left, _, _ = rest.partition(f"{ROOT}\n")  # what cd says, coming back
+    assert left, done.stdout
     assert f"in {tmp_path}/run/checkpoints was not written: no space left" in done.stderr
     assert "MB needed, " in done.stderr and " MB free" in done.stderr
-    steps = [int(x) for x in rest.split("\n") if x.isdigit()]
+    steps = [int(x) for x in left.split("\n") if x.isdigit()]
     assert steps == list(range(1, len(steps) + 1)) and steps
     listed = ", ".join(map(str, steps))
     assert f"Earlier checkpoints ({listed}) are untouched" in done.stderr
     # seen at most one step after the write failed: the step after the one that was not written
-    reached = [json.loads(x)["step"] for x in _lines(first)]
-    assert max(reached, default=0) <= steps[-1] + 2
+    reached = [json.loads(x)["step"] for x in left.splitlines() if x.startswith('{"step"')]
+    assert reached and max(reached) <= steps[-1] + 2
     assert f"resumed at step {steps[-1]} from" in done.stderr and "done: step 6" in done.stderr
-
-
-def _lines(text):
-    return [x for x in text.splitlines() if x.startswith('{"step"')]
 
 
 def test_a_disk_that_cannot_be_written_is_refused_at_once(launch, tmp_path):
@@ -246,7 +217,7 @@ def test_a_disk_that_cannot_be_written_is_refused_at_once(launch, tmp_path):
         'mount -o remount,ro tmpfs "$DISK"; "$PYTHON" launch/train.py '
         f'{" ".join(QUICK)} --workdir="$DISK/run"'
     )
-    done = shell(launch, tmp_path, on_a_disk_of("1m", script))
+    done = launch.on_disk("1m", tmp_path, script)
     assert done.returncode == 2, done.stderr
     assert (
         "cannot be written (permissions). Choose another --workdir" in done.stderr

@@ -10,7 +10,6 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -136,29 +135,6 @@ def test_a_request_leaves_whole_pairs_and_status_75(launch, trained, straight, t
     assert 0 < done.json["made_now"] < NUM and contents(out) == contents(straight)
 
 
-def on_a_disk_of(size, script):
-    """The command that runs ``script`` where ``$DISK`` is a file system of its own, or skips."""
-    unshare = shutil.which("unshare") or "false"
-    for how in ("-m", "-rm"):
-        probe = [unshare, how, "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
-        if subprocess.run(probe, capture_output=True).returncode == 0:
-            mount = f'mount -t tmpfs -o size={size} tmpfs "$DISK"'
-            return [unshare, how, "sh", "-ec", f"{mount}; {script}"]
-    pytest.skip("a small disk needs unshare and the permission to mount; neither is given here")
-
-
-def shell(launch, disk, command):
-    given = {"XLA_FLAGS": "", "DISK": str(disk), "PYTHON": sys.executable}
-    return subprocess.run(
-        command,
-        cwd=ROOT,
-        env=launch.environment | given,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-
-
 def test_a_full_disk_leaves_whole_pairs(launch, trained, straight, tmp_path):
     """G7: with more room the same command ends with the same bytes."""
     sample = f'"$PYTHON" launch/sample.py --workdir={trained} {" ".join(PAIRS)} --out="$DISK/out"'
@@ -169,7 +145,7 @@ def test_a_full_disk_leaves_whole_pairs(launch, trained, straight, tmp_path):
     )
     (tmp_path / "disk").mkdir()
     # the mount is seen inside the shell only, what is copied out of it outside as well
-    done = shell(launch, tmp_path / "disk", on_a_disk_of("1m", script))
+    done = launch.on_disk("1m", tmp_path / "disk", script)
     assert done.returncode == 0, done.stderr
     status, listed, last = done.stdout.splitlines()[:2] + done.stdout.splitlines()[-1:]
     assert status == "status 2" and 0 < int(listed) < NUM, done.stdout
@@ -185,7 +161,7 @@ def test_a_disk_that_cannot_be_written_is_refused(launch, trained, tmp_path):
     """G7."""
     sample = f'"$PYTHON" launch/sample.py --workdir={trained} --num=4 --out="$DISK/out"'
     script = f'mount -o remount,ro tmpfs "$DISK"; {sample}'
-    done = shell(launch, tmp_path, on_a_disk_of("1m", script))
+    done = launch.on_disk("1m", tmp_path, script)
     assert done.returncode == 2, done.stderr
     assert "cannot be written (Read-only file system). Choose another --out" in done.stderr
     assert "Traceback" not in done.stderr
