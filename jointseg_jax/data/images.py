@@ -41,6 +41,7 @@ from PIL import (
     WebPImagePlugin,
 )
 
+from jointseg_jax.data import heap
 from jointseg_jax.data.records import BadSample
 from jointseg_jax.types import UserError
 
@@ -58,6 +59,7 @@ Colour = tuple[int, int, int]
 BLOCKS = 8
 if not Image.core.get_blocks_max():
     Image.core.set_blocks_max(BLOCKS)
+heap.keep_freed_memory()  # the same for arrays
 
 
 @dataclass(frozen=True, kw_only=True)

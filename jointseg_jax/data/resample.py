@@ -5,7 +5,7 @@
    The weights of an output sum to 1 and are rounded to 22 fractional bits.
 2. ``out_i = clip(round(sum_j w_ij in_j))``, across first, then down, with 8 bits in between.
 3. The pass down works on whole rows, which a compiler makes vectors of; the pass across is the same
-   on the turned image.
+   on the turned image, whose sides are padded so that it is turned in squares of eight by eight.
 
 Pillow is asked for one pass at a time: asked for both, it goes down first when its version thinks
 that this is less work, and its versions do not agree.
@@ -19,12 +19,17 @@ import math
 from collections.abc import Callable
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import UInt8, UInt64
 from PIL import Image
 
 BITS = 22
 HALF = 1 << (BITS - 1)
-TILE = 32
+SQUARE = 8
+MASKS = (
+    np.array([0x00000000FFFFFFFF, 0x0000FFFF0000FFFF, 0x00FF00FF00FF00FF], np.uint64),
+    np.array([32, 16, 8], np.uint64),
+)
+"""The first halves of a word's bytes in each trade of ``turn_squares``, and the bits they move."""
 
 WORTH = 1 << 15
 """Pixels of the output from which on loading compiled code is worth it."""
@@ -39,7 +44,7 @@ def resample(image: Pixels, target: tuple[int, int], box: Box) -> Made:
     """Resamples a box of an image to the size ``target``."""
     rows, down = _reach(box[0], box[2], target[0], image.shape[0])
     columns, across = _reach(box[1], box[3], target[1], image.shape[1])
-    part = np.ascontiguousarray(image[rows, columns])
+    part = image[rows, columns]
     passes = compiled() if target[0] * target[1] >= WORTH else None
     if passes is None:
         return by_pillow(part, target, down, across)
@@ -57,7 +62,7 @@ def _reach(start: float, span: float, count: int, length: int) -> tuple[slice, E
 def by_pillow(image: Pixels, target: tuple[int, int], down: Edges, across: Edges) -> Made:
     """Both passes by Pillow, one after the other."""
     height, (top, bottom), (left, right) = image.shape[0], down, across
-    bicubic, picture = Image.Resampling.BICUBIC, Image.fromarray(image)
+    bicubic, picture = Image.Resampling.BICUBIC, Image.fromarray(np.ascontiguousarray(image))
     picture = picture.resize((target[1], height), bicubic, box=(left, 0, right, height))
     return np.array(picture.resize(target[::-1], bicubic, box=(0, top, target[1], bottom)))
 
@@ -70,17 +75,31 @@ def by_rows(
     turn: Callable,
     weigh: Callable,
 ) -> Made:
-    """The same by ``turn_rows`` and ``weigh_rows``, compiled or not."""
+    """The same by ``turn_squares`` and ``weigh_rows``, compiled or not."""
     (height, width), (tall, wide) = image.shape[:2], target
-    turned = np.empty((width * 3, height), np.uint8)
-    turn(image.reshape(height, width * 3), turned)
-    narrow = np.empty((wide, 3 * height), np.uint8)
-    weigh(turned.reshape(width, 3 * height), *taps(width, *across, wide), narrow)
-    back = np.empty((height, wide * 3), np.uint8)
-    turn(narrow.reshape(wide * 3, height), back)
-    out = np.empty((tall, wide * 3), np.uint8)
-    weigh(back, *taps(height, *down, tall), out)
-    return out.reshape(tall, wide, 3)
+    high = whole(height)
+    padded = np.empty((high, whole(width * 3)), np.uint8)  # what lies in the margins is never used
+    padded[:, : width * 3].reshape(high, width, 3)[:height] = image
+    turned = turned_by(turn, padded)[: width * 3]
+    narrow = np.empty((whole(wide * 3), high), np.uint8)
+    rows = narrow[: wide * 3].reshape(wide, 3 * high)
+    weigh(turned.reshape(width, 3 * high), *taps(width, *across, wide), rows)
+    out = np.empty((tall, len(narrow)), np.uint8)
+    weigh(turned_by(turn, narrow)[:height], *taps(height, *down, tall), out)
+    return np.ascontiguousarray(out[:, : wide * 3]).reshape(tall, wide, 3)
+
+
+def whole(count: int) -> int:
+    """The next multiple of a square's side."""
+    return -(-count // SQUARE) * SQUARE
+
+
+def turned_by(turn: Callable, pixels: UInt8[np.ndarray, "m n"]) -> UInt8[np.ndarray, "n m"]:
+    """The transpose of a map whose sides are whole squares, by ``turn_squares``."""
+    height, width = pixels.shape
+    out = np.empty((width, height), np.uint8)
+    turn(pixels.view(np.uint64), out.view(np.uint64), *MASKS)
+    return out
 
 
 @functools.lru_cache(256)
@@ -112,14 +131,34 @@ def cubic(x: np.ndarray) -> np.ndarray:
     return np.where(x < 1.0, near, np.where(x < 2.0, far, 0.0))
 
 
-def turn_rows(source: UInt8[np.ndarray, "m n"], out: UInt8[np.ndarray, "n m"]) -> None:
-    """Writes the transpose, tile by tile."""
-    height, width = source.shape
-    for top in range(0, height, TILE):
-        for left in range(0, width, TILE):
-            for x in range(left, min(left + TILE, width)):
-                for y in range(top, min(top + TILE, height)):
-                    out[x, y] = source[y, x]
+def turn_squares(
+    source: UInt64[np.ndarray, "m n"],
+    out: UInt64[np.ndarray, "k l"],
+    halves: np.ndarray,
+    steps: np.ndarray,
+) -> None:
+    """Writes the transpose of bytes, eight to a word, in squares of eight by eight.
+
+    In a square, halves trade places across the diagonal, then quarters, then single bytes.
+
+    Args:
+      halves: which bytes of a word are the first half, for each of the three trades.
+      steps: the bits by which a half moves.
+    """
+    square = np.empty((8, source.shape[1]), np.uint64)
+    for top in range(source.shape[0] // 8):
+        square[:] = source[8 * top : 8 * top + 8]
+        for trade in range(3):
+            half, bits, away = halves[trade], steps[trade], 4 >> trade
+            for i in range(8):
+                if i & away == 0:
+                    for x in range(source.shape[1]):
+                        one, two = square[i, x], square[i + away, x]
+                        square[i, x] = (one & half) | ((two & half) << bits)
+                        square[i + away, x] = ((one >> bits) & half) | (two & ~half)
+        for x in range(source.shape[1]):
+            for i in range(8):
+                out[8 * x + i, top] = square[i, x]
 
 
 def weigh_rows(
@@ -144,12 +183,11 @@ def compiled() -> tuple[Callable, Callable] | None:
         import numba
     except ImportError:
         return None
-    # images may be read-only, which to numba is a type of its own: one program takes both
-    kinds = {"B": numba.uint8, "i": numba.int32, "l": numba.int64}
-    given = {k: numba.types.Array(v, 2, "C", readonly=True) for k, v in kinds.items()}
-    made, starts = numba.types.Array(numba.uint8, 2, "C"), numba.types.Array(numba.int64, 1, "C")
+    array = numba.types.Array
     compile_ = functools.partial(numba.njit, cache=True, nogil=True)
+    bytes_, words, weights = (array(t, 2, "C") for t in (numba.uint8, numba.uint64, numba.int32))
+    starts, masks = array(numba.int64, 1, "C"), array(numba.uint64, 1, "C")
     return (
-        compile_(numba.void(given["B"], made))(inspect.unwrap(turn_rows)),
-        compile_(numba.void(given["B"], starts, given["i"], made))(inspect.unwrap(weigh_rows)),
+        compile_(numba.void(words, words, masks, masks))(inspect.unwrap(turn_squares)),
+        compile_(numba.void(bytes_, starts, weights, bytes_))(inspect.unwrap(weigh_rows)),
     )

@@ -9,7 +9,7 @@ from PIL import Image
 from jointseg_jax.data import resample
 from jointseg_jax.data.transforms import mirror
 
-PLAIN = (resample.turn_rows, resample.weigh_rows)
+PLAIN = (resample.turn_squares, resample.weigh_rows)
 
 
 def pixels(height, width, *, writeable=True):
