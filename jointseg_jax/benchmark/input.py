@@ -90,13 +90,18 @@ class _Input:
         return min(max(math.ceil(LENGTH * least / self.deliver(least)), least), MOST)
 
     def wait(self, count: int) -> float:
-        """Seconds waited in so many steps, after as many as it takes to use up what was ready."""
-        waited = 0.0
+        """Seconds that a device waits in so many steps, after what was ready is used up.
+
+        The device is a clock; as in training, the host runs one step ahead of it and no further.
+        """
+        waited, free = 0.0, 0.0
         for n in range(self.ahead + count):
-            asked = time.perf_counter()
             sharding.global_batch(next(self.batches), self.mesh)
-            waited += time.perf_counter() - asked if n >= self.ahead else 0.0
-            time.sleep(self.step)
+            come = time.perf_counter()
+            waited += max(come - free, 0.0) if n >= self.ahead else 0.0
+            begun = max(come, free)
+            time.sleep(max(begun - come, 0.0))  # until the step before this one is done
+            free = begun + self.step
         return waited
 
     def facts(self) -> dict[str, Any]:
@@ -104,7 +109,7 @@ class _Input:
         pair = "" if self.encoded else "pair: processor seconds of one, in one thread; "
         return {
             "timed": pair + "batch: seconds between batches once none is ready; wait: seconds "
-            "waited in a synthetic step",
+            "a device with synthetic steps has none",
             "source": self.source.name,
             "records": len(self.source),
             "batch": self.batch,

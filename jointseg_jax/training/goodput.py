@@ -1,8 +1,9 @@
 """Where the time of a run went, over all its restarts.
 
-1. At any moment one phase is on; its seconds are those of the host's clock. Nothing is asked of the
-   devices: a phase that waits for them is given their time. So a save or a preview also counts what
-   was left of the steps in flight (after a log point, one step).
+1. At any moment one phase is on; its seconds are those of the host's clock, and a phase that waits
+   for the devices is given their time. So a save or a preview also counts what was left of the
+   steps in flight (two at most). Reading a batch counts as data where the devices had nothing to
+   do when it came, and as part of the step otherwise.
 2. ``goodput.jsonl`` takes one record at the beginning (and after a return to a checkpoint), at each
    log point and after each save: the step, and the seconds of this launch by phase.
 3. A launch that begins at an earlier step than the last one had reached has thrown the steps
@@ -64,10 +65,15 @@ class Goodput:
         """The phase that is on."""
         return self._phase
 
-    def enter(self, phase: str) -> None:
-        """Ends the phase that is on and begins another."""
+    def enter(self, phase: str, *, behind: bool = False) -> None:
+        """Ends the phase that is on and begins another.
+
+        Args:
+          behind: whether the phase that ends went on behind the one that begins, which is then
+            given its time.
+        """
         now = time.perf_counter()
-        self._seconds[self._phase] += now - self._since
+        self._seconds[phase if behind else self._phase] += now - self._since
         self._phase, self._since = phase, now
 
     def begin(self, step: int) -> None:

@@ -30,6 +30,7 @@ from jointseg_jax.training import state as states
 from jointseg_jax.training.checkpoints import Checkpoints
 from jointseg_jax.training.digest import state_digest
 from jointseg_jax.training.faults import Faults
+from jointseg_jax.training.flight import InFlight
 from jointseg_jax.training.goodput import Goodput
 from jointseg_jax.training.lock import WorkdirLock
 from jointseg_jax.training.preemption import STOPPED, Preemption
@@ -193,8 +194,8 @@ class _Run:
         steps, step = self.config["steps"], int(state.step)
         every = {k: self.config[k]["every"] for k in ("log", "preview", "checkpoint")}
         host = self._batches(step)
-        compiled = preview = None
-        telemetry = None
+        compiled = preview = telemetry = None
+        flight = InFlight()
         try:
             while step < steps:
                 start = time.perf_counter()
@@ -206,11 +207,13 @@ class _Run:
                     compiled, preview = self._compile(state, batch), self._previewer()
                     start = time.perf_counter()
                     telemetry = self._telemetry()
-                telemetry.waited(time.perf_counter() - start)
-                self.goodput.enter("step")
+                behind = flight.busy()  # while the devices work, reading costs no time
+                telemetry.waited(0.0 if behind else time.perf_counter() - start)
+                self.goodput.enter("step", behind=behind)
                 with self._profiled(step):
                     state, metrics = compiled(state, self.frozen, batch)
                 telemetry.add(step, metrics, indices)
+                flight.add(metrics)
                 step += 1
                 if step % every["log"] == 0 or step == steps:
                     state = self._log(step, state, telemetry, host, leave=int(step < steps))

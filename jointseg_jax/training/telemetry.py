@@ -50,7 +50,7 @@ class Telemetry:
         self._wait, self._steps, self._since = 0.0, 0, time.perf_counter()
 
     def waited(self, seconds: float) -> None:
-        """Adds time spent waiting for the input pipeline."""
+        """Adds time in which the devices had nothing to do for want of a batch."""
         self._wait += seconds
 
     def add(self, step: int, metrics: dict[str, jax.Array], indices: np.ndarray) -> None:

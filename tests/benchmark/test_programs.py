@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import time
 
 import numpy as np
 import pytest
@@ -113,6 +114,24 @@ def test_input_is_timed_by_its_own_source(request_of):
     assert found["pairs_per_second_per_core"] == pytest.approx(1 / medians["pair"], rel=1e-3)
     assert 0 <= found["data_wait"] < 1
     assert found["data_wait"] == pytest.approx(medians["wait"] / (medians["wait"] + 1e-3), rel=1e-2)
+
+
+def test_a_device_waits_for_what_reading_takes_beyond_a_step(request_of):
+    job = input.prepare(request_of("data", step_ms=100.0))
+    try:
+        measured = job.actions["wait"].run.__self__
+        measured.batches.close()
+        for reading, waits in [(0.05, 0.0), (0.15, 0.05)]:
+            measured.batches = slow(reading)
+            assert measured.wait(5) / 5 == pytest.approx(waits, abs=0.02)
+    finally:
+        measured.batches.close()
+
+
+def slow(seconds):
+    while True:
+        time.sleep(seconds)
+        yield {}
 
 
 def test_round_trips_of_exact_codecs(request_of):

@@ -54,6 +54,17 @@ def test_every_second_is_of_one_phase(tmp_path, clock):
     assert (found.step, found.launches, found.lost, found.lost_steps, found.down) == (2, 1, 0, 0, 0)
 
 
+def test_what_went_on_behind_the_devices_work_is_part_of_it(tmp_path, clock):
+    run = launch(tmp_path, clock, 0)
+    for behind in (False, True):
+        spend(run, clock, "data", 3)
+        run.enter("step", behind=behind)
+        clock.now += 5
+    run.reached(2)
+    assert summary(tmp_path).seconds["data"] == pytest.approx(3)
+    assert summary(tmp_path).seconds["step"] == pytest.approx(13)
+
+
 def test_steps_that_a_restart_throws_away_are_lost_and_the_time_between_stands_apart(
     tmp_path, clock
 ):
