@@ -43,6 +43,9 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; the same fold
 ALLOW = flags.DEFINE_multi_string(
     "allow", [], "Config path (regex, as steps or optimizer/.*) that a resumed run may change."
 )
+AFRESH = flags.DEFINE_boolean(
+    "start_afresh", False, "Start from step 0 if every checkpoint of the workdir is damaged."
+)
 VALIDATE = flags.DEFINE_boolean("validate", False, "Check all of it; train and write nothing.")
 TOPOLOGY = flags.DEFINE_string(
     "topology", None, "validate: compile for GENERATION:SHAPE, as v5e:4x4, not for what is here."
@@ -80,7 +83,7 @@ def train(config: dict[str, Any], workdir: Path) -> int:
     from jointseg_jax.training import goodput, loop
 
     start = time.monotonic()
-    status = loop.train(config, workdir, ALLOW.value)
+    status = loop.train(config, workdir, ALLOW.value, start_afresh=AFRESH.value)
     if status == 0 and config["finish"]["num"]:
         from jointseg_jax.evaluation.loop import evaluate
         from jointseg_jax.training.preemption import Departure

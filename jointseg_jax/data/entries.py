@@ -10,12 +10,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int16, Int32, UInt8
 
-from jointseg_jax.data import files
 from jointseg_jax.data.classes import Classes
 from jointseg_jax.data.images import (
     PIXEL_LIMIT,
@@ -28,6 +26,7 @@ from jointseg_jax.data.labels import LabelRule
 from jointseg_jax.data.listing import Entry
 from jointseg_jax.data.records import BadSample
 from jointseg_jax.data.segments import labels_of_segments
+from jointseg_jax.data.store import Store
 
 Labels = Int16[np.ndarray, "height width"]
 GREYS = {(value,) * 3: value for value in range(256)}
@@ -38,14 +37,14 @@ def label_files(entry: Entry) -> tuple[str, ...]:
     return tuple(name for _, name in entry.parts) or (entry.labels,)
 
 
-def read_image(root: Path, entry: Entry, rules: Decoding) -> UInt8[np.ndarray, "height width 3"]:
+def read_image(store: Store, entry: Entry, rules: Decoding) -> UInt8[np.ndarray, "height width 3"]:
     """Decodes the image of an entry."""
-    path = files.inside(root, entry.image)
-    return decode_image(files.read(path), str(path), rules)
+    path, data = store.read(entry.image)
+    return decode_image(data, str(path), rules)
 
 
 def read_labels(
-    root: Path,
+    store: Store,
     entry: Entry,
     rule: LabelRule | None,
     classes: Classes,
@@ -58,21 +57,20 @@ def read_labels(
       rule: ``None`` for segments and parts, which say themselves what their values mean.
     """
     if entry.parts:
-        return paint(root, entry.parts, pixel_limit), None
-    path = files.inside(root, entry.labels)
-    data = files.read(path)
+        return paint(store, entry.parts, pixel_limit), None
+    path, data = store.read(entry.labels)
     if rule is not None:
         return rule.read(data, str(path), classes, pixel_limit=pixel_limit), None
     ids = decode_segment_ids(data, str(path), pixel_limit=pixel_limit)
     return labels_of_segments(ids, entry.segments, str(path))
 
 
-def paint(root: Path, parts: Iterable[tuple[int, str]], pixel_limit: int = PIXEL_LIMIT) -> Labels:
+def paint(store: Store, parts: Iterable[tuple[int, str]], pixel_limit: int = PIXEL_LIMIT) -> Labels:
     """Paints (class, file) over class 0, in order: what is not black belongs to the class."""
     canvas, first = None, ""
     for label, name in parts:
-        path = files.inside(root, name)
-        mask = decode_labels(files.read(path), str(path), colours=GREYS, pixel_limit=pixel_limit)
+        path, data = store.read(name)
+        mask = decode_labels(data, str(path), colours=GREYS, pixel_limit=pixel_limit)
         if canvas is None:
             canvas, first = np.zeros(mask.shape, np.int16), name
         if mask.shape != canvas.shape:

@@ -8,7 +8,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from jointseg_jax.data import captions, files
+from jointseg_jax.data import captions
 from jointseg_jax.data.class_file import read_classes
 from jointseg_jax.data.class_lists import CLASS_LISTS
 from jointseg_jax.data.classes import Classes, Colour
@@ -18,6 +18,7 @@ from jointseg_jax.data.labels import LabelRule
 from jointseg_jax.data.layouts import LAYOUTS
 from jointseg_jax.data.listing import Entry, Listing
 from jointseg_jax.data.records import BadSample, Record, check_record
+from jointseg_jax.data.store import Store
 from jointseg_jax.types import UserError
 
 
@@ -47,6 +48,7 @@ class Folders:
     pixel_limit: int = PIXEL_LIMIT
     strict: bool = True
     decoding: Decoding = field(init=False, repr=False)
+    store: Store = field(init=False, repr=False, compare=False)
     rule: LabelRule | None = field(init=False, repr=False)
     entries: tuple[Entry, ...] = field(init=False, repr=False, compare=False)
     problems: tuple[BadSample, ...] = field(init=False, repr=False, compare=False)
@@ -55,6 +57,7 @@ class Folders:
         if self.layout not in LAYOUTS:
             raise ValueError(f"layout={self.layout!r} given; one of: {', '.join(LAYOUTS)}.")
         self._set("decoding", Decoding(orientation=self.orientation, pixel_limit=self.pixel_limit))
+        self._set("store", Store.of(Path(self.root)))
         listing = list_split(Path(self.root), self.split, self.layout)
         self._set("classes", self._classes(listing))
         self._set("rule", self._rule(listing))
@@ -106,9 +109,9 @@ class Folders:
         entry = self.entries[index]
         if entry.problem is not None:
             raise entry.problem
-        image = read_image(Path(self.root), entry, self.decoding)
+        image = read_image(self.store, entry, self.decoding)
         labels, segments = read_labels(
-            Path(self.root), entry, self.rule, self.classes, pixel_limit=self.pixel_limit
+            self.store, entry, self.rule, self.classes, pixel_limit=self.pixel_limit
         )
         if entry.parts:
             labels = enlarge(labels, image.shape[:2])
@@ -122,11 +125,11 @@ class Folders:
 
     def original(self, index: int) -> bytes:
         """Returns the image file of a record as it is on disk."""
-        return files.read(self.path(self.entries[index].image))
+        return self.store.read(self.entries[index].image)[1]
 
     def path(self, name: str) -> Path:
         """Returns the path of a file of the listing."""
-        return files.inside(Path(self.root), name)
+        return self.store.path(name)
 
     def words(self) -> tuple[str, ...]:
         """Lists every word its captions can contain, sorted."""

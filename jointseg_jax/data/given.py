@@ -13,6 +13,7 @@ Pictures that EXIF says are turned are turned: no labels go with a given image.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 from dataclasses import dataclass, field
@@ -32,6 +33,7 @@ from jointseg_jax.data.labels import LabelRule, stored_rule
 from jointseg_jax.data.layouts import LAYOUTS
 from jointseg_jax.data.listing import Entry, Listing, find, optional, pair
 from jointseg_jax.data.records import BadSample
+from jointseg_jax.data.store import Store
 from jointseg_jax.data.transforms import BOXES, Resize, resize_image, resize_labels
 from jointseg_jax.data.workers import in_order
 from jointseg_jax.types import UserError
@@ -66,6 +68,11 @@ class Given:
     def __len__(self) -> int:
         return len(self.entries)
 
+    @functools.cached_property
+    def store(self) -> Store:
+        """Its files."""
+        return Store.of(self.root)
+
     @property
     def kind(self) -> str:
         """Tells labels from images."""
@@ -99,8 +106,8 @@ class Given:
         """Returns one item at its own size."""
         entry = self.entries[index]
         if self.classes is None:
-            return read_image(self.root, entry, TURNED)
-        return read_labels(self.root, entry, self.rule, self.classes)[0]
+            return read_image(self.store, entry, TURNED)
+        return read_labels(self.store, entry, self.rule, self.classes)[0]
 
     def fingerprint(self) -> dict[str, object]:
         """Returns the plain values that must match when an interrupted run goes on."""
@@ -119,8 +126,7 @@ class Given:
         digest = hashlib.sha256(b"" if entry.segments is None else entry.segments.tobytes())
         try:
             for name in names:
-                path = files.inside(self.root, name)
-                data = files.read(path)
+                path, data = self.store.read(name)
                 digest.update(hashlib.sha256(data).digest())
                 if not self._expects(open_picture(data, str(path), PIXEL_LIMIT), entry):
                     self.read(index)  # says what is wrong

@@ -179,8 +179,8 @@ class Checkpoints:
         if damaged and not start_afresh:
             raise UserError(
                 f"checkpoints {self.folder}: none can be used; damaged: {', '.join(damaged)}. "
-                "The run does not start afresh by itself: put back a good copy, or move these "
-                "folders away, or choose another --workdir."
+                "The run does not start afresh by itself: put back a good copy, or train with "
+                "--start_afresh, or choose another --workdir."
             )
         return None
 

@@ -44,7 +44,13 @@ from jointseg_jax.types import UserError
 log = logging.getLogger("jointseg_jax")
 
 
-def train(config: Mapping[str, Any], workdir: Path, allow: Sequence[str] = ()) -> int:
+def train(
+    config: Mapping[str, Any],
+    workdir: Path,
+    allow: Sequence[str] = (),
+    *,
+    start_afresh: bool = False,
+) -> int:
     """Trains to ``config.steps`` and returns the exit status.
 
     Args:
@@ -52,11 +58,12 @@ def train(config: Mapping[str, Any], workdir: Path, allow: Sequence[str] = ()) -
       workdir: where everything about the run is kept; the same workdir resumes.
       allow: regexes of config paths (``optimizer/schedule/lr``) that may differ from those the
         checkpoint was made with; the run then is no longer one that a straight run would equal.
+      start_afresh: from step 0 if every checkpoint is damaged, which otherwise ends the run.
     """
     workdir.mkdir(parents=True, exist_ok=True)
     watchdog = Watchdog(**config.get("watchdog", {}), stacks=workdir / f"stacks{_own()}.txt")
     with WorkdirLock(workdir), Preemption() as preemption, watchdog:
-        return _Run(config, workdir, preemption, watchdog, allow).train()
+        return _Run(config, workdir, preemption, watchdog, allow, start_afresh).train()
 
 
 class _Run:
@@ -69,8 +76,9 @@ class _Run:
         preemption: Preemption,
         watchdog: Watchdog,
         allow: Sequence[str],
+        start_afresh: bool,
     ):
-        self.allow = allow
+        self.allow, self.start_afresh = allow, start_afresh
         self.config, self.workdir, self.preemption = config, workdir, preemption
         self.goodput = Goodput(workdir, writes=jax.process_index() == 0)
         self.watchdog = watchdog
@@ -130,7 +138,9 @@ class _Run:
 
     def _prepare(self) -> states.TrainState:
         """The newest checkpoint, or fresh parameters and what ``config.start`` names."""
-        found = self.checkpoints.restore_newest(self.program.state, accept=self._accept)
+        found = self.checkpoints.restore_newest(
+            self.program.state, accept=self._accept, start_afresh=self.start_afresh
+        )
         self._keep("config.json", _dump(self.config))
         if found is None:
             given = starting.load(self.config.get("start", {}), self.program.params, self.facts)

@@ -241,6 +241,19 @@ def test_a_workdir_that_vanishes_is_named(launch, tmp_path):
     assert "was not written: the folder is gone." in error and "Traceback" not in error
 
 
+def test_damaged_checkpoints_alone_end_the_run_until_told_to_start_afresh(launch, tmp_path):
+    """F12."""
+    options = (*QUICK, "--config.steps=4", f"--workdir={tmp_path}")
+    digest = launch("train", *options).digest
+    kept = [p for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()]
+    for folder in kept:
+        shutil.rmtree(folder / "state")
+    refused = launch("train", *options, status=2).error
+    assert all(f"{p.name}.damaged-" in refused for p in kept)
+    assert "or train with --start_afresh, or choose another --workdir" in refused
+    assert launch("train", *options, "--start_afresh").digest == digest
+
+
 # ---------------------------------------------------------------------------------- readers
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from jointseg_jax.data import files
 from jointseg_jax.data.class_lists import CLASS_LISTS, COCO_PANOPTIC_IDS
 from jointseg_jax.data.folders import Folders
 from jointseg_jax.data.images import encode_segment_ids
@@ -138,6 +139,27 @@ def test_files_that_vanish_after_the_listing(disk):
     disk.image("a1").unlink()
     with pytest.raises(BadSample, match=r"a1.jpg: the file is missing"):
         source[1]
+
+
+def test_contents_are_held_against_a_list_of_sums(disk):  # D2
+    names = [disk.image("a1"), disk.labels("a1"), disk.labels("a2")]
+    lines = [f"{files.sha256(p)} *./{p.relative_to(disk.root)}" for p in names]
+    (disk.root / "SHA256SUMS").write_text("\n".join(lines) + "\n")
+    source = pickle.loads(pickle.dumps(folders(disk)))
+    assert [source[i]["labels"].shape for i in range(6)] == [(12, 16)] * 6
+    for key in ("a1", "a3"):  # other pictures, as valid as before; the second is not listed
+        Image.fromarray(np.zeros((12, 16, 3), np.uint8)).save(disk.image(key))
+    wanted = lines[0][:12]
+    text = rf"a1.jpg: the contents have changed \(SHA-256 \w+...\); SHA256SUMS says {wanted}..."
+    with pytest.raises(BadSample, match=text):
+        source[1]
+    assert not source[3]["image"].any()
+
+
+def test_a_list_of_sums_that_is_none(disk):
+    (disk.root / "SHA256SUMS").write_text(f"{'0' * 64}  a\nabc  b\n")
+    with pytest.raises(BadSample, match=r"SHA256SUMS:2: 'abc  b' is no sum of a file; lines are"):
+        folders(disk)
 
 
 def test_sizes_must_agree(disk):  # D6

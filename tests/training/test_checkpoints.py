@@ -210,7 +210,7 @@ def test_all_damaged_stops_until_told_to_start_afresh(run, caplog):
             restored(run)
         text = str(error.value)
         assert all(f"{n}.damaged-unreadable" in text for n in (10, 20, 30))
-        assert "move these folders away" in text and "another --workdir" in text
+        assert "train with --start_afresh" in text and "another --workdir" in text
     assert len([r for r in caplog.records if r.name.startswith("jointseg_jax")]) == 3
     assert restored(run, start_afresh=True) is None
 
