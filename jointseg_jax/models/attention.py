@@ -62,6 +62,23 @@ def room(backend: str, tokens: int) -> int:
     return tokens
 
 
+def padding(name: str, *counts: int, **fields: Any) -> int:
+    """How many tokens to append once, so that no layer pads these numbers of tokens and as many.
+
+    Where no number suits all of them it is 0, and layers pad for themselves.
+
+    Args:
+      fields: what ``chosen`` takes beside the tokens.
+    """
+    backends = [chosen(name, **fields, tokens=n) for n in counts]
+    rooms = [room(b, n) for b, n in zip(backends, counts, strict=True)]
+    if len(counts) == 1:
+        return rooms[0] - counts[0]
+    found = sorted({n - count for n, count in zip(rooms, counts, strict=True)})
+    suits = (p for p in found if all(room(b, n + p) == n + p for b, n in zip(backends, counts)))
+    return next(suits, 0)
+
+
 def attend_xla(q: Heads, k: Heads, v: Heads) -> Heads:
     """Attention by plain matrix products, softmax in float32."""
     return jax.nn.dot_product_attention(q, k, v, implementation="xla")

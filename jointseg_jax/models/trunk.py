@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 
+from jointseg_jax.models.attention import padding
 from jointseg_jax.models.layers import Block
 
 REMAT: dict[str, Any] = {
@@ -174,6 +175,11 @@ class Trunk:
 
     def _pick(self, left: Any, i: int) -> Any:
         return jax.tree.map(lambda x: x[i], left) if self.scan else left[i]
+
+    def padding(self, width: int, *counts: int) -> int:
+        """How many tokens of padding suit layers that attend over so many; see ``attention``."""
+        fields = {"dtype": self.dtype, "heads": self.heads, "size": width // self.heads}
+        return padding(self.attention, *counts, **fields)
 
     def products(self, width: int, tokens: int) -> int:
         """Multiply-adds of one sample's pass through all blocks."""

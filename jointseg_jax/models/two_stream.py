@@ -2,9 +2,10 @@
 
 1. ``x`` = the image stream's tokens (class?, times, data type?, context?, image);
    ``m`` = the map's own, without time or text.
-2. At every layer ``i``: ``y = B_map_i(concat(x, m)[, skip_y])`` with ``x`` from before the image
-   block; ``x = B_image_i(x[, skip_x])``; then ``x = x + P_i(y[:tokens of x])`` over all tokens of
-   the image stream, and ``m = y[tokens of x:]``.
+2. At every layer ``i``: ``y = B_map_i(concat(m, x)[, skip_y])`` with ``x`` from before the image
+   block; ``x = B_image_i(x[, skip_x])``; then ``x = x + P_i(y[tokens of m:])`` over all tokens of
+   the image stream, and ``m = y[:tokens of m]``. Attention does not know the order of tokens, and
+   with ``x`` last both end in the same padding.
 3. An in-layer leaves ``x`` (after the addition) and all of ``y`` as the skips of its out-layer.
 4. The image's head reads the normed ``x``, the map's head ``m`` as it is, without a norm.
 
@@ -84,13 +85,16 @@ class Layer(nn.Module):
     map: nn.Module
     exchange: nn.Module
 
-    def __call__(self, state: tuple[Array, Array], skips: tuple[Array, Array] | None) -> Any:
+    def __call__(
+        self, state: tuple[Array, Array], skips: tuple[Array, Array] | None, count: int
+    ) -> Any:
+        """Tokens of ``x`` from ``count`` on are padding."""
         x, m = state
         skip_x, skip_y = (None, None) if skips is None else skips
-        count = x.shape[1]
-        y = self.map(jnp.concatenate([x, m], axis=1), skip_y, None)
-        x = self.image(x, skip_x, None) + self.exchange(y[:, :count])
-        return (x, y[:, count:]), (x, y)
+        own = m.shape[1]
+        y = self.map(jnp.concatenate([m, x], axis=1), skip_y, own + count)
+        x = self.image(x, skip_x, count) + self.exchange(y[:, own:])
+        return (x, y[:, :own]), (x, y)
 
 
 class TwoStream(nn.Module):
@@ -180,10 +184,15 @@ class TwoStream(nn.Module):
         within = [n for n in trunk.names if n in taps or MAP + n in taps]
         halves = (self.in_layers, self.out_layers) if trunk.half else ((), ())
         layers = Layers(halves[0], self.mid_layer, halves[1])
-        (x, m), left = trunk.run(_layer, (x, m), layers, within)
+        count, first = x.shape[1], m.shape[1]
+        more = 0 if self.is_initializing() else trunk.padding(self.width, count, first + count)
+        if more:
+            x = jnp.pad(x, ((0, 0), (0, more), (0, 0)))
+        (x, m), left = trunk.run(functools.partial(_layer, count=count), (x, m), layers, within)
         for n, (of_image, of_map) in left.items():
-            tapped |= {n: of_image, MAP + n: of_map}
-        tapped["norm"] = x = self.image_stream.last_norm(x)
+            parts = [of_map[:, first : first + count], of_map[:, :first]]
+            tapped |= {n: of_image[:, :count], MAP + n: jnp.concatenate(parts, axis=1)}
+        tapped["norm"] = x = self.image_stream.last_norm(x[:, :count])
         features = with_added(self.add_features, self.image_stream.features(x, own) | {name: m})
         predictions = self.image_stream.predict({image: features[image]}, own)
         predictions[name] = self.map_stream.leave(features[name], latents[name])
@@ -222,8 +231,8 @@ class TwoStream(nn.Module):
         return shapes
 
 
-def _layer(layer: Layer, state: tuple, skips: tuple | None) -> Any:
-    return layer(state, skips)
+def _layer(layer: Layer, state: tuple, skips: tuple | None, count: int) -> Any:
+    return layer(state, skips, count)
 
 
 def lengths(module: TwoStream, sizes: Sizes | None = None) -> tuple[int, ...]:

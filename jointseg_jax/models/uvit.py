@@ -28,7 +28,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jointseg_jax.models.attention import chosen, room
 from jointseg_jax.models.checks import check_call, check_fields, extent
 from jointseg_jax.models.layers import layer_norm
 from jointseg_jax.models.streams import (
@@ -156,7 +155,7 @@ class UViT(nn.Module):
         tokens = self.embed(latents, times, text, class_id, data_type)
         within = [t for t in taps if t in trunk.names]
         count = tokens.shape[1]
-        more = self._room(count) - count
+        more = 0 if self.is_initializing() else trunk.padding(self.width, count)
         padded = jnp.pad(tokens, ((0, 0), (0, more), (0, 0))) if more else tokens
         step = functools.partial(_block, count=count)
         x, tapped = trunk.run(step, padded, self.layers(), within)
@@ -195,13 +194,6 @@ class UViT(nn.Module):
             tokens[home] = tokens[home] + x if home in tokens else x
         joined = jnp.concatenate([*parts, *tokens.values()], axis=1)
         return joined if self.is_initializing() else constrain(joined, "batch", "tokens", "width")
-
-    def _room(self, count: int) -> int:
-        """How many tokens the blocks get: those there are, or more where attention likes that."""
-        size = self.width // self.heads
-        fields = {"dtype": self.dtype, "heads": self.heads, "size": size}
-        backend = chosen(self.attention, **fields, tokens=count)
-        return count if self.is_initializing() else room(backend, count)
 
     def layers(self) -> Layers:
         """The blocks, as ``Trunk.run`` takes them."""

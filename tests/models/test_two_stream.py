@@ -9,6 +9,7 @@ import pytest
 
 from jointseg_jax.models.layers import Block, layer_norm
 from jointseg_jax.models.streams import Patches, PatchesIn, PatchesOut, Tokens
+from jointseg_jax.models.trunk import Trunk
 from jointseg_jax.models.two_stream import TwoStream, forward_flops
 from jointseg_jax.models.uvit import UViT
 from jointseg_jax.rules import by_path
@@ -268,6 +269,19 @@ def test_taps_are_the_tokens_of_either_stream(scan):
     asked = ("map_stream/in_blocks/1", "out_blocks/0")
     _, some = apply(module, params, given, asked)
     assert_trees_close(some, {n: tapped[n] for n in asked})
+
+
+def test_both_streams_end_in_the_same_padding_which_changes_nothing():
+    """8 tokens of the image and 24 of both take 8 more each, once, where a kernel likes that."""
+    mask = Patches(grid=(8, 8), channels=3, patch=2, conv=True)
+    fields = {"streams": {"image": IMAGE, "mask": mask}, "width": 128, "depth": 3}
+    plain, kernel = (build(**fields, attention=name) for name in ("xla", "packed"))
+    assert [Trunk.of(m).padding(128, 8, 24) for m in (plain, kernel)] == [0, 8]
+    assert Trunk.of(kernel).padding(128, 8, 25) == 0  # no number suits both
+    given, taps = inputs(plain, batch=1), tuple(plain.tap_names())
+    params = jax.tree.map(lambda x: x / 4, random_params(plain))  # wider, so smaller
+    assert_trees_close(apply(kernel, params, given, taps), apply(plain, params, given, taps))
+    assert_trees_close(slopes(kernel, params, given), slopes(plain, params, given))
 
 
 # --- gradients, precision, cost ------------------------------------------------------------------
