@@ -5,7 +5,6 @@ runs, yet no more than two batches lie on the devices, and a request to stop wai
 So time that the host spends on input is lost only where the devices had nothing left to do.
 """
 
-from collections import deque
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
@@ -26,17 +25,16 @@ class Result(Protocol):
 
 
 class InFlight:
-    """The newest steps by their metrics."""
+    """The newest step, by its metrics."""
 
     def __init__(self) -> None:
-        self._steps: deque[Mapping[str, Result]] = deque()
+        self._newest: Mapping[str, Result] = {}
 
     def busy(self) -> bool:
         """Whether the devices still work at the newest step."""
-        return bool(self._steps) and not all(x.is_ready() for x in self._steps[-1].values())
+        return not all(x.is_ready() for x in self._newest.values())
 
     def add(self, metrics: Mapping[str, Result]) -> None:
         """Takes note of a step that was handed over, and waits for the one before it."""
-        self._steps.append(metrics)
-        if len(self._steps) > 1:
-            jax.block_until_ready(self._steps.popleft())
+        before, self._newest = self._newest, metrics
+        jax.block_until_ready(before)
