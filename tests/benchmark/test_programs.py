@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import math
-import time
+import types
 
 import numpy as np
 import pytest
@@ -116,22 +116,28 @@ def test_input_is_timed_by_its_own_source(request_of):
     assert found["data_wait"] == pytest.approx(medians["wait"] / (medians["wait"] + 1e-3), rel=1e-2)
 
 
-def test_a_device_waits_for_what_reading_takes_beyond_a_step(request_of):
+def test_a_device_waits_for_what_reading_takes_beyond_a_step(request_of, monkeypatch):
     job = input.prepare(request_of("data", step_ms=100.0))
+    now = [1000.0]
+
+    def sleep(seconds):
+        now[0] += seconds
+
+    def slow(seconds):
+        while True:
+            sleep(seconds)
+            yield {}
+
+    clock = types.SimpleNamespace(perf_counter=lambda: now[0], sleep=sleep)
+    monkeypatch.setattr(input, "time", clock)
     try:
         measured = job.actions["wait"].run.__self__
         measured.batches.close()
         for reading, waits in [(0.05, 0.0), (0.15, 0.05)]:
             measured.batches = slow(reading)
-            assert measured.wait(5) / 5 == pytest.approx(waits, abs=0.02)
+            assert measured.wait(5) / 5 == pytest.approx(waits)
     finally:
         measured.batches.close()
-
-
-def slow(seconds):
-    while True:
-        time.sleep(seconds)
-        yield {}
 
 
 def test_round_trips_of_exact_codecs(request_of):
