@@ -97,7 +97,7 @@ SWEEP_ATTENTION = flags.DEFINE_list(
     "sweep_attention", ["auto"], "Of --sweep: auto, xla, packed, splash."
 )
 SWEEP_SHARDING = flags.DEFINE_list(
-    "sweep_sharding", ["zero1", "fsdp"], "Of --sweep: replicate, zero1, fsdp."
+    "sweep_sharding", ["zero1", "fsdp"], "Of --sweep: replicate, zero1, fsdp, fsdp+model."
 )
 SWEEP_REMAT = flags.DEFINE_list(
     "sweep_remat", ["none", "dots", "full"], "Of --sweep: none, dots, attn_out, full."

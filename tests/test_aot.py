@@ -584,6 +584,24 @@ def test_a_sweep_picks_the_fastest_that_fits(unlowered):
     assert "too tight" in sweep.line(found[2]) and "too tight" not in sweep.line(best)
 
 
+@pytest.mark.parametrize(
+    ("sharding", "mesh", "want"),
+    [
+        ("zero1", (-1, 1, 1), (-1, 1, 1)),
+        ("zero1", (-1, 4, 1), (-1, 1, 1)),
+        ("fsdp", (-1, 1, 1), (-1, 16, 1)),
+        ("fsdp", (8, 8, 1), (8, 8, 1)),
+        ("fsdp+model", (-1, 1, 1), (-1, 16, 2)),
+        ("fsdp+model", (4, 4, 4), (4, 4, 4)),
+    ],
+)
+def test_a_sweep_splits_the_state_as_the_preset_asks(sharding, mesh, want):
+    setting = sweep.Setting("xla", sharding, "none", 2)
+    made = sweep.configured({**small(), "mesh": mesh}, setting, 64)
+    assert made["mesh"] == want and made["sharding"] == sharding
+    assert made["batch"] == 2 * 64 // want[2]
+
+
 def test_a_setting_that_is_refused_is_a_row_of_its_own():
     grid = sweep.Grid(attention=["flash"], sharding=["replicate"], remat=["none"], rows=[1, 2])
     run = functools.partial(sweep.trials, small(), jax.devices(), chips.CHIPS["v5e"], grid)

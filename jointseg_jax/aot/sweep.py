@@ -19,6 +19,9 @@ from jointseg_jax.types import UserError
 
 Config = Mapping[str, Any]
 
+HEADS = 2
+"""Chips over which ``fsdp+model`` splits heads and hidden units where the mesh does not say."""
+
 GROUP = 16
 """Chips over which ``fsdp`` splits the state where the config's mesh does not say: kernels of 1024
 and more rows keep at least 64 on each."""
@@ -72,11 +75,14 @@ class Trial(NamedTuple):
 def configured(config: Config, setting: Setting, chips: int) -> dict[str, Any]:
     """The config with a setting; its mesh is kept where it splits state as the setting asks."""
     changed = standin.with_denoiser(config, remat=setting.remat, attention=setting.attention)
-    mesh = tuple(changed["mesh"])
-    if setting.sharding == "fsdp" and mesh[1] == 1:
-        mesh = (-1, min(GROUP, chips), mesh[2])
-    elif setting.sharding != "fsdp" and mesh[1] != 1:
-        mesh = (-1, 1, mesh[2])
+    _, fsdp, model = mesh = tuple(changed["mesh"])
+    axes = setting.sharding.split("+")
+    if "model" in axes and model == 1:
+        model = min(HEADS, chips)
+    if ("fsdp" in axes) != (fsdp != 1):
+        fsdp = min(GROUP, chips // model) if "fsdp" in axes else 1
+    if (fsdp, model) != mesh[1:]:
+        mesh = (-1, fsdp, model)
     rows = setting.rows * chips // mesh[2]
     return {**changed, "mesh": mesh, "sharding": setting.sharding, "batch": rows}
 
