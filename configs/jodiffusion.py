@@ -14,7 +14,8 @@ and label share one time, text has its own; guidance replaces the text by noise 
 
 The last three (2129 tokens, as published) read image_latents, clip and text features that were
 computed beforehand, one .npy per record, ``data/voc_features/image_latents/SPLIT/ID.npy`` and so on
-(``jointseg_jax/data/features.py``). COCO has its 133 panoptic classes here; the paper paints 80.
+(``jointseg_jax/data/sources/features.py``). COCO has its 133 panoptic classes here; the paper
+paints 80.
 """
 
 from ml_collections import ConfigDict

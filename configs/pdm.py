@@ -13,8 +13,8 @@ DPM-Solver++ of order 3, guidance 2 on both, the map read from one more evaluati
 | scenes, folders | pixels | small, CPU or one chip |
 | coco_panoptic | cached SD latents (scale 0.23010), CLIP-L text | U-ViT-S, 45.0 M, 590 tokens |
 
-The last reads the features image_latents and text (``jointseg_jax/data/features.py``). Its map has
-patch factor f = 2: twice the sides of the latent (codec.pool = 8 / f) in patches of 2 f
+The last reads the features image_latents and text (``jointseg_jax/data/sources/features.py``). Its
+map has patch factor f = 2: twice the sides of the latent (codec.pool = 8 / f) in patches of 2 f
 (tokens.patch); f = 1 and 4 change these two. What the settings are: ``presets.bit_pairs``.
 
 ``:instances`` adds eight bits that number the things of an image (for sources with segments:

@@ -21,7 +21,7 @@ from typing import Any
 
 from absl import app, flags
 
-from jointseg_jax import overrides, peers, processes
+from jointseg_jax import distributed, overrides, processes
 from jointseg_jax.data.records import BadSample
 from jointseg_jax.types import UserError
 
@@ -126,32 +126,32 @@ def _guarded(main: Callable[[], int | None]) -> None:
     except (UserError, BadSample) as error:
         _refuse(str(error))
     except Exception as error:
-        if not peers.several():
+        if not distributed.several():
             raise
         _failed(error)
-    peers.take_leave()
+    distributed.take_leave()
     sys.exit(status or 0)
 
 
 def _refuse(text: str) -> None:
-    if peers.is_first_to_say(text):
+    if distributed.is_first_to_say(text):
         print(text, file=sys.stderr)
-    peers.leave(USAGE_ERROR)
+    distributed.leave(USAGE_ERROR)
     sys.exit(USAGE_ERROR)
 
 
 def _failed(error: Exception) -> None:
     """Ends one process of several on a bug, or because another is gone."""
-    if not peers.lost_peer(error):
+    if not distributed.lost_peer(error):
         traceback.print_exc()
-        peers.leave(1)
+        distributed.leave(1)
     print(
         f"ERROR [processes] lost another process of this run ({str(error).splitlines()[0]:.160}): "
         "its own last lines say why. Run the same command again on all hosts: it goes on from the "
         "newest checkpoint.",
         file=sys.stderr,
     )
-    peers.leave(peers.PEER_LOST)
+    distributed.leave(distributed.PEER_LOST)
 
 
 def _log_to_stderr() -> None:
@@ -167,7 +167,7 @@ def _log_to_stderr() -> None:
 
 def last_line(values: dict[str, Any]) -> None:
     """Prints one JSON object as the last line of standard output, on the first process."""
-    if peers.is_first():
+    if distributed.is_first():
         sys.stdout.flush()
         print(json.dumps(values), flush=True)
 

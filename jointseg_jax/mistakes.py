@@ -15,30 +15,29 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from jointseg_jax import compose, sharding
-from jointseg_jax.aot.standin import LAYOUT_CLASSES
-from jointseg_jax.build import build, check_spec
+from jointseg_jax import build, sharding
+from jointseg_jax.build import SOLVERS, SOURCES, TRANSFORMS
+from jointseg_jax.config import check_spec, make
 from jointseg_jax.data import files
 from jointseg_jax.data.class_file import read_classes
 from jointseg_jax.data.class_lists import CLASS_LISTS
 from jointseg_jax.data.classes import Classes
-from jointseg_jax.data.layouts import LAYOUTS
 from jointseg_jax.data.pipeline import POLICIES
-from jointseg_jax.data.scenes import Scenes
-from jointseg_jax.data.table import SOURCES, TRANSFORMS
-from jointseg_jax.models.streams import spec_of
+from jointseg_jax.data.sources.layouts import LAYOUTS
+from jointseg_jax.data.sources.scenes import Scenes
+from jointseg_jax.models.embed import spec_of
 from jointseg_jax.models.uvit import UViT
+from jointseg_jax.perf.abstract import LAYOUT_CLASSES
 from jointseg_jax.systems.joint import TEXT_STREAM
 from jointseg_jax.systems.stream import Stream
-from jointseg_jax.training import frozen
+from jointseg_jax.training import pretrained
 from jointseg_jax.training.faults import Faults
+from jointseg_jax.training.init_from import Start
 from jointseg_jax.training.optimizer import OPTIMIZERS
 from jointseg_jax.training.program import check_rows
-from jointseg_jax.training.start import Start
 from jointseg_jax.training.watchdog import Watchdog
 from jointseg_jax.transport.process import Process
 from jointseg_jax.transport.schedules import Linear
-from jointseg_jax.transport.table import SOLVERS
 from jointseg_jax.types import UserError
 from jointseg_jax.weights.convert import require_safetensors
 
@@ -139,7 +138,7 @@ def _run(config: Config, found: Mistakes) -> None:
         found.note(f"config.ema = {config['ema']}: must lie in [0, 1); 0 keeps no average.")
     found.attempt(lambda: Faults(**config.get("nan", {})))
     found.attempt(lambda: Watchdog(**config.get("watchdog", {})))
-    optimizer = found.attempt(lambda: build(OPTIMIZERS, config["optimizer"], where="optimizer"))
+    optimizer = found.attempt(lambda: make(OPTIMIZERS, config["optimizer"], where="optimizer"))
     if optimizer is not None and config["steps"] > 0:
         found.attempt(lambda: optimizer.learning_rate(config["steps"]))
     warmup = config["optimizer"].get("schedule", {}).get("warmup", 0)
@@ -170,7 +169,7 @@ def _data(config: Config, found: Mistakes) -> None:
     if cache:
         _place("config.data.cache", cache, found)
     for split in ("train", "val"):
-        if compose.from_cache(config, split):
+        if build.from_cache(config, split):
             continue
         before = len(found)
         _source(config["data"][split], f"data.{split}", found)
@@ -182,11 +181,11 @@ def _data(config: Config, found: Mistakes) -> None:
     for field in ("data", "evaluate"):
         for name, spec in config[field].get("transforms", {}).items():
             where = f"{field}.transforms.{name}"
-            found.attempt(lambda spec=spec, where=where: build(TRANSFORMS, spec, where=where))
+            found.attempt(lambda spec=spec, where=where: make(TRANSFORMS, spec, where=where))
     policy = config["data"].get("bad", "replace")
     if policy not in POLICIES:
         found.note(f"config.data.bad = {policy!r}: one of: {', '.join(POLICIES)}.")
-    found.attempt(lambda: compose.instances(config))
+    found.attempt(lambda: build.instances(config))
 
 
 def _source(spec: Config, where: str, found: Mistakes) -> None:
@@ -194,7 +193,7 @@ def _source(spec: Config, where: str, found: Mistakes) -> None:
     spec = dict(spec)
     features = spec.pop("features", None)
     if found.attempt(lambda: check_spec(SOURCES, spec, where=where)) is Scenes:
-        found.attempt(lambda: build(SOURCES, spec, where=where))
+        found.attempt(lambda: make(SOURCES, spec, where=where))
     if "layout" in spec and spec["layout"] not in LAYOUTS:
         found.note(
             f"config.{where}.layout: {spec['layout']!r} is unknown; one of: {', '.join(LAYOUTS)}."
@@ -215,7 +214,7 @@ def _place(name: str, path: str, found: Mistakes, *, file: bool = False) -> bool
 
 
 def _start(spec: Config, found: Mistakes) -> None:
-    found.attempt(lambda: build({"start": Start}, {"name": "start", **spec}, where="start"))
+    found.attempt(lambda: make({"start": Start}, {"name": "start", **spec}, where="start"))
     if spec.get("workdir"):
         _place("config.start.workdir", spec["workdir"], found)
     if spec.get("file") and _place("config.start.file", spec["file"], found, file=True):
@@ -241,7 +240,7 @@ def _workdir(workdir: str, found: Mistakes) -> None:
 
 def _system(config: Config, found: Mistakes, workdir: str | None) -> None:
     spec, before = config["system"], len(found)
-    known = compose.Facts(_classes(config["data"]["train"], found), ("a",), ())
+    known = build.Facts(_classes(config["data"]["train"], found), ("a",), ())
     size = tuple(spec["size"])
     if len(size) != 2 or any(type(n) is not int or n < 1 for n in size):
         found.note(f"config.system.size = {size}: give (height, width) in pixels, both above 0.")
@@ -251,20 +250,20 @@ def _system(config: Config, found: Mistakes, workdir: str | None) -> None:
     for name, stream in spec.get("streams", {}).items():
         _stream(name, stream, found)
     makers = {
-        "text": lambda part: compose.text_encoder(part, known),
-        "process": lambda part: compose.process(part, "system"),
-        "times": compose.times,
-        "solver": lambda part: build(SOLVERS, part, where="system.solver"),
+        "text": lambda part: build.text_encoder(part, known),
+        "process": lambda part: build.process(part, "system"),
+        "times": build.times,
+        "solver": lambda part: make(SOLVERS, part, where="system.solver"),
     }
-    for name, make in makers.items():
+    for name, maker in makers.items():
         if spec.get(name):
-            found.attempt(lambda name=name, make=make: make(spec[name]))
+            found.attempt(lambda name=name, maker=maker: maker(spec[name]))
     if len(found) == before and None not in codecs.values():  # how the parts go together
-        found.attempt(lambda: compose.system(config, known, codecs), "system")
+        found.attempt(lambda: build.system(config, known, codecs), "system")
     elif "denoiser" in spec:
         _denoiser(spec["denoiser"], found)
-    if spec.get("name") not in compose.SYSTEMS:
-        found.attempt(lambda: compose.system(config, known, codecs))
+    if spec.get("name") not in build.SYSTEMS:
+        found.attempt(lambda: build.system(config, known, codecs))
 
 
 def _classes(spec: Config, found: Mistakes) -> Classes:
@@ -272,7 +271,7 @@ def _classes(spec: Config, found: Mistakes) -> Classes:
     named = spec.get("classes") or LAYOUT_CLASSES.get(spec.get("layout"))
     own = Path(spec.get("root", "")) / "classes.json"
     if spec.get("name") == "scenes":
-        made = Mistakes().attempt(lambda: build(SOURCES, spec, where="data.train"))
+        made = Mistakes().attempt(lambda: make(SOURCES, spec, where="data.train"))
         return UNKNOWN_CLASSES if made is None else made.classes
     if named in CLASS_LISTS:
         return CLASS_LISTS[named]
@@ -285,9 +284,9 @@ def _classes(spec: Config, found: Mistakes) -> Classes:
 def _trained(config: Config, workdir: str | None, found: Mistakes) -> dict[str, Any]:
     """The specs of codecs that other runs trained; None where nobody knows."""
     specs: dict[str, Any] = {}
-    for name, place in frozen.trained_codecs(config).items():
+    for name, place in pretrained.trained_codecs(config).items():
         run = Path(place.spec["workdir"]) / "config.json"
-        specs[name] = frozen.copied(Path(workdir), name) if workdir else None
+        specs[name] = pretrained.copied(Path(workdir), name) if workdir else None
         if specs[name] is None and not run.is_file():
             found.note(
                 f"{place.where}.workdir = {place.spec['workdir']}: no trained run here "
@@ -295,20 +294,20 @@ def _trained(config: Config, workdir: str | None, found: Mistakes) -> dict[str, 
                 f"--{place.where}.workdir=RUN."
             )
         elif specs[name] is None:
-            specs[name] = _codec_of(place, compose.from_plain(json.loads(run.read_text())))
+            specs[name] = _codec_of(place, build.from_plain(json.loads(run.read_text())))
     return specs
 
 
-def _codec_of(place: frozen.Place, run: Config) -> dict[str, Any] | None:
+def _codec_of(place: pretrained.Place, run: Config) -> dict[str, Any] | None:
     codec = run["system"].get("codec")
     if codec is None:
         return None  # not a codec's run, which the run says better
-    codec = {**codec, **{k: v for k, v in place.spec.items() if k not in frozen.OWN}}
+    codec = {**codec, **{k: v for k, v in place.spec.items() if k not in pretrained.OWN}}
     return codec | ({"scale": 1.0} if codec.get("scale") == "fit" else {})
 
 
 def _codecs(
-    spec: Config, codecs: Config, known: compose.Facts, size: tuple[int, int], found: Mistakes
+    spec: Config, codecs: Config, known: build.Facts, size: tuple[int, int], found: Mistakes
 ) -> None:
     """Every codec of a system, and how the tokens of its stream cut its latents."""
     streams = {k: v for k, v in spec.get("streams", {}).items() if k != TEXT_STREAM}
@@ -320,7 +319,7 @@ def _codecs(
         given = codecs.get(name) if given["name"] == "trained" else given
         if given is None:
             continue
-        made = found.attempt(lambda g=given, w=where: compose.codec(g, known, w), where)
+        made = found.attempt(lambda g=given, w=where: build.codec(g, known, w), where)
         shape = made and found.attempt(lambda m=made: m.latent_shape(size), where)
         if shape and where in tokens and len(shape) == 3:
             look = {"kind": "patches", "grid": shape[:2], "channels": shape[2], **tokens[where]}
@@ -330,22 +329,22 @@ def _codecs(
 
 def _stream(name: str, entry: Config, found: Mistakes) -> None:
     where = f"system.streams.{name}"
-    process = found.attempt(lambda: compose.process(entry["process"], where), where)
+    process = found.attempt(lambda: build.process(entry["process"], where), where)
     fields = {k: v for k, v in entry.items() if k not in ("tokens", "codec", "process")}
     known = {"codec": None, "process": process or STANDING}
     found.attempt(
-        lambda: build({"stream": Stream}, {"name": "stream", **fields}, where=where, **known)
+        lambda: make({"stream": Stream}, {"name": "stream", **fields}, where=where, **known)
     )
 
 
 def _denoiser(spec: Config, found: Mistakes) -> None:
     """A denoiser whose streams are not known: what can be said of its other fields."""
     made = found.attempt(
-        lambda: check_spec(compose.DENOISERS, spec, where="system.denoiser", given=("streams",))
+        lambda: check_spec(build.DENOISERS, spec, where="system.denoiser", given=("streams",))
     )
     if made is not UViT:
         return
     fields = {k: v for k, v in spec.items() if k not in ("share", "add_features", "time_tokens")}
     streams = {"any": {"kind": "patches", "grid": (8, 8), "channels": 1, "patch": 1}}
     known = {"streams": streams, "time_tokens": ("any",)}
-    found.attempt(lambda: build(compose.DENOISERS, fields, where="system.denoiser", **known))
+    found.attempt(lambda: make(build.DENOISERS, fields, where="system.denoiser", **known))

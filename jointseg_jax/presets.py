@@ -52,7 +52,7 @@ def run(**changes: Any) -> dict[str, Any]:
         "mesh": (-1, 1, 1),  # data, fsdp, model; -1 takes the devices left over
         "sharding": "replicate",  # zero1, fsdp, fsdp+model, or a list of (path regex, tactic)
         "trainable": ((r"", True),),
-        # other weights to begin with: see training/start.py
+        # other weights to begin with: see training/init_from.py
         "start": {"workdir": "", "file": ""},
         "log": {"every": 50},  # steps
         "preview": {"every": 1000, "count": 8},  # steps (0: never), pairs

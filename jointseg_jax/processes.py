@@ -20,7 +20,7 @@ import os
 import re
 from collections.abc import Mapping
 
-from jointseg_jax import peers
+from jointseg_jax import distributed
 from jointseg_jax.types import UserError
 
 HEARTBEAT = 10
@@ -210,7 +210,7 @@ def initialise(flags: Flags, *, heartbeat: int = HEARTBEAT, patience: int = PATI
         f"{patience} s. Start all of them with the same command, check that process 0's host and "
         "port can be reached, or give --num_processes=1 to run one alone."
     )
-    peers.speak_for_me(apart)  # jax aborts when the time is over
+    distributed.speak_for_me(apart)  # jax aborts when the time is over
     try:
         jax.distributed.initialize(
             found.coordinator,
@@ -222,9 +222,9 @@ def initialise(flags: Flags, *, heartbeat: int = HEARTBEAT, patience: int = PATI
             heartbeat_timeout_seconds=heartbeat,
         )
     except (RuntimeError, ValueError) as error:
-        peers.never_met()
+        distributed.never_met()
         raise UserError(f"{apart}\njax says: {str(error).splitlines()[0]}") from error
-    peers.take_leave()
+    distributed.take_leave()
     _introduce(found)
 
 
@@ -242,7 +242,7 @@ def _introduce(found: Settings) -> None:
         jax.devices()[0].device_kind,
     )
     if count > 1:
-        peers.speak_for_me(
+        distributed.speak_for_me(
             f"process {index} of {count} ended abruptly: it was killed, or it could not go on "
             "because another process of the run died (whose own last lines say why). Run the same "
             "command again on all hosts: it goes on from the newest checkpoint."

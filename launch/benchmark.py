@@ -97,21 +97,21 @@ ONLY = {
 def main() -> None:
     """Measures, prints."""
     _check()
-    from jointseg_jax.benchmark import contender, page
-    from jointseg_jax.benchmark.race import race, ratios
+    from jointseg_jax.perf import bench, bench_page
+    from jointseg_jax.perf.race import race, ratios
 
     cli.use_compile_cache()
-    contender.set_cache(CACHE.value)
+    bench.set_cache(CACHE.value)
     requests = [_request("config", CONFIG.value)]
     if AGAINST.value is not None:
         requests.append(_request("against", AGAINST.value))
     count = REPETITIONS.value or (3 if WHAT.value == "startup" else 5)
     results = race(requests, count, lambda text: print(text, file=sys.stderr))
-    print(page.page(results, WHAT.value))
+    print(bench_page.page(results, WHAT.value))
     found = {"what": WHAT.value, "machine": results[0].machine, **results[0].values()}
     if len(results) > 1:
         ratio = ratios(*results)
-        print(page.comparison(*results, ratio))
+        print(bench_page.comparison(*results, ratio))
         found |= {"against": results[1].values(), "ratio": ratio}
     cli.last_line(found)
 
@@ -137,7 +137,7 @@ def _check() -> None:
 
 def _request(flag: str, config: Any) -> Any:
     """What one contender is asked."""
-    from jointseg_jax.benchmark.job import Request
+    from jointseg_jax.perf.harness import Request
 
     name = WORKDIR.value or ("label maps" if config is None else _called(flag))
     return Request(

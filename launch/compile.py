@@ -31,7 +31,7 @@ How to read the page:
   estimate       the compiler's cycles / clock. For comparing programs, never a measured time.
                  Leaves out Pallas kernels (listed), so with such attention it is the time of
                  everything else; and waiting for other chips.
-  kernels, step  those kernels by their own schedules (python -m jointseg_jax.aot.schedule), and
+  kernels, step  those kernels by their own schedules (python -m jointseg_jax.perf.schedule), and
                  the sum of all with nothing hidden: what --sweep compares programs by.
   N x N buffers  arrays as long as the tokens on two axes, which fast attention does not have.
   roofline       analytic FLOPs at the chip's peak.
@@ -89,7 +89,7 @@ OPTIONS = flags.DEFINE_list(
     "compiler_options",
     [],
     "XLA's, as xla_tpu_scoped_vmem_limit_kib=16384, over those of the generation "
-    "(jointseg_jax/accelerators.py), which a run on such chips has too.",
+    "(jointseg_jax/chips.py), which a run on such chips has too.",
 )
 HLO = flags.DEFINE_string("hlo", None, "File to write the optimized program's text to.")
 SWEEP = flags.DEFINE_bool("sweep", False, "Tries settings and picks the best; see above.")
@@ -111,12 +111,13 @@ def main() -> int:
     import jax
 
     jax.config.update("jax_platforms", "cpu")  # what the program is lowered on; nothing runs
-    from jointseg_jax.aot import chips, page, programs, report, standin
+    from jointseg_jax import chips
+    from jointseg_jax.perf import abstract, programs, report, report_page
 
     chip = chips.chip_of(TOPOLOGY.value)
     options = chips.options_of(TOPOLOGY.value) | _options(OPTIONS.value)
     devices = chips.devices_of(TOPOLOGY.value)
-    config = standin.with_denoiser(
+    config = abstract.with_denoiser(
         CONFIG.value.to_dict(), remat=REMAT.value, scan=SCAN.value, attention=ATTENTION.value
     )
     codec = CODEC.value.to_dict() if CODEC.value is not None else None
@@ -142,7 +143,7 @@ def main() -> int:
     if HLO.value and text:
         Path(HLO.value).write_text(text)
     source = flags.FLAGS["config"].config_filename
-    print(page.page(made, f"{WHAT.value} of {source} on {TOPOLOGY.value}"))
+    print(report_page.page(made, f"{WHAT.value} of {source} on {TOPOLOGY.value}"))
     names = {"config": source, "what": WHAT.value, "topology": TOPOLOGY.value}
     cli.last_line(names | made.values())
     return 0 if made.memory is not None else 1
@@ -150,7 +151,8 @@ def main() -> int:
 
 def _sweep(config: dict[str, Any], devices: list[Any], absent: Any, options: dict[str, str]) -> int:
     """Prints the table of a sweep; 1 if nothing fits."""
-    from jointseg_jax.aot import chips, sweep
+    from jointseg_jax import chips
+    from jointseg_jax.perf import sweep
 
     fixed = {"what=sample": WHAT.value == "sample", "batch_per_chip": PER_CHIP.value}
     fixed |= {"remat": REMAT.value, "attention": ATTENTION.value, "hlo": HLO.value}

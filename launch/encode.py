@@ -34,7 +34,7 @@ threads, which pays where reading is Python rather than decoding.
 Writes OUT/SPLIT-*.bin and .json (shards), OUT/SPLIT.json (index), OUT/SPLIT.text.bin and two .npy
 (texts), OUT/frozen/. How fast a cache can be read:
   python launch/benchmark.py --what data --config C --config.data.cache=caches/folders
-  python -m jointseg_jax.data.rate caches/folders --batch 256
+  python -m jointseg_jax.perf.bench_cache caches/folders --batch 256
 The last line of output is one JSON object. Exit status 2: a mistake, said in one block.
 """
 
@@ -47,7 +47,7 @@ from absl import flags
 from ml_collections import config_flags
 from tqdm import tqdm
 
-from jointseg_jax import cli, peers
+from jointseg_jax import cli, distributed
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file of the run that will train, as for launch/train.py."
@@ -80,8 +80,8 @@ flags.mark_flags_as_required(["config", "out"])
 def main() -> None:
     """Encodes one split."""
     cli.start()
-    from jointseg_jax.training.encoding import Encoding
-    from jointseg_jax.training.encoding_run import encode
+    from jointseg_jax.training.encode import encode
+    from jointseg_jax.training.encode_options import Encoding
     from jointseg_jax.training.preemption import Departure
 
     options = Encoding(
@@ -99,7 +99,7 @@ def main() -> None:
     )
     with Departure():
         report = encode(CONFIG.value.to_dict(), options, progress=_bar, show=_say)
-    if peers.is_first():
+    if distributed.is_first():
         print(f"to train from it: launch/train.py ... --config.data.cache={OUT.value}")
     cli.last_line(report)
 
@@ -108,7 +108,7 @@ def _bar(total: int, desc: str) -> tqdm:
     """Progress of this process, with the time that is left: a bar, or lines in a log."""
     log = {"mininterval": EVERY, "bar_format": LINE}
     look = {"dynamic_ncols": True} if sys.stderr.isatty() else log
-    off = not peers.is_first() or not total
+    off = not distributed.is_first() or not total
     return tqdm(total=total, desc=desc, unit=" records", delay=2.0, disable=off, **look)
 
 

@@ -44,7 +44,7 @@ flags.mark_flags_as_required(["workdir"])
 def main() -> None:
     """Evaluates."""
     cli.start()
-    from jointseg_jax.evaluation.loop import evaluate
+    from jointseg_jax.evaluation.evaluate import evaluate
     from jointseg_jax.training.preemption import Departure
 
     size, steps = _size(SIZE.value), _steps(STEPS.value)

@@ -18,9 +18,10 @@ its file, the cause and the remedy. Good records are written, bad ones left out;
 bad sample is enough to write nothing and exit with status 2.
 
 How each layout keeps its files, and what its label values mean, is at the top of
-jointseg_jax/data/layouts.py. --set gives any field of the source: void=[0,255] (file values without
-annotation), label_map=[[7,0],[8,1]] (file value, class), colour_map=[[[128,0,0],1]] (colour, file
-value), orientation="apply" (turn pictures as their EXIF says), classes="cityscapes" or a path.
+jointseg_jax/data/sources/layouts.py. --set gives any field of the source: void=[0,255] (file
+values without annotation), label_map=[[7,0],[8,1]] (file value, class), colour_map=[[[128,0,0],1]]
+(colour, file value), orientation="apply" (turn pictures as their EXIF says), classes="cityscapes"
+or a path.
 
 Writes OUT/SPLIT-*.arrayrecord, OUT/dataset.json, OUT/classes.json, OUT/report.json. Several splits
 share a folder. To train on it: --config.data.train.name=arrayrecord --config.data.train.folder=OUT.
@@ -36,11 +37,11 @@ from absl import flags
 from tqdm import tqdm
 
 from jointseg_jax import cli
-from jointseg_jax.build import build
-from jointseg_jax.data.layouts import LAYOUTS
+from jointseg_jax.build import SOURCES
+from jointseg_jax.config import make
 from jointseg_jax.data.prepare import prepare
 from jointseg_jax.data.records import Source
-from jointseg_jax.data.table import SOURCES
+from jointseg_jax.data.sources.layouts import LAYOUTS
 from jointseg_jax.types import UserError
 
 KINDS = (*LAYOUTS, "tfds", "scenes")
@@ -87,7 +88,7 @@ def source() -> Source:
         spec |= {"name": "tfds", "folder": needed_root()}
     else:
         spec |= {"name": SOURCE.value}
-    return build(SOURCES, spec | dict(map(field, SET.value)), where="data")
+    return make(SOURCES, spec | dict(map(field, SET.value)), where="data")
 
 
 def needed_root() -> str:

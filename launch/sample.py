@@ -112,9 +112,9 @@ def main() -> None:
     cli.start()
     from jointseg_jax.data.given import given_images, given_labels
     from jointseg_jax.generation.filters import Filters
-    from jointseg_jax.generation.loop import MORE, sample
+    from jointseg_jax.generation.generate import MORE, sample
     from jointseg_jax.training.preemption import Departure
-    from jointseg_jax.training.restore import load_facts
+    from jointseg_jax.training.workdir import load_facts
 
     kind, folder = _given(GIVEN.value, DIRECTION.value)
     more = WRITE.value if WRITE.value is not None else (MORE if kind == "images" else ())

@@ -33,7 +33,7 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from jointseg_jax import cli, peers
+from jointseg_jax import cli, distributed
 from jointseg_jax.types import UserError
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -74,7 +74,7 @@ def main() -> int:
     try:
         return train(config, workdir)
     finally:
-        if peers.is_first():
+        if distributed.is_first():
             goodput.tell(workdir, since=since)
 
 
@@ -85,12 +85,12 @@ def train(config: dict[str, Any], workdir: Path) -> int:
     start = time.monotonic()
     status = loop.train(config, workdir, ALLOW.value, start_afresh=AFRESH.value)
     if status == 0 and config["finish"]["num"]:
-        from jointseg_jax.evaluation.loop import evaluate
+        from jointseg_jax.evaluation.evaluate import evaluate
         from jointseg_jax.training.preemption import Departure
 
-        with Departure(), goodput.evaluation(workdir, writes=peers.is_first()):
+        with Departure(), goodput.evaluation(workdir, writes=distributed.is_first()):
             report = evaluate(workdir, num=config["finish"]["num"])
-        if peers.is_first():
+        if distributed.is_first():
             grid = report.get("grid", workdir / "samples")
             print(f"everything is in {workdir}: start with {grid}")
         cli.last_line(report | {"seconds": round(time.monotonic() - start, 1)})
@@ -99,14 +99,14 @@ def train(config: dict[str, Any], workdir: Path) -> int:
 
 def validate(config: dict[str, Any], workdir: Path) -> int:
     """Prints what a run would find."""
-    from jointseg_jax import dry_run
+    from jointseg_jax import validate
 
-    found = dry_run.rehearse(
+    found = validate.rehearse(
         config, WORKDIR.value, topology=TOPOLOGY.value, limit=SCAN.value, allow=ALLOW.value
     )
     if found.problems:
         raise UserError(found.page())
-    if peers.is_first():
+    if distributed.is_first():
         print(found.page(), flush=True)
     return 0
 

@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 from safetensors.flax import save_file as save_flax
 from safetensors.numpy import save_file
 
-from jointseg_jax import compose, overrides, sharding
+from jointseg_jax import build, overrides, sharding
 from jointseg_jax.data.classes import Classes
 from jointseg_jax.mistakes import block, mistakes, refuse
 from jointseg_jax.training import resume
@@ -336,13 +336,13 @@ def test_other_classes_than_the_workdir_was_trained_on(tmp_path, names, said):
     else:
         saved = ("sky", "road")
     path = tmp_path / "facts.json"
-    path.write_text(compose.Facts(Classes(names=saved), ("a",), ()).dump())
-    resume.require_facts(compose.Facts(Classes(names=saved), ("a",), ("another",)), path)
+    path.write_text(build.Facts(Classes(names=saved), ("a",), ()).dump())
+    resume.require_facts(build.Facts(Classes(names=saved), ("a",), ("another",)), path)
     with pytest.raises(UserError) as error:
-        resume.require_facts(compose.Facts(Classes(names=names), ("a",), ()), path)
+        resume.require_facts(build.Facts(Classes(names=names), ("a",), ()), path)
     assert said in str(error.value) and str(path) in str(error.value)
     with pytest.raises(UserError, match="gives now: 1 words, the data has 2"):
-        resume.require_facts(compose.Facts(Classes(names=saved), ("a", "b"), ()), path)
+        resume.require_facts(build.Facts(Classes(names=saved), ("a", "b"), ()), path)
 
 
 # ------------------------------------------------------- C11: pickles; C12: what a file holds
@@ -375,9 +375,9 @@ def test_a_pickle_is_refused_and_nothing_in_it_runs(tmp_path, suffix):
 
 
 def test_a_feature_file_that_hides_a_pickle_is_refused_too(tmp_path):
-    from jointseg_jax.data.features import WithFeatures
     from jointseg_jax.data.records import BadSample
-    from jointseg_jax.data.scenes import Scenes
+    from jointseg_jax.data.sources.features import WithFeatures
+    from jointseg_jax.data.sources.scenes import Scenes
 
     source = Scenes(size=16, count=1)
     name, sang = source[0]["id"], tmp_path / "sang"

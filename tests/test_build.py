@@ -1,79 +1,40 @@
-"""From specs to objects: every mistake names the place and what would have been accepted."""
+"""What a config says of instances: which field, how many numbers, what does not go together."""
 
-import dataclasses
-
-import flax.linen as nn
 import pytest
 
-from jointseg_jax.build import build
+from jointseg_jax import build
+from jointseg_jax.codecs.panoptic import PanopticBits
+from jointseg_jax.data.classes import Classes
 from jointseg_jax.types import UserError
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Circle:
-    radius: float
-    colour: str = "red"
-
-    def __post_init__(self):
-        if self.radius <= 0:
-            raise ValueError(f"radius={self.radius}: must be positive.")
+def config(panoptic=True, field="panoptic", **codec):
+    mask = {"field": field, "codec": {"name": "panoptic_bits"} | codec}
+    image = {"field": "image", "codec": {"name": "pixels"}}
+    streams = {"text": {"field": "text"}, "image": image, "mask": mask}
+    return {"data": {"panoptic": panoptic}, "system": {"streams": streams}}
 
 
-class Layer(nn.Module):
-    width: int = 1
-
-    def __call__(self, x):
-        return x
-
-
-def square(*, side, filled=False):
-    return side, filled
-
-
-TABLE = {"circle": Circle, "square": square, "layer": Layer}
+def test_instances_are_numbered_as_high_as_the_codec_reads():
+    assert build.instances(config()) == 255
+    assert build.instances(config(instance_bits=4)) == 15
+    plain = config(panoptic=False, field="labels", name="bits")
+    assert build.instances(plain) == 0
+    del plain["data"]["panoptic"]
+    assert build.instances(plain) == 0
+    assert build.instances(config(field="labels", name="bits")) == 255  # asked for, not coded
+    assert build.instances({"data": {}, "system": {"codec": {"name": "label_ae"}}}) == 0
 
 
-def test_name_and_fields_make_the_object():
-    assert build(TABLE, {"name": "circle", "radius": 2.0}, where="shape") == Circle(radius=2.0)
-    assert build(TABLE, {"name": "square", "side": 3}, where="shape", filled=True) == (3, True)
-    assert build(TABLE, {"name": "layer", "width": 4}, where="shape").width == 4
+@pytest.mark.parametrize("wrong", [{"panoptic": False}, {"field": "labels"}])
+def test_a_panoptic_codec_needs_its_field(wrong):
+    with pytest.raises(UserError, match=r"system\.streams\.mask: its codec panoptic_bits codes"):
+        build.instances(config(**wrong))
 
 
-def test_a_spec_is_left_as_it_is():
-    spec = {"name": "circle", "radius": 2.0}
-    assert build(TABLE, spec, where="shape") == build(TABLE, spec, where="shape")
-    assert spec == {"name": "circle", "radius": 2.0}
-
-
-@pytest.mark.parametrize(
-    ("spec", "extra", "message"),
-    [
-        ({}, {}, "config.system.shape: needs a `name`, one of: circle, layer, square."),
-        (
-            {"name": "cirle"},
-            {},
-            "config.system.shape.name: 'cirle' is unknown (did you mean 'circle'?); "
-            "one of: circle, layer, square.",
-        ),
-        ({"name": "hexadecagon"}, {}, "'hexadecagon' is unknown; one of: circle, layer, square."),
-        (
-            {"name": "circle", "radios": 1.0},
-            {},
-            "config.system.shape: circle has no field 'radios' (did you mean 'radius'?); "
-            "its fields: radius, colour.",
-        ),
-        ({"name": "layer", "parent": None}, {}, "layer has no field 'parent'"),
-        ({"name": "square", "filled": True}, {"filled": False}, "square has no field 'filled'"),
-        ({"name": "circle", "radius": -1.0}, {}, "config.system.shape: circle: radius=-1.0: must"),
-        ({"name": "circle"}, {}, "config.system.shape: circle: "),
-    ],
-)
-def test_mistakes_are_named(spec, extra, message):
-    with pytest.raises(UserError) as error:
-        build(TABLE, spec, where="system.shape", **extra)
-    assert message in str(error.value)
-
-
-def test_a_missing_field_is_named():
-    with pytest.raises(UserError, match="missing 1 required keyword-only argument: 'radius'"):
-        build(TABLE, {"name": "circle"}, where="shape")
+def test_panoptic_codecs_are_told_the_classes():
+    facts = build.Facts(Classes(names=("sky", "ball")), (), ())
+    spec = {"name": "panoptic_bits", "instance_bits": 4}
+    assert build.codec(spec, facts, "here") == PanopticBits(classes=2, instance_bits=4)
+    with pytest.raises(UserError, match=r"config\.here: panoptic_bits: .*instance_bits = 16"):
+        build.codec(spec | {"instance_bits": 16}, facts, "here")

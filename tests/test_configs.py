@@ -16,10 +16,10 @@ import jax
 import pytest
 from ml_collections import ConfigDict
 
-from jointseg_jax import compose, rules, sharding
-from jointseg_jax.build import build
+from jointseg_jax import build, rules, sharding
+from jointseg_jax.config import make
 from jointseg_jax.data.classes import Classes
-from jointseg_jax.training import start
+from jointseg_jax.training import init_from
 from jointseg_jax.training import state as states
 from jointseg_jax.training.faults import Faults
 from jointseg_jax.training.optimizer import OPTIMIZERS
@@ -72,13 +72,13 @@ def config(name, argument=""):
 
 def facts(classes):
     names = tuple(f"class {i}" for i in range(classes))
-    return compose.Facts(Classes(names=names), ("a", "bus", "in", "rain"), ("a bus in rain",))
+    return build.Facts(Classes(names=names), ("a", "bus", "in", "rain"), ("a bus in rain",))
 
 
 def facts_of(given, argument):
     """The facts of data that need no files; else made-up ones with the right number of classes."""
     if given["data"]["train"]["name"] == "scenes":
-        return compose.facts(compose.source(given, "train"), captions=2)
+        return build.facts(build.source(given, "train"), captions=2)
     named = dict(part.partition("=")[::2] for part in argument.split(","))
     return facts(CLASSES[named["data"]])
 
@@ -91,7 +91,7 @@ def system(name, argument, known, given):
         codecs = {"mask": config("jodiffusion_codec", argument)["system"]["codec"]}
     if name == "semflow" and given["system"]["image"]["name"] == "trained":
         codecs = {"image": config("image_codec", "data=folders")["system"]["codec"]}
-    found = compose.system(given, known, codecs)
+    found = build.system(given, known, codecs)
     return found, jax.eval_shape(found.init, jax.random.key(0))
 
 
@@ -118,7 +118,7 @@ def test_a_config_is_data_under_lock(name, argument):
     assert isinstance(found, ConfigDict) and found.is_locked
     with pytest.raises(AttributeError, match="stepz"):
         found.stepz = 1
-    assert json.loads(json.dumps(compose.plain(found.to_dict()))) == compose.plain(found.to_dict())
+    assert json.loads(json.dumps(build.plain(found.to_dict()))) == build.plain(found.to_dict())
     assert found.steps > 0 and found.batch % found.accumulate == 0
     Faults(**found.nan)
 
@@ -128,7 +128,7 @@ def test_a_config_makes_a_system_and_rules_that_fit_it(name, argument):
     given = config(name, argument)
     _, shapes = system_of(name, argument)
     trainable = rules.match(shapes, given["trainable"], where="trainable", prefix="params/")
-    optimizer = build(OPTIMIZERS, given["optimizer"], where="optimizer").build(given["steps"])
+    optimizer = make(OPTIMIZERS, given["optimizer"], where="optimizer").build(given["steps"])
     state = jax.eval_shape(lambda params: states.create(params, trainable, optimizer), shapes)
     sharding.state_shardings(state, given["sharding"], sharding.make_mesh(given["mesh"]))
     moments, learning = count(state.opt), count(states.split(shapes, trainable)[0])
@@ -138,7 +138,7 @@ def test_a_config_makes_a_system_and_rules_that_fit_it(name, argument):
 @pytest.mark.parametrize(("name", "argument"), CASES)
 def test_a_config_read_back_from_json_makes_the_same_system(name, argument):
     given = config(name, argument)
-    again = compose.from_plain(json.loads(json.dumps(compose.plain(given))))
+    again = build.from_plain(json.loads(json.dumps(build.plain(given))))
     assert again == given
     assert system(name, argument, facts_of(given, argument), again) == system_of(name, argument)
 
@@ -147,12 +147,12 @@ def test_a_config_read_back_from_json_makes_the_same_system(name, argument):
 def test_transforms_give_pairs_of_the_size_of_the_system(name, argument):
     given = config(name, argument)
     size = tuple(given["system"]["size"])
-    compose.evaluation_transforms(given)
+    build.evaluation_transforms(given)
     if given["data"]["train"]["name"] == "scenes":
-        record = compose.source(given, "val")[0]
+        record = build.source(given, "val")[0]
         assert record["labels"].shape == size
     sizes = {tuple(t["size"]) for t in given["data"]["transforms"].values() if "size" in t}
-    assert sizes <= {size} and compose.transforms(given) is not None
+    assert sizes <= {size} and build.transforms(given) is not None
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -232,11 +232,11 @@ def test_the_image_stage_becomes_the_image_stream(name, data):
     second = argument if name == "pdm_two_stream" else f"{argument},streams=two"
     _, pair = system_of(name, second)
     spec = config(name, second)["start"]
-    starting = build({"start": start.Start}, {"name": "start", **spec}, where="start")
+    starting = make({"start": init_from.Start}, {"name": "start", **spec}, where="start")
     given, wanted = (
         {f"params/{p}": leaf for p, leaf in rules.by_path(tree).items()} for tree in (image, pair)
     )
-    found = start.arranged(starting, given, wanted)
+    found = init_from.arranged(starting, given, wanted)
     assert len(found) == len(given)
     assert {p for p in wanted if "/image_stream/" in p or "/text/" in p} == set(found)
 

@@ -1,6 +1,6 @@
 """Who may import whom: read off the source, without running it.
 
-types rules sharding build <- transport <- models <- codecs <- systems <- training generation
+types rules rng sharding config <- transport <- models <- codecs <- systems <- training generation
 evaluation <- launch. Beside that line stand ``data`` (numpy only, it runs in loader workers),
 ``weights`` and what composes or draws.
 """
@@ -13,10 +13,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = "jointseg_jax"
 
-FOUNDATION = {"types", "rules", "sharding", "build", "accelerators", "differences"}
-DRAWING = {"instances", "masks", "pictures"}
+FOUNDATION = {"types", "rules", "rng", "sharding", "config", "chips", "settings_diff"}
 LOOPS = {"training", "generation", "evaluation"}
-PROCESSES = {"peers", "processes"}
+PROCESSES = {"distributed", "processes"}
 
 ALLOWED = {
     **dict.fromkeys(FOUNDATION, FOUNDATION),
@@ -24,27 +23,24 @@ ALLOWED = {
     "models": {"transport"} | FOUNDATION,
     "codecs": {"models", "transport"} | FOUNDATION,
     "systems": {"codecs", "models", "transport"} | FOUNDATION,
-    "data": {"types", "differences"},
-    "masks": {"types"},
-    "instances": {"data", "masks", "types"},
-    "pictures": {"data", "types"},
+    "data": {"types", "settings_diff"},
+    "annotations": {"data", "types"},
     "presets": set(),
     "weights": {"codecs", "models"} | FOUNDATION,
     "profiling": {"models"} | FOUNDATION,
-    "compose": {"systems", "codecs", "models", "transport", "data"} | FOUNDATION,
+    "build": {"systems", "codecs", "models", "transport", "data"} | FOUNDATION,
     **dict.fromkeys(
         LOOPS,
-        {"systems", "codecs", "models", "transport", "data", "compose", "profiling", "weights"}
-        | (LOOPS | DRAWING | FOUNDATION | {"peers"}),
+        {"systems", "codecs", "models", "transport", "data", "build", "profiling", "weights"}
+        | (LOOPS | FOUNDATION | {"annotations", "distributed"}),
     ),
-    "peers": {"types"},
-    "processes": {"peers", "types"},
-    "aot": {"systems", "models", "data", "compose", "profiling"} | LOOPS | FOUNDATION,
-    "benchmark": ({"aot", "systems", "data", "compose", "profiling", "masks"} | LOOPS | FOUNDATION),
-    "mistakes": {"systems", "codecs", "models", "transport", "data", "compose", "weights"}
-    | {"aot", "training"}
+    "distributed": {"types"},
+    "processes": {"distributed", "types"},
+    "perf": {"systems", "models", "data", "build", "profiling", "annotations"} | LOOPS | FOUNDATION,
+    "mistakes": {"systems", "codecs", "models", "transport", "data", "build", "weights"}
+    | {"perf", "training"}
     | FOUNDATION,
-    "dry_run": {"aot", "data", "compose", "mistakes"} | LOOPS | FOUNDATION,
+    "validate": {"perf", "data", "build", "mistakes"} | LOOPS | FOUNDATION,
     "overrides": set(),
     "cli": {"data", "overrides"} | PROCESSES | FOUNDATION,
     "configs": {"presets"},

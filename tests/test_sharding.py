@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from jointseg_jax import rules, sharding
-from jointseg_jax.models.streams import Patches, Tokens
+from jointseg_jax.models.embed import Patches, Tokens
 from jointseg_jax.models.uvit import UViT
 from jointseg_jax.training import state as states
 from jointseg_jax.types import UserError

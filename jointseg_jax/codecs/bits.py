@@ -45,7 +45,7 @@ import numpy as np
 from einops import rearrange, repeat
 from jaxtyping import Float, Int, Int32, Key
 
-from jointseg_jax.codecs.chunks import map_rows
+from jointseg_jax.codecs.batched_map import map_rows
 from jointseg_jax.codecs.pixels import cells
 from jointseg_jax.types import VOID, Array
 

@@ -26,7 +26,7 @@ import numpy as np
 from einops import reduce
 from jaxtyping import Float, Key, Num
 
-from jointseg_jax.codecs.chunks import map_rows
+from jointseg_jax.codecs.batched_map import map_rows
 from jointseg_jax.codecs.image_net import ACTIVATIONS, Activation, ImageDecoder, ImageEncoder
 from jointseg_jax.codecs.pixels import cells, normalise
 from jointseg_jax.types import Array, Params, UserError

@@ -37,11 +37,11 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Float, Int, Int32, Key
 
+from jointseg_jax.codecs.batched_map import map_rows
 from jointseg_jax.codecs.bits import analog, bits_for
-from jointseg_jax.codecs.chunks import map_rows
 from jointseg_jax.codecs.label_net import Decoder, Encoder
 from jointseg_jax.codecs.pixels import cells
-from jointseg_jax.codecs.points import PointLoss
+from jointseg_jax.codecs.point_loss import PointLoss
 from jointseg_jax.types import FILE_VOID, VOID, Array, Params
 
 AnyArray = Array | np.ndarray

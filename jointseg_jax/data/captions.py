@@ -25,7 +25,7 @@ from jaxtyping import Int16
 from jointseg_jax.data import files
 from jointseg_jax.data.classes import Classes
 from jointseg_jax.data.records import BadSample
-from jointseg_jax.data.text import split
+from jointseg_jax.data.tokenizer import split
 
 LONGEST = 4096
 PREFIX = "a picture of"

@@ -26,13 +26,13 @@ from PIL import Image
 from jointseg_jax.data import captions, files
 from jointseg_jax.data.class_file import read_classes
 from jointseg_jax.data.classes import Classes
-from jointseg_jax.data.entries import label_files, read_image, read_labels
-from jointseg_jax.data.folders import list_split
 from jointseg_jax.data.images import CONVERSIONS, PIXEL_LIMIT, Decoding, open_picture
 from jointseg_jax.data.labels import LabelRule, stored_rule
-from jointseg_jax.data.layouts import LAYOUTS
-from jointseg_jax.data.listing import Entry, Listing, find, optional, pair
 from jointseg_jax.data.records import BadSample
+from jointseg_jax.data.sources.entries import label_files, read_image, read_labels
+from jointseg_jax.data.sources.folders import list_split
+from jointseg_jax.data.sources.layouts import LAYOUTS
+from jointseg_jax.data.sources.listing import Entry, Listing, find, optional, pair
 from jointseg_jax.data.store import Store
 from jointseg_jax.data.transforms import BOXES, Resize, resize_image, resize_labels
 from jointseg_jax.data.workers import in_order

@@ -25,7 +25,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from jointseg_jax.data.gathering import Gathered, GatheredBatches
+from jointseg_jax.data.cached.loader import Gathered, GatheredBatches
 from jointseg_jax.data.records import BadSample, Record, Source, check_record
 from jointseg_jax.data.segments import panoptic
 from jointseg_jax.data.transforms import Transform

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int64, Integer
 
-from jointseg_jax import masks
+from jointseg_jax.annotations import masks
 from jointseg_jax.evaluation.confusion import Confusion
 from jointseg_jax.evaluation.counts import share_difference, shares
 from jointseg_jax.types import VOID

@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from jointseg_jax import peers
+from jointseg_jax import distributed
 from jointseg_jax.data.classes import Classes
-from jointseg_jax.generation.writer import PairWriter
+from jointseg_jax.generation.pair_writer import PairWriter
 
 
 class RoundWriter:
@@ -42,11 +42,11 @@ class RoundWriter:
             end = max(kept, default=start - 1) + 1
             return json.dumps([start, end, [i for i in range(start, end) if i not in kept]])
 
-        self.start, self._end, gaps = json.loads(peers.from_first(first))
+        self.start, self._end, gaps = json.loads(distributed.from_first(first))
         self.there = self._end - len(gaps)
         self._gaps = np.array(gaps, np.int64)
         self.pairs = found[0] if found else PairWriter(folder, classes, settings, lines=False)
-        self._together = peers.several()
+        self._together = distributed.several()
         self._lines: list[dict[str, Any]] = []
 
     def needed(self, indices: np.ndarray) -> np.ndarray:
@@ -73,7 +73,7 @@ class RoundWriter:
         """After a batch, if it was empty too: lists the pairs of all; how many on the first."""
         if not self._together:
             return 0
-        texts = peers.gather(json.dumps(self._lines))
+        texts = distributed.gather(json.dumps(self._lines))
         self._lines = []
         before = self.pairs.done
         for text in texts:

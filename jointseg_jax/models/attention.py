@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jointseg_jax import accelerators
+from jointseg_jax import chips
 
 ATTENTION = ("auto", "xla", "packed", "splash", "cudnn")
 """The names of backends; ``auto`` is one of the others, by the device and the sizes."""
@@ -35,9 +35,9 @@ def chosen(name: str, *, dtype: Any, heads: int, size: int, tokens: int) -> str:
     """
     if name != "auto":
         return name
-    target, half = accelerators.target(), jnp.dtype(dtype).itemsize == 2
+    target, half = chips.target(), jnp.dtype(dtype).itemsize == 2
     if target.platform == "tpu" and half and tokens > SHORT:
-        from jointseg_jax.models.packed import fits  # Pallas takes a second to import
+        from jointseg_jax.models.packed_attention import fits
 
         if fits(heads, size, tokens):
             return "packed"
@@ -52,9 +52,9 @@ def chosen(name: str, *, dtype: Any, heads: int, size: int, tokens: int) -> str:
 def room(backend: str, tokens: int) -> int:
     """How many tokens every layer should have, so that they are not padded in each of them."""
     if backend == "packed":
-        from jointseg_jax.models import packed
+        from jointseg_jax.models import packed_attention
 
-        return packed.room(tokens)
+        return packed_attention.room(tokens)
     if backend == "splash":
         from jointseg_jax.models import splash
 

@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from jointseg_jax.models.attention import ATTENTION
-from jointseg_jax.models.streams import Patches, Spec, Tokens
+from jointseg_jax.models.embed import Patches, Spec, Tokens
 from jointseg_jax.models.trunk import REMAT
 
 NORMS = ("pre", "post")

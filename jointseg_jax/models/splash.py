@@ -17,7 +17,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jaxtyping import Array, Float
 
-from jointseg_jax import accelerators
+from jointseg_jax import chips
 from jointseg_jax.sharding import on_shards
 
 LANES = 128
@@ -52,7 +52,7 @@ def attend_splash(q: Heads, k: Heads, v: Heads, count: int | None = None) -> Hea
     more = -tokens % LANES
     if more:
         q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0))) for x in (q, k, v))
-    target = accelerators.target()
+    target = chips.target()
     if target.platform == "gpu":
         raise ValueError("attention: splash runs on TPUs (and is interpreted on CPUs); use auto.")
     length, real = tokens + more, count or tokens

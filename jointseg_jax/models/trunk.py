@@ -24,7 +24,7 @@ import flax.linen as nn
 import jax
 
 from jointseg_jax.models.attention import padding
-from jointseg_jax.models.layers import Block
+from jointseg_jax.models.blocks import Block
 
 REMAT: dict[str, Any] = {
     "none": None,

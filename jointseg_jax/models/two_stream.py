@@ -33,7 +33,7 @@ import numpy as np
 from jaxtyping import Array
 
 from jointseg_jax.models.checks import check_call, check_fields, extent
-from jointseg_jax.models.streams import Spec, head_products, way_in, way_out
+from jointseg_jax.models.embed import Spec, head_products, way_in, way_out
 from jointseg_jax.models.trunk import Layers, Trunk
 from jointseg_jax.models.uvit import Sizes, UViT, edge_products, normalise_fields, with_added
 from jointseg_jax.types import Streams

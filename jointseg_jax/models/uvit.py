@@ -28,9 +28,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from jointseg_jax.models.blocks import layer_norm
 from jointseg_jax.models.checks import check_call, check_fields, extent
-from jointseg_jax.models.layers import layer_norm
-from jointseg_jax.models.streams import (
+from jointseg_jax.models.embed import (
     IndexToken,
     Patches,
     TimeToken,

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from jointseg_jax.codecs.pixels import normalise, quantise
-from jointseg_jax.systems.keys import fold
+from jointseg_jax.rng import fold
 from jointseg_jax.systems.system import Batch, Pairs
 from jointseg_jax.types import Array, Params
 

@@ -35,7 +35,7 @@ from jaxtyping import Float, Int
 
 from jointseg_jax.codecs.chain import Chain
 from jointseg_jax.codecs.pixels import quantise
-from jointseg_jax.systems.keys import fold
+from jointseg_jax.rng import fold
 from jointseg_jax.systems.system import LATENTS, Batch, Input, Pairs
 from jointseg_jax.transport.process import Process
 from jointseg_jax.types import VOID, Array, Params

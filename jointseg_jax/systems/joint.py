@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from jointseg_jax.codecs.pixels import quantise
-from jointseg_jax.systems.keys import fold
+from jointseg_jax.rng import fold
 from jointseg_jax.systems.stream import Stream
 from jointseg_jax.systems.system import LATENTS, Batch, Input, Pairs
 from jointseg_jax.transport.guidance import Branch, guided

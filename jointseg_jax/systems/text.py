@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from jointseg_jax.models.words import WordEmbedding
+from jointseg_jax.models.text import WordEmbedding
 from jointseg_jax.types import Array, Params
 
 

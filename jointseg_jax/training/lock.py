@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jointseg_jax import peers
+from jointseg_jax import distributed
 from jointseg_jax.types import UserError
 
 BEAT = 5.0
@@ -55,7 +55,7 @@ class WorkdirLock:
 
     def __enter__(self) -> WorkdirLock:
         if self._primary is None:
-            peers.from_first(self._hold)
+            distributed.from_first(self._hold)
         elif self._primary:
             self._hold()
         return self

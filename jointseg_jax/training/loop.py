@@ -20,14 +20,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jointseg_jax import compose, pictures, profiling, sharding
+from jointseg_jax import build, profiling, sharding
+from jointseg_jax.annotations import viz
 from jointseg_jax.data import files
 from jointseg_jax.data.pipeline import batches
-from jointseg_jax.training import frozen as frozen_codecs
+from jointseg_jax.training import init_from as starting
+from jointseg_jax.training import pretrained as frozen_codecs
 from jointseg_jax.training import resume
-from jointseg_jax.training import start as starting
 from jointseg_jax.training import state as states
 from jointseg_jax.training.checkpoints import Checkpoints
+from jointseg_jax.training.clock import Telemetry
 from jointseg_jax.training.digest import state_digest
 from jointseg_jax.training.faults import Faults
 from jointseg_jax.training.flight import InFlight
@@ -36,7 +38,6 @@ from jointseg_jax.training.lock import WorkdirLock
 from jointseg_jax.training.preemption import STOPPED, Preemption
 from jointseg_jax.training.preview import previewer
 from jointseg_jax.training.program import check_batch, make_program
-from jointseg_jax.training.telemetry import Telemetry
 from jointseg_jax.training.watchdog import Watchdog
 from jointseg_jax.training.writers import run_writers
 from jointseg_jax.types import UserError
@@ -86,16 +87,16 @@ class _Run:
         self.mesh = sharding.make_mesh(config["mesh"])
         check_batch(config, self.mesh)
         self.faults = Faults(**config.get("nan", {}))
-        self.source = compose.source(config, "train")
+        self.source = build.source(config, "train")
         self.facts = self._facts()
-        self.transforms = compose.transforms(config)
-        self.tokenizer = compose.tokenizer(config, self.facts.vocabulary)
+        self.transforms = build.transforms(config)
+        self.tokenizer = build.tokenizer(config, self.facts.vocabulary)
         if frozen_codecs.trained_codecs(config):
             frozen_codecs.adopt(workdir, config)
             with self._batches(0) as host:
                 frozen_codecs.gather(workdir, config, self.facts, host)
         specs, self.frozen = frozen_codecs.load(workdir, config)
-        self.system = compose.system(config, self.facts, specs)
+        self.system = build.system(config, self.facts, specs)
         self.program = make_program(self.system, config, self.mesh)
         self.checkpoints = Checkpoints(
             workdir / "checkpoints",
@@ -104,8 +105,8 @@ class _Run:
 
     # ------------------------------------------------------------------- set-up
 
-    def _facts(self) -> compose.Facts:
-        known, path = compose.facts(self.source), self.workdir / "facts.json"
+    def _facts(self) -> build.Facts:
+        known, path = build.facts(self.source), self.workdir / "facts.json"
         if path.exists():
             resume.require_facts(known, path)
         else:
@@ -133,7 +134,7 @@ class _Run:
             hosts=jax.process_count(),
             bad=data.get("bad", "replace"),
             bad_limit=data.get("bad_limit", 100),
-            instances=compose.instances(self.config),
+            instances=build.instances(self.config),
         )
 
     def _prepare(self) -> states.TrainState:
@@ -168,7 +169,7 @@ class _Run:
                 return
             folder = self.workdir / "samples"
             folder.mkdir(exist_ok=True)
-            pictures.save_png(folder / f"{step:08d}.png", sheet)
+            viz.save_png(folder / f"{step:08d}.png", sheet)
             self.writers.images(step, {"samples": sheet})
 
         return write
@@ -335,4 +336,4 @@ def _own() -> str:
 
 
 def _dump(config: Mapping[str, Any]) -> str:
-    return json.dumps(compose.plain(config), indent=1) + "\n"
+    return json.dumps(build.plain(config), indent=1) + "\n"

@@ -13,7 +13,7 @@ import jax
 import optax
 
 from jointseg_jax import rules
-from jointseg_jax.build import build
+from jointseg_jax.config import make
 
 DECAY_MATRICES = ((r"(bias|scale|position|embedding)$", False), (r"", True))
 """Weight decay on kernels only."""
@@ -92,7 +92,7 @@ class AdamW:
 
     def learning_rate(self, steps: int) -> optax.Schedule:
         """The learning rate as a function of the step."""
-        return build(SCHEDULES, self.schedule, where="optimizer.schedule", steps=steps)
+        return make(SCHEDULES, self.schedule, where="optimizer.schedule", steps=steps)
 
     def build(self, steps: int) -> optax.GradientTransformation:
         """The optax transformation for a run of ``steps`` updates."""

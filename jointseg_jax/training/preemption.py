@@ -23,7 +23,7 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-from jointseg_jax import peers
+from jointseg_jax import distributed
 
 _STOP = b"\0"
 
@@ -100,7 +100,7 @@ class Departure(Preemption):
 
     def _note(self, number: signal.Signals) -> None:
         _say(f"{number.name}: stopped on request; the same command goes on.")
-        peers.leave(STOPPED)
+        distributed.leave(STOPPED)
         os._exit(STOPPED)
 
 

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jointseg_jax import compose, pictures, sharding
+from jointseg_jax import build, sharding
+from jointseg_jax.annotations import viz
 from jointseg_jax.data.pipeline import evaluation_batches
-from jointseg_jax.systems.keys import sample_keys
+from jointseg_jax.rng import sample_keys
 from jointseg_jax.training import state as states
 from jointseg_jax.types import UserError
 
@@ -22,7 +23,7 @@ Draw = Callable[[states.TrainState, Any], np.ndarray]
 def previewer(
     system: Any,
     config: Mapping[str, Any],
-    facts: compose.Facts,
+    facts: build.Facts,
     mesh: jax.sharding.Mesh,
     transforms: tuple[Any, ...],
     tokenizer: Any,
@@ -31,13 +32,13 @@ def previewer(
     shards = sharding.data_parallel(mesh)
     count = shards * max(1, config["preview"]["count"] // shards)
     with evaluation_batches(
-        compose.source(config, "val"),
+        build.source(config, "val"),
         batch=count,
         transforms=transforms,
         tokenizer=tokenizer.encode if tokenizer else None,
         host=jax.process_index(),
         hosts=jax.process_count(),
-        instances=compose.instances(config),
+        instances=build.instances(config),
     ) as source:
         batch = sharding.global_batch(next(source), mesh)
 
@@ -57,7 +58,7 @@ def previewer(
     return draw
 
 
-def sheet(made: Mapping[str, np.ndarray], facts: compose.Facts, *, columns: int = 8) -> np.ndarray:
+def sheet(made: Mapping[str, np.ndarray], facts: build.Facts, *, columns: int = 8) -> np.ndarray:
     """What was made as one picture: pairs, or only the half that there is.
 
     Raises:
@@ -66,7 +67,7 @@ def sheet(made: Mapping[str, np.ndarray], facts: compose.Facts, *, columns: int 
     made = {k: list(rows) for k, rows in made.items()}
     if "labels" in made:
         unseen = [np.zeros((*labels.shape, 3), np.uint8) for labels in made["labels"]]
-        return pictures.pair_sheet(
+        return viz.pair_sheet(
             made.get("image", unseen),
             made["labels"],
             facts.classes,
@@ -78,6 +79,6 @@ def sheet(made: Mapping[str, np.ndarray], facts: compose.Facts, *, columns: int 
             "config.preview.every=0."
         )
     images = made["image"]
-    scale = max(1, round(pictures.READABLE / len(images[0])))
+    scale = max(1, round(viz.READABLE / len(images[0])))
     rows = [images[i : i + columns] for i in range(0, len(images), columns)]
-    return pictures.contact_sheet(rows, scale=scale)
+    return viz.contact_sheet(rows, scale=scale)

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jointseg_jax import accelerators, rules, sharding
-from jointseg_jax.build import build
+from jointseg_jax import chips, rules, sharding
+from jointseg_jax.config import make
 from jointseg_jax.systems.system import Objective
-from jointseg_jax.training import start as starting
+from jointseg_jax.training import init_from as starting
 from jointseg_jax.training import state as states
 from jointseg_jax.training.optimizer import OPTIMIZERS
 from jointseg_jax.training.step import make_update
@@ -46,7 +46,7 @@ def make_program(system: Objective, config: Mapping[str, Any], mesh: jax.shardin
     Raises:
       UserError: an optimizer that cannot be built, or rules that do not fit the parameters.
     """
-    optimizer = build(OPTIMIZERS, config["optimizer"], where="optimizer")
+    optimizer = make(OPTIMIZERS, config["optimizer"], where="optimizer")
     shapes = jax.eval_shape(system.init, jax.random.key(0))
     trainable = rules.match(
         shapes, config.get("trainable", ((r"", True),)), where="trainable", prefix="params/"
@@ -67,7 +67,7 @@ def make_program(system: Objective, config: Mapping[str, Any], mesh: jax.shardin
         accumulate=config.get("accumulate", 1),
         learning_rate=optimizer.learning_rate(config["steps"]),
     )
-    everywhere, options = sharding.replicated(mesh), accelerators.compiler_options(mesh)
+    everywhere, options = sharding.replicated(mesh), chips.compiler_options(mesh)
     jitted = jax.jit(
         update,
         in_shardings=(places, everywhere, sharding.batch_sharding(mesh)),

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jointseg_jax import compose
+from jointseg_jax import build
 from jointseg_jax.data.records import Source
-from jointseg_jax.differences import classes_apart, require_same
-from jointseg_jax.training import start
+from jointseg_jax.settings_diff import classes_apart, require_same
+from jointseg_jax.training import init_from
 from jointseg_jax.types import UserError
 
 MAY_CHANGE = (
@@ -22,12 +22,12 @@ MAY_CHANGE = (
 
 def settings(config: Mapping[str, Any], source: Source) -> dict[str, Any]:
     """What is kept beside a checkpoint and compared when a run goes on from it."""
-    found = compose.plain(config)
-    if start.is_fresh(found.get("start", {})):
+    found = build.plain(config)
+    if init_from.is_fresh(found.get("start", {})):
         found.pop("start", None)  # as in runs made before there was such a setting
     if not found["data"].get("cache"):
         found["data"].pop("cache", None)  # likewise
-    return found | {"source": compose.plain(source.fingerprint())}
+    return found | {"source": build.plain(source.fingerprint())}
 
 
 def require_settings(
@@ -45,9 +45,9 @@ def require_settings(
     require_same(meta["config"], current, (*MAY_CHANGE, *allow), where=where, remedy=remedy)
 
 
-def require_facts(known: compose.Facts, path: Path) -> None:
+def require_facts(known: build.Facts, path: Path) -> None:
     """Refuses data with other classes or words than the workdir's ``facts.json`` says."""
-    saved = compose.Facts.load(path)
+    saved = build.Facts.load(path)
     apart = classes_apart(saved.classes.names, known.classes.names)
     if not apart and saved.vocabulary == known.vocabulary:
         return

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jointseg_jax.systems.keys import row_keys
+from jointseg_jax.rng import row_keys
 from jointseg_jax.systems.system import Objective
 from jointseg_jax.training.state import TrainState, merge, split
 from jointseg_jax.types import Array

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from jointseg_jax import peers
+from jointseg_jax import distributed
 from jointseg_jax.types import UserError
 
 log = logging.getLogger("jointseg_jax")
@@ -89,8 +89,8 @@ class Watchdog:
             "; leaving: the same command goes on" if self._abort else "",
         )
         if self._abort:
-            peers.leave(peers.PEER_LOST)
-            os._exit(peers.PEER_LOST)
+            distributed.leave(distributed.PEER_LOST)
+            os._exit(distributed.PEER_LOST)
 
     def _dumped(self) -> str:
         try:

@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from jointseg_jax.rng import Keys
 from jointseg_jax.transport.integrator import Noise, Predict
-from jointseg_jax.transport.keys import Keys
 from jointseg_jax.transport.process import Process
 from jointseg_jax.types import Streams, UserError
 

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jointseg_jax.transport.keys import Keys, fold, name_id, normal
+from jointseg_jax.rng import Keys, fold, name_id, normal
 from jointseg_jax.transport.process import Process
 from jointseg_jax.types import Streams
 

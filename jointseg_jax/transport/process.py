@@ -36,7 +36,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jointseg_jax.transport import keys as row_keys
+from jointseg_jax import rng as row_keys
 from jointseg_jax.transport.schedules import Numbers, Schedule
 
 Pair = tuple[Numbers, Numbers]

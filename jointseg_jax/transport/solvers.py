@@ -21,8 +21,8 @@ from collections.abc import Mapping
 import numpy as np
 from jaxtyping import Array
 
+from jointseg_jax.rng import Keys
 from jointseg_jax.transport.integrator import Noise, Predict, Row, Table, integrate, tabulate
-from jointseg_jax.transport.keys import Keys
 from jointseg_jax.transport.process import Process
 from jointseg_jax.transport.schedules import Schedule
 from jointseg_jax.types import Streams

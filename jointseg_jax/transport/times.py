@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jointseg_jax.transport.keys import Keys, fold, name_id, uniform
+from jointseg_jax.rng import Keys, fold, name_id, uniform
 
 Time = Float[Array, " batch"]
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from jointseg_jax.models.streams import Patches, Tokens
+from jointseg_jax.models.embed import Patches, Tokens
 from jointseg_jax.types import UserError
 
 Config = Mapping[str, Any]

@@ -29,7 +29,7 @@ import jax
 import numpy as np
 from einops import rearrange
 
-from jointseg_jax.models.streams import Patches
+from jointseg_jax.models.embed import Patches
 from jointseg_jax.models.uvit import UViT
 from jointseg_jax.rules import by_path
 from jointseg_jax.types import UserError

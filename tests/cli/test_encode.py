@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from jointseg_jax.data.cache import Cache
+from jointseg_jax.data.cached.reader import Cache
 
 QUICK = ("--config=configs/quickstart.py:smoke", "--latents=mask", "--batch=4")
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jointseg_jax.data.arrayrecord import ArrayRecords
+from jointseg_jax.data.sources.arrayrecord import ArrayRecords
 
 
 @pytest.fixture

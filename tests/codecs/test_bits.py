@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jointseg_jax.codecs import chunks
+from jointseg_jax.codecs import batched_map
 from jointseg_jax.codecs.bits import Bits, analog, bits_for, integers, pooled
 from jointseg_jax.types import VOID, UserError
 
@@ -147,7 +147,7 @@ def test_snapping_in_parts_changes_nothing(monkeypatch):
     codec = Bits(classes=20, decoding="snap")
     x = normal(2, 16, 4, 4, 5)
     whole = jax.jit(codec.decode_with_confidence)({}, x)
-    monkeypatch.setattr(chunks, "LIVE_VALUES", 4 * 4 * 21)
+    monkeypatch.setattr(batched_map, "LIVE_VALUES", 4 * 4 * 21)
     parts = jax.jit(lambda x: codec.decode_with_confidence({}, x))(x)
     np.testing.assert_array_equal(whole[0], parts[0])
     # the same sums in another blocking, through an exponential of about 10

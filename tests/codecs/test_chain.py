@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from jointseg_jax import compose
+from jointseg_jax import build
 from jointseg_jax.codecs.bits import Bits
 from jointseg_jax.codecs.chain import Chain
 from jointseg_jax.codecs.image_tiny import ImageTiny
@@ -92,17 +92,17 @@ def test_a_rows_perturbation_is_its_own_and_both_parts_have_keys_of_their_own():
 
 
 def test_a_config_names_the_parts():
-    known = compose.Facts(Classes(names=("a", "b", "c")), (), ())
+    known = build.Facts(Classes(names=("a", "b", "c")), (), ())
     spec = {
         "name": "chain",
         "first": {"name": "palette", "void": "masked"},
         "second": {"name": "image_tiny", "latent_channels": 8},
     }
     want = Chain(first=Palette(classes=3, void="masked"), second=ImageTiny(latent_channels=8))
-    assert compose.codec(spec, known, "system.codec") == want
+    assert build.codec(spec, known, "system.codec") == want
     with pytest.raises(UserError, match=r"config\.system\.codec\.first: palette: .*less than 127"):
         wrong = spec | {"first": {"name": "palette", "perturbation": 200.0}}
-        compose.codec(wrong, known, "system.codec")
+        build.codec(wrong, known, "system.codec")
 
 
 def test_parts_that_do_not_fit_are_refused():

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from jointseg_jax.codecs import chunks
+from jointseg_jax.codecs import batched_map
 from jointseg_jax.codecs.image_tiny import (
     ImageTiny,
     differences,
@@ -18,7 +18,7 @@ from jointseg_jax.codecs.image_tiny import (
     unscaled,
 )
 from jointseg_jax.codecs.pixels import normalise
-from jointseg_jax.data.scenes import Scenes
+from jointseg_jax.data.sources.scenes import Scenes
 from jointseg_jax.types import UserError
 
 pytestmark = pytest.mark.usefixtures("optimized")
@@ -108,7 +108,7 @@ def test_decoding_in_parts_changes_nothing(monkeypatch):
     codec = small()
     latents = np.random.default_rng(0).normal(size=(16, 4, 4, 4)).astype(np.float32)
     whole = decode(codec, started(codec), latents)[0]
-    monkeypatch.setattr(chunks, "LIVE_VALUES", 1)
+    monkeypatch.setattr(batched_map, "LIVE_VALUES", 1)
     parts = jax.jit(lambda x: codec.decode(started(codec), x))(latents)
     np.testing.assert_allclose(parts, whole, atol=1e-6)  # sums blocked otherwise
 

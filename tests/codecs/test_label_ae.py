@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from jointseg_jax.codecs import chunks
+from jointseg_jax.codecs import batched_map
 from jointseg_jax.codecs.label_ae import LabelAE, cross_entropy, unit_scale
 from jointseg_jax.codecs.label_net import Decoder, Double
 from jointseg_jax.types import VOID, UserError
@@ -170,7 +170,7 @@ def test_decoding_in_parts_changes_nothing(monkeypatch):
     params = started(codec)
     latents = encode(codec, params, labels)
     whole = jax.jit(codec.decode_with_confidence)(params, latents)
-    monkeypatch.setattr(chunks, "LIVE_VALUES", 1)
+    monkeypatch.setattr(batched_map, "LIVE_VALUES", 1)
     parts = jax.jit(lambda x: codec.decode_with_confidence(params, x))(latents)
     np.testing.assert_array_equal(whole[0], parts[0])
     np.testing.assert_allclose(whole[1], parts[1], rtol=1e-5)  # the same sums, blocked otherwise

@@ -7,7 +7,7 @@ import pytest
 
 from jointseg_jax.codecs.bits import Bits
 from jointseg_jax.codecs.label_ae import LabelAE, cross_entropy
-from jointseg_jax.codecs.points import Draws, PointLoss, class_loss, mask_losses, objects
+from jointseg_jax.codecs.point_loss import Draws, PointLoss, class_loss, mask_losses, objects
 from jointseg_jax.types import FILE_VOID, VOID
 from jointseg_jax.weights.label_ae import from_reference, to_reference
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from jointseg_jax import masks
+from jointseg_jax.annotations import masks
 
 
 @pytest.mark.cases("jodiffusion_mask_optimization*")

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from jointseg_jax.evaluation.panoptic import PanopticQuality, mean
+from jointseg_jax.evaluation.panoptic_quality import PanopticQuality, mean
 
 
 @pytest.mark.cases("metric_panoptic_quality*")

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from PIL import Image
 
-from jointseg_jax.data.arrayrecord import ArrayRecords, pack, write_shards
-from jointseg_jax.data.folders import Folders
 from jointseg_jax.data.pipeline import batches
 from jointseg_jax.data.records import BadSample, check_record
-from jointseg_jax.data.scenes import Scenes
+from jointseg_jax.data.sources.arrayrecord import ArrayRecords, pack, write_shards
+from jointseg_jax.data.sources.folders import Folders
+from jointseg_jax.data.sources.scenes import Scenes
 from jointseg_jax.types import UserError
 
 SCENES = Scenes(size=16, count=3)

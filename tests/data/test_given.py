@@ -12,10 +12,10 @@ from PIL import Image
 from jointseg_jax.data.class_lists import CLASS_LISTS
 from jointseg_jax.data.classes import Classes
 from jointseg_jax.data.files import read
-from jointseg_jax.data.folders import Folders
 from jointseg_jax.data.given import given_images, given_labels
 from jointseg_jax.data.images import encode_segment_ids
 from jointseg_jax.data.records import BadSample
+from jointseg_jax.data.sources.folders import Folders
 from jointseg_jax.data.transforms import Resize
 from jointseg_jax.types import VOID, UserError
 

@@ -13,8 +13,8 @@ import pytest
 
 from jointseg_jax.data.pipeline import batches, evaluation_batches
 from jointseg_jax.data.records import BadSample
-from jointseg_jax.data.scenes import Scenes
-from jointseg_jax.data.text import Words
+from jointseg_jax.data.sources.scenes import Scenes
+from jointseg_jax.data.tokenizer import Words
 from jointseg_jax.data.transforms import Flip, Resize
 from jointseg_jax.types import UserError
 
@@ -195,7 +195,7 @@ def test_captions_are_drawn_in_training_and_first_otherwise():
 ORPHANS = """
 import os, time
 from jointseg_jax.data.pipeline import batches
-from jointseg_jax.data.scenes import Scenes
+from jointseg_jax.data.sources.scenes import Scenes
 
 if __name__ == "__main__":
     stream = batches(Scenes(size=64, count=9), batch=8, seed=0, transforms=(), workers=2)

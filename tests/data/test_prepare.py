@@ -3,10 +3,10 @@ import json
 import numpy as np
 import pytest
 
-from jointseg_jax.data.arrayrecord import ArrayRecords
-from jointseg_jax.data.folders import Folders
 from jointseg_jax.data.prepare import prepare
-from jointseg_jax.data.scenes import Scenes
+from jointseg_jax.data.sources.arrayrecord import ArrayRecords
+from jointseg_jax.data.sources.folders import Folders
+from jointseg_jax.data.sources.scenes import Scenes
 from jointseg_jax.types import UserError
 
 

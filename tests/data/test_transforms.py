@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from jointseg_jax.build import build
+from jointseg_jax.config import make
 from jointseg_jax.data.classes import Classes
 from jointseg_jax.data.transforms import TRANSFORMS, Flip, Resize, resize_labels
 from jointseg_jax.types import VOID, UserError
@@ -168,7 +168,7 @@ def test_nearest_labels_of_any_dtype():
 )
 def test_refused_resizes(fields, text):
     with pytest.raises(UserError) as caught:
-        build(TRANSFORMS, {"name": "resize", **fields}, where="data.transforms")
+        make(TRANSFORMS, {"name": "resize", **fields}, where="data.transforms")
     assert text in str(caught.value)
 
 

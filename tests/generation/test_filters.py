@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from jointseg_jax.data.scenes import Scenes
+from jointseg_jax.data.sources.scenes import Scenes
 from jointseg_jax.generation.filters import Filters, rejections
 from jointseg_jax.generation.rounds import RoundWriter
 from jointseg_jax.types import VOID, UserError

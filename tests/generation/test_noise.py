@@ -4,10 +4,10 @@ import jax
 import numpy as np
 import pytest
 
-from jointseg_jax import compose, presets
+from jointseg_jax import build, presets
 from jointseg_jax.data.classes import Classes
-from jointseg_jax.generation import loop
-from jointseg_jax.systems.keys import row_keys, sample_keys
+from jointseg_jax.generation import generate
+from jointseg_jax.rng import row_keys, sample_keys
 
 COUNT = 100_000
 CHUNK = 10_000
@@ -20,7 +20,7 @@ def system():
     config["system"] |= {"size": (4, 4), "text": {"name": "words", "width": 8, "length": 6}}
     for stream in config["system"]["streams"].values():
         stream["tokens"]["patch"] = 4
-    return compose.system(config, compose.Facts(Classes(names=("sky", "road", "car")), (), ()))
+    return build.system(config, build.Facts(Classes(names=("sky", "road", "car")), (), ()))
 
 
 def distinct(rows):
@@ -64,7 +64,7 @@ def test_processes_share_out_the_indices(monkeypatch, processes, start):
     monkeypatch.setattr(jax, "process_count", lambda: processes)
     for process in range(processes):
         monkeypatch.setattr(jax, "process_index", lambda process=process: process)
-        own = list(loop.made_batches(make, None, seed=0, start=start, stop=50))
+        own = list(generate.made_batches(make, None, seed=0, start=start, stop=50))
         counts.add(len(own))
         for indices, pairs in own:
             assert indices.tolist() == pairs.get("index", indices).tolist()

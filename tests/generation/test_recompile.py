@@ -7,19 +7,18 @@ import numpy as np
 import pytest
 
 from jointseg_jax import sharding
+from jointseg_jax.build import DISTRIBUTIONS, SOLVERS, TIMES, Facts
 from jointseg_jax.codecs.bits import Bits
 from jointseg_jax.codecs.pixels import Pixels
-from jointseg_jax.compose import Facts
 from jointseg_jax.data.classes import Classes
-from jointseg_jax.generation.loop import generator, made_batches
+from jointseg_jax.generation.generate import generator, made_batches
 from jointseg_jax.models.uvit import UViT
 from jointseg_jax.systems.joint import Joint
 from jointseg_jax.systems.stream import Stream
 from jointseg_jax.systems.text import Features
-from jointseg_jax.training.restore import Run
+from jointseg_jax.training.workdir import Run
 from jointseg_jax.transport.process import Process
 from jointseg_jax.transport.schedules import Cosine
-from jointseg_jax.transport.table import DISTRIBUTIONS, SOLVERS, TIMES
 
 SIDE, ROWS, WORDS = 4, 4, 2
 

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from jointseg_jax import peers
-from jointseg_jax.data.scenes import Scenes
+from jointseg_jax import distributed
+from jointseg_jax.data.sources.scenes import Scenes
 from jointseg_jax.generation.rounds import RoundWriter
 from jointseg_jax.types import UserError
 
@@ -29,17 +29,17 @@ def contents(folder):
 def second_of_two(monkeypatch, start):
     """Makes this process the second, to which the first says ``start``; returns what it says."""
     said = []
-    monkeypatch.setattr(peers, "several", lambda: True)
-    monkeypatch.setattr(peers, "from_first", lambda action: str(start))
-    monkeypatch.setattr(peers, "gather", lambda text: said.append(text) or [])
+    monkeypatch.setattr(distributed, "several", lambda: True)
+    monkeypatch.setattr(distributed, "from_first", lambda action: str(start))
+    monkeypatch.setattr(distributed, "gather", lambda text: said.append(text) or [])
     return said
 
 
 def first_of_two(monkeypatch, other):
     """Makes this process the first, to which the second has said ``other``."""
-    monkeypatch.setattr(peers, "several", lambda: True)
-    monkeypatch.setattr(peers, "from_first", lambda action: action())
-    monkeypatch.setattr(peers, "gather", lambda text: [text, other])
+    monkeypatch.setattr(distributed, "several", lambda: True)
+    monkeypatch.setattr(distributed, "from_first", lambda action: action())
+    monkeypatch.setattr(distributed, "gather", lambda text: [text, other])
 
 
 def test_a_lone_process_lists_each_pair_at_once(tmp_path):

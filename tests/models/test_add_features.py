@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jointseg_jax.models.streams import Patches, PatchesOut, Tokens
+from jointseg_jax.models.embed import Patches, PatchesOut, Tokens
 from jointseg_jax.models.two_stream import TwoStream
 from jointseg_jax.models.uvit import UViT
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from jointseg_jax import accelerators, sharding
-from jointseg_jax.models import packed, splash
+from jointseg_jax import chips, sharding
+from jointseg_jax.models import packed_attention, splash
 from jointseg_jax.models.attention import chosen
 from jointseg_jax.models.uvit import UViT
 
@@ -32,7 +32,7 @@ def side_by_side(q, k, v, count):
     """``packed`` in the layout of ``splash``."""
     batch, heads, tokens, size = q.shape
     flat = (x.swapaxes(1, 2).reshape(batch, tokens, heads * size) for x in (q, k, v))
-    y = packed.attend_packed(*flat, heads=heads, count=count)
+    y = packed_attention.attend_packed(*flat, heads=heads, count=count)
     return y.reshape(batch, tokens, heads, size).swapaxes(1, 2)
 
 
@@ -73,7 +73,7 @@ def test_splash_equals_plain_products_forward_and_backward(tokens, count):
     ids=["padded before, eight heads in a group", "padded inside", "three blocks, a head a group"],
 )
 def test_packed_equals_plain_products_forward_and_backward(sizes):
-    assert sizes[0] < 1000 or sizes[0] // packed.block(sizes[0]) == 3
+    assert sizes[0] < 1000 or sizes[0] // packed_attention.block(sizes[0]) == 3
     same("packed", *sizes)
 
 
@@ -116,23 +116,30 @@ def test_blocks_divide_the_length_and_stay_below_the_limit():
 
 
 def test_packed_blocks_divide_the_length():
-    for tokens in range(1, packed.LONGEST // 2, 97):
-        length = packed.room(tokens)
-        queries = packed.block(length)
-        assert length % queries == 0 and queries % packed.ROWS == 0
-        assert tokens <= length <= max(tokens + packed.ROWS - 1, (1 + packed.WASTE) * tokens)
-        assert queries <= packed.QUERIES and queries * length <= packed.SCORES
-    assert (packed.room(2129), packed.block(2160)) == (2160, 720)  # JoDiffusion: 1.5 %
-    assert (packed.room(593), packed.block(608)) == (608, 608)  # PDM: 2.5 %
+    for tokens in range(1, packed_attention.LONGEST // 2, 97):
+        length = packed_attention.room(tokens)
+        queries = packed_attention.block(length)
+        assert length % queries == 0 and queries % packed_attention.ROWS == 0
+        assert (
+            tokens
+            <= length
+            <= max(tokens + packed_attention.ROWS - 1, (1 + packed_attention.WASTE) * tokens)
+        )
+        assert queries <= packed_attention.QUERIES and queries * length <= packed_attention.SCORES
+    assert (packed_attention.room(2129), packed_attention.block(2160)) == (
+        2160,
+        720,
+    )  # JoDiffusion: 1.5 %
+    assert (packed_attention.room(593), packed_attention.block(608)) == (608, 608)  # PDM: 2.5 %
 
 
 def test_packed_tells_what_it_takes():
     x = normal(0, 1, 32, 96)
     with pytest.raises(ValueError, match=r"there are 2 of 48 and 32 tokens\. Use auto\."):
-        packed.attend_packed(x, x, x, heads=2)
+        packed_attention.attend_packed(x, x, x, heads=2)
     x = normal(0, 1, 32, 128)
     with pytest.raises(ValueError, match="queries = 24: give a multiple of 16 that divides the 32"):
-        packed.attend_packed(x, x, x, heads=2, queries=24)
+        packed_attention.attend_packed(x, x, x, heads=2, queries=24)
 
 
 def test_padding_in_every_layer_stays_small():
@@ -172,7 +179,7 @@ def test_auto_goes_by_the_devices_that_the_program_is_for(kind, platform, backen
 
 def test_generations_by_their_devices_names():
     kinds = ("TPU v5 lite", "TPU v5e", "TPU v5", "TPU v5p", "TPU v6 lite", "TPU v4")
-    assert [*map(accelerators.generation, kinds)] == ["v5e", "v5e", "v5p", "v5p", "v6e", None]
+    assert [*map(chips.generation, kinds)] == ["v5e", "v5e", "v5p", "v5p", "v6e", None]
 
 
 @functools.cache

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jointseg_jax.models.layers import Block, layer_norm
-from jointseg_jax.models.streams import Patches, PatchesIn, PatchesOut, Tokens
+from jointseg_jax.models.blocks import Block, layer_norm
+from jointseg_jax.models.embed import Patches, PatchesIn, PatchesOut, Tokens
 from jointseg_jax.models.trunk import Trunk
 from jointseg_jax.models.two_stream import TwoStream, forward_flops
 from jointseg_jax.models.uvit import UViT

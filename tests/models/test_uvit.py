@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jointseg_jax.models.streams import Patches, Tokens
+from jointseg_jax.models.embed import Patches, Tokens
 from jointseg_jax.models.uvit import REMAT, UViT, forward_flops, uvit
 from jointseg_jax.weights.convert import stack_blocks, unstack_blocks
 

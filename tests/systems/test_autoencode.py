@@ -12,8 +12,8 @@ from jointseg_jax.codecs.image_tiny import ImageTiny
 from jointseg_jax.codecs.label_ae import LabelAE
 from jointseg_jax.codecs.palette import Palette
 from jointseg_jax.codecs.pixels import normalise, quantise
+from jointseg_jax.rng import sample_keys
 from jointseg_jax.systems.autoencode import Autoencode
-from jointseg_jax.systems.keys import sample_keys
 from jointseg_jax.types import VOID
 
 CODEC = LabelAE(

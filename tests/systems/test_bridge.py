@@ -15,8 +15,8 @@ from jointseg_jax.codecs.chain import Chain
 from jointseg_jax.codecs.palette import Palette
 from jointseg_jax.codecs.pixels import Pixels
 from jointseg_jax.models.uvit import UViT
+from jointseg_jax.rng import fold, sample_keys
 from jointseg_jax.systems.bridge import STATE, Bridge
-from jointseg_jax.systems.keys import fold, sample_keys
 from jointseg_jax.systems.system import Generator, Objective
 from jointseg_jax.transport.adaptive import Dopri5
 from jointseg_jax.transport.process import Process

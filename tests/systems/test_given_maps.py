@@ -10,11 +10,11 @@ import pytest
 from jointseg_jax import rules
 from jointseg_jax.codecs.bits import Bits
 from jointseg_jax.codecs.pixels import Pixels
-from jointseg_jax.models.streams import Patches
+from jointseg_jax.models.embed import Patches
 from jointseg_jax.models.two_stream import TwoStream
 from jointseg_jax.models.uvit import UViT
+from jointseg_jax.rng import sample_keys
 from jointseg_jax.systems.joint import Joint
-from jointseg_jax.systems.keys import sample_keys
 from jointseg_jax.systems.stream import Stream
 from jointseg_jax.transport.dpm import DPMSolverPP
 from jointseg_jax.transport.process import Process

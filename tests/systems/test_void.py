@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jointseg_jax import compose, presets
+from jointseg_jax import build, presets
 from jointseg_jax.data.classes import Classes
-from jointseg_jax.systems.keys import row_keys
+from jointseg_jax.rng import row_keys
 from jointseg_jax.types import VOID
 
 SIZE, ROWS = 8, 2
@@ -18,8 +18,8 @@ def test_a_batch_of_void_has_a_finite_loss_and_gradient():
     config["system"]["denoiser"] |= {"width": 8, "depth": 1, "heads": 1}
     for stream in config["system"]["streams"].values():
         stream["tokens"]["patch"] = 8
-    known = compose.Facts(Classes(names=("sky", "road", "car")), ("a",), ())
-    system = compose.system(config, known)
+    known = build.Facts(Classes(names=("sky", "road", "car")), ("a",), ())
+    system = build.system(config, known)
     rows = {
         "image": np.zeros((ROWS, SIZE, SIZE, 3), np.uint8),
         "labels": np.full((ROWS, SIZE, SIZE), VOID, np.int16),

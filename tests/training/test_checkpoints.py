@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jointseg_jax import differences
+from jointseg_jax import settings_diff
 from jointseg_jax.training.checkpoints import Checkpoints, SaveError, read_meta
 from jointseg_jax.training.digest import state_digest
 from jointseg_jax.types import UserError
@@ -322,22 +322,22 @@ def test_changed_settings_are_refused_field_by_field(run, key, value, text):
         current[node] = value
 
     def accept(meta):
-        differences.require_same(meta["config"], current, ["^steps$"], where="checkpoint")
+        settings_diff.require_same(meta["config"], current, ["^steps$"], where="checkpoint")
 
     with pytest.raises(UserError) as error:
         restored(run, accept=accept)
     assert text in str(error.value) and "1 field" in str(error.value)
     allowed = ["^steps$", f"^{key}$"]
-    assert differences.compare(read_meta(run)["config"], current, allowed) == []
+    assert settings_diff.compare(read_meta(run)["config"], current, allowed) == []
 
 
 def test_allowed_keys_may_change_and_tuples_equal_lists(run):
     current = {**CONFIG, "steps": 200, "log": {"every": 10}}
     saved = read_meta(run)["config"]
-    assert [d.key for d in differences.compare(saved, current)] == ["log/every", "steps"]
-    assert differences.compare(saved, current, ["^steps$", "^log/"]) == []
+    assert [d.key for d in settings_diff.compare(saved, current)] == ["log/every", "steps"]
+    assert settings_diff.compare(saved, current, ["^steps$", "^log/"]) == []
     with pytest.raises(UserError, match="no regular expression"):
-        differences.compare(saved, current, ["("])
+        settings_diff.compare(saved, current, ["("])
 
 
 def test_only_restores_a_sub_tree_without_the_rest(run):

@@ -12,14 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jointseg_jax import compose, sharding
+from jointseg_jax import build, sharding
 from jointseg_jax.data.pipeline import batches
-from jointseg_jax.data.scenes import Scenes
+from jointseg_jax.data.sources.scenes import Scenes
 from jointseg_jax.training import loop
 from jointseg_jax.training.checkpoints import Checkpoints
+from jointseg_jax.training.clock import Telemetry
 from jointseg_jax.training.faults import Faults, NonFinite
 from jointseg_jax.training.loop import train
-from jointseg_jax.training.telemetry import Telemetry
 from jointseg_jax.training.writers import read_records
 from jointseg_jax.types import UserError
 
@@ -51,7 +51,7 @@ def source(**fields):
 
 @pytest.fixture(autouse=True)
 def setting(monkeypatch, caplog):
-    monkeypatch.setitem(compose.SOURCES, "poisoned", Poisoned)
+    monkeypatch.setitem(build.SOURCES, "poisoned", Poisoned)
     READS.clear()
     caplog.set_level(logging.WARNING, logger="jointseg_jax")
 

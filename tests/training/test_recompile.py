@@ -10,7 +10,7 @@ import pytest
 
 from jointseg_jax import sharding
 from jointseg_jax.training import loop
-from jointseg_jax.training.telemetry import Telemetry
+from jointseg_jax.training.clock import Telemetry
 
 SIDE, ROWS, RECORDS, STEPS = 8, 4, 6, 8
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from jointseg_jax import compose
+from jointseg_jax import build
 from jointseg_jax.data.classes import Classes
 from jointseg_jax.training import resume
 from jointseg_jax.types import UserError
@@ -22,7 +22,7 @@ def config():
 
 
 def settings(given):
-    return resume.settings(given, compose.source(given, "train"))
+    return resume.settings(given, build.source(given, "train"))
 
 
 @pytest.fixture(scope="module")
@@ -84,12 +84,12 @@ def test_what_does_not_touch_the_result_may_change(saved, path, value):
 
 def test_other_classes_or_words_are_refused(tmp_path):
     """The first class that differs is told (C6)."""
-    known = compose.Facts(Classes(names=("sky", "road", "car")), ("a", "car"), ())
+    known = build.Facts(Classes(names=("sky", "road", "car")), ("a", "car"), ())
     (tmp_path / "facts.json").write_text(known.dump())
     resume.require_facts(known, tmp_path / "facts.json")
-    other = compose.Facts(Classes(names=("sky", "street", "car")), ("a", "car"), ())
+    other = build.Facts(Classes(names=("sky", "street", "car")), ("a", "car"), ())
     with pytest.raises(UserError, match="street"):
         resume.require_facts(other, tmp_path / "facts.json")
-    words = compose.Facts(known.classes, ("a",), ())
+    words = build.Facts(known.classes, ("a",), ())
     with pytest.raises(UserError, match="2 words, the data has 1"):
         resume.require_facts(words, tmp_path / "facts.json")

@@ -11,8 +11,8 @@ import pytest
 
 from jointseg_jax import rules, sharding
 from jointseg_jax.data.pipeline import batches
-from jointseg_jax.data.scenes import Scenes
-from jointseg_jax.systems.keys import fold, row_keys
+from jointseg_jax.data.sources.scenes import Scenes
+from jointseg_jax.rng import fold, row_keys
 from jointseg_jax.training import state as states
 from jointseg_jax.training.checkpoints import Checkpoints
 from jointseg_jax.training.digest import state_digest

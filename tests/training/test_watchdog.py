@@ -70,7 +70,7 @@ HANGING = """
     sys.path.insert(0, "configs")
     import quickstart
     from jointseg_jax import cli, compose
-    from jointseg_jax.data.scenes import Scenes
+    from jointseg_jax.data.sources.scenes import Scenes
     from jointseg_jax.training.loop import train
 
     class Odd(Scenes):

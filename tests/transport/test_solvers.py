@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jointseg_jax.build import SOLVERS
 from jointseg_jax.transport.dpm import DPMSolverPP
 from jointseg_jax.transport.process import Process
 from jointseg_jax.transport.schedules import BetaLinear, Cosine, Linear, ScaledLinear
 from jointseg_jax.transport.solvers import Euler, Heun, Solver
-from jointseg_jax.transport.table import SOLVERS
 
 FLOW = Process(schedule=Linear(), predicts="velocity")
 NOISE = Process(schedule=ScaledLinear(), predicts="noise")

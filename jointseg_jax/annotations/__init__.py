@@ -1,0 +1,1 @@
+"""Label maps on the host: clean-up, instances, pictures."""

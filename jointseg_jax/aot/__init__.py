@@ -1,1 +1,0 @@
-"""Programs compiled for TPUs that are not there, and what the compiler says of them."""

@@ -1,1 +1,0 @@
-"""How fast the parts of a config run on this machine, measured."""

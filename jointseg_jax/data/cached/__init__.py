@@ -1,0 +1,1 @@
+"""A data set encoded once: its files, and what reads and writes them."""

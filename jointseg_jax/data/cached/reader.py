@@ -1,0 +1,260 @@
+"""What a run reads of its data, encoded once: fixed-size rows in memory-mapped shards.
+
+ROOT/SPLIT.json                      the index: settings, fields, shards with their SHA-256
+ROOT/SPLIT-00000-of-00004.bin        rows (``shards.py``)
+ROOT/SPLIT-00000-of-00004.json       ids and captions of the records of that shard
+ROOT/SPLIT.text.bin, .texts.npy, .captions.npy   each different text once (``text_table.py``)
+
+Record i has ``variants`` rows, ``i * variants`` and on, those of ``views.py``.
+
+``launch/encode.py`` writes it (``cache_writer.py``). Rows come as they are stored, except that
+``labels`` are int16 again; float16 is made float32 where it is used, on the device.
+"""
+
+from __future__ import annotations
+
+import bisect
+import functools
+import hashlib
+import itertools
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jointseg_jax.data import files
+from jointseg_jax.data.cached.index import (
+    AGAIN,
+    check_files,
+    classes_of,
+    fields_of,
+    index_path,
+    read_index,
+    text_of,
+)
+from jointseg_jax.data.cached.shards import Field, opened, row_bytes, row_sums
+from jointseg_jax.data.cached.texts import Texts
+from jointseg_jax.data.classes import Classes
+from jointseg_jax.data.records import BadSample, Record
+from jointseg_jax.types import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cache:
+    """An encoded split as a source whose batches are gathered whole (``gathering.py``).
+
+    Attributes:
+      root: its folder.
+      index: what its index says.
+      fields: what a row holds.
+      texts: of the records; None where nothing reads any.
+    """
+
+    root: str
+    split: str
+    index: dict[str, Any] = field(init=False, repr=False, compare=False)
+    classes: Classes = field(init=False, repr=False)
+    fields: tuple[Field, ...] = field(init=False, repr=False, compare=False)
+    texts: Texts | None = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        path = index_path(self.root, self.split)
+        index = read_index(path)
+        if not index.get("complete"):
+            raise UserError(
+                f"ERROR [data] {path}: the cache is not finished. Run the same launch/encode.py "
+                "command again: it goes on where it stopped."
+            )
+        try:
+            known = self._known(index)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            why = f"{type(error).__name__}: {error}"
+            raise UserError(f"ERROR [data] {path}: damaged ({why}). {AGAIN}") from None
+        for name, value in known.items():
+            object.__setattr__(self, name, value)
+
+    def _known(self, index: dict[str, Any]) -> dict[str, Any]:
+        """The attributes that follow from an index."""
+        shards, tables, root = index["shards"], index["tables"], Path(self.root)
+        check_files(root, [*shards, *tables.values()])
+        fields, text = fields_of(index), text_of(index)
+        for entry in shards:
+            if entry["bytes"] != entry["records"] * index["variants"] * row_bytes(fields):
+                raise ValueError(f"{entry['file']}: {entry['records']} records of other fields")
+        return {
+            "index": index,
+            "classes": classes_of(index),
+            "fields": fields,
+            "texts": Texts(root, tables, text) if text else None,
+            "_starts": list(itertools.accumulate((s["records"] for s in shards), initial=0)),
+            "_open": {},
+            "_notes": {},
+            "_lock": threading.Lock(),
+        }
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return functools.partial(Cache, root=self.root, split=self.split), ()
+
+    @property
+    def name(self) -> str:
+        """Names the source by its folder and split."""
+        return f"{Path(self.root).name}/{self.split}"
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    @property
+    def text_is_features(self) -> bool:
+        """Whether texts are features that came with the records, not token ids."""
+        return self.texts is not None and self.texts.field.kind.kind != "i"
+
+    def words(self) -> tuple[str, ...]:
+        """The words of the source that was encoded."""
+        return tuple(self.index["words"])
+
+    def fingerprint(self) -> dict[str, object]:
+        """The encoded source's, and what its rows are."""
+        digests = "".join(shard["sha256"] for shard in self.index["shards"])
+        return {
+            "name": "cache",
+            "count": len(self),
+            "classes": list(self.classes.names),
+            "sha256": hashlib.sha256(digests.encode()).hexdigest()[:16],
+            "source": self.index["settings"]["source"],
+        }
+
+    def __getitem__(self, index: int) -> Record:
+        """One record as it was encoded, unaugmented; ``image`` and ``labels`` if they were kept."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"record {index} of {len(self)}")
+        shard = bisect.bisect_right(self._starts, index) - 1
+        note = self._note(shard)[index - self._starts[shard]]
+        rows = self._rows(np.array([index * self.index["variants"]]))
+        if self.text_is_features:
+            rows["text"] = self.texts.of(np.array([index]))
+        arrays = {name: _plain(values[0]) for name, values in rows.items()}
+        own = {k: arrays.pop(k) for k in ("image", "labels") if k in arrays}
+        record = {"id": note["id"], "captions": tuple(note["captions"]), **own}
+        return Record(**record, features=arrays)
+
+    def check_tokenizer(self, tokenizer: Any) -> None:
+        """Refuses a tokenizer that does not give the stored token ids.
+
+        Raises:
+          UserError: some other vocabulary or length.
+        """
+        if tokenizer is None or self.texts is None or self.text_is_features:
+            return
+        length, last = self.texts.field.shape[0], len(self) - 1
+        good = len(tokenizer("")) == length
+        for index in sorted({0, last // 2, last}):
+            stored = zip(self._captions(index), self.texts.of_record(index))
+            good = good and all(np.array_equal(tokenizer(caption), ids) for caption, ids in stored)
+        if not good:
+            raise UserError(
+                f"ERROR [data] {self.root}: holds token ids of another vocabulary or length "
+                f"({length} ids per caption) than config.system.text gives. Set that back, or run "
+                "launch/encode.py again, into another folder."
+            )
+
+    def damage(self) -> list[BadSample]:
+        """Reads every row; what is wrong with each file that is not as it was written."""
+        found = []
+        for first, end in itertools.pairwise(self._starts):
+            rows = np.arange(first * self.index["variants"], end * self.index["variants"])
+            try:
+                for part in np.array_split(rows, -(-len(rows) // 256) or 1):
+                    self._rows(part)
+            except BadSample as problem:
+                found.append(problem)
+        try:
+            if self.texts is not None:
+                self.texts.check()
+        except BadSample as problem:
+            found.append(problem)
+        return found
+
+    def gather(
+        self, records: np.ndarray, chance: np.ndarray | None = None
+    ) -> dict[str, np.ndarray]:
+        """The rows of some records, in their order.
+
+        Args:
+          chance: uniform draws ``[3, records]`` that choose crop, mirror and caption; the first
+            of each when absent.
+
+        Raises:
+          BadSample: a row is not what was written.
+        """
+        out = self._rows(records * self.index["variants"] + self._variant(chance))
+        if self.texts is not None:
+            out["text"] = self.texts.of(records, None if chance is None else chance[2])
+        return out
+
+    def _variant(self, chance: np.ndarray | None) -> np.ndarray | int:
+        if chance is None:
+            return 0
+        crops, flip = self.index["crops"], self.index["flip"]
+        crop = (chance[0] * crops).astype(np.int64)
+        return crop if flip is None else 2 * crop + (chance[1] < flip)
+
+    def _rows(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """Copies each row once, in the order in which rows lie on disk."""
+        order = np.argsort(rows, kind="stable")
+        ordered = rows[order]
+        edges = np.array(self._starts) * self.index["variants"]
+        cuts = np.searchsorted(ordered, edges)
+        out = [np.empty((len(rows), f.stride // 8), np.uint64) for f in self.fields]
+        sums = np.empty((len(rows), len(self.fields)), np.uint64)
+        for shard, (a, b) in enumerate(itertools.pairwise(cuts.tolist())):
+            if a == b:
+                continue
+            words, written = self._shard(shard)
+            places, local = order[a:b].tolist(), (ordered[a:b] - edges[shard]).tolist()
+            sums[order[a:b]] = written[local]
+            for source, target in zip(words, out):
+                for place, row in zip(places, local):
+                    target[place] = source[row]
+        for number, words in enumerate(out):
+            self._check(row_sums(words) == sums[:, number], rows, self.fields[number].name)
+        return {f.name: f.values(words) for f, words in zip(self.fields, out)}
+
+    def _check(self, good: np.ndarray, rows: np.ndarray, name: str) -> None:
+        if good.all():
+            return
+        row = int(rows[np.argmin(good)])
+        record = row // self.index["variants"]
+        shard = bisect.bisect_right(self._starts, record) - 1
+        raise BadSample(
+            str(Path(self.root) / self.index["shards"][shard]["file"]),
+            f"the shard is damaged ({name!r} of record {record - self._starts[shard]} in it has "
+            "another sum than was written)",
+            "a whole shard",
+            AGAIN,
+        )
+
+    def _shard(self, number: int) -> tuple[list[np.ndarray], np.ndarray]:
+        with self._lock:
+            if number not in self._open:
+                path = Path(self.root) / self.index["shards"][number]["file"]
+                check_files(Path(self.root), [self.index["shards"][number]])
+                self._open[number] = opened(path, self.fields)
+            return self._open[number]
+
+    def _note(self, number: int) -> list[dict[str, Any]]:
+        with self._lock:
+            if number not in self._notes:
+                name = Path(self.index["shards"][number]["file"]).with_suffix(".json")
+                self._notes[number] = files.read_json(Path(self.root) / name)["records"]
+            return self._notes[number]
+
+    def _captions(self, index: int) -> list[str]:
+        shard = bisect.bisect_right(self._starts, index) - 1
+        return self._note(shard)[index - self._starts[shard]]["captions"]
+
+
+def _plain(array: np.ndarray) -> np.ndarray:
+    """Half-precision numbers in float32, as features of records are."""
+    return array if array.dtype.kind in "iu" else array.astype(np.float32)

@@ -1,0 +1,160 @@
+"""Writes caches, shard by shard: each whole or not at all, kept when the work goes on after a kill.
+
+1. ``begin`` writes the index with ``complete: false``, or compares it with the one that is there.
+2. A shard is written to a temporary file, synced, hashed and renamed; then comes its note, with the
+   hash and the ids and captions of its records. A shard without a matching note does not exist.
+3. ``finish`` writes the texts (``text_writer.py``) and, last, the index with all hashes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jointseg_jax.data import files
+from jointseg_jax.data.cached import text_writer, texts
+from jointseg_jax.data.cached.index import FORMAT, VERSION, dump, index_path, read_index, text_of
+from jointseg_jax.data.cached.shards import Field, RowFile, shard_name
+from jointseg_jax.data.cached.text_writer import PART
+from jointseg_jax.data.records import BadSample
+from jointseg_jax.settings_diff import require_same
+
+
+def begin(root: Path, split: str, head: Mapping[str, Any]) -> None:
+    """Opens a cache to write to, or to go on with.
+
+    Args:
+      head: what is known before the first row: settings, fields, classes, words and counts.
+
+    Raises:
+      UserError: it was begun with other settings.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    path = index_path(root, split)
+    head = json.loads(json.dumps({"format": FORMAT, "version": VERSION} | dict(head)))
+    if not path.exists():
+        files.write(path, dump({"complete": False} | head))
+        return
+    saved = read_index(path)
+    require_same(
+        {k: v for k, v in saved.items() if k not in ("complete", "shards", "tables")},
+        head,
+        where=f"ERROR [data] {path}: this cache",
+        remedy="Put these settings back, or choose another --out.",
+    )
+
+
+def kept(root: Path, name: str, *, part: bool = False) -> bool:
+    """Whether a shard is there, whole: its note is, and it has the hash that the note says.
+
+    Args:
+      part: its texts must be there, too, for they are in no table yet.
+    """
+    paths = {"": root / f"{name}.bin", "text_": root / f"{name}{PART}"}
+    if not part:
+        del paths["text_"]
+    try:
+        note = files.read_json(root / f"{name}.json")
+        return all(note[f"{k}sha256"] == files.sha256(path) for k, path in paths.items())
+    except (BadSample, KeyError, TypeError, OSError):
+        return False
+
+
+class ShardWriter:
+    """One shard being filled, in order; nothing has its name until ``close``.
+
+    Args:
+      text: the field of the features that come with records, if any do.
+    """
+
+    def __init__(
+        self, root: Path, name: str, fields: Sequence[Field], rows: int, text: Field | None = None
+    ):
+        self.root, self.name, self.fields = root, name, tuple(fields)
+        self.notes: list[dict[str, Any]] = []
+        self._rows = RowFile(root / f"{name}.bin", self.fields, rows)
+        self._texts = text_writer.TextPart(root / f"{name}{PART}", text) if text else None
+
+    def add(
+        self,
+        values: Mapping[str, np.ndarray],
+        notes: Sequence[Mapping[str, Any]],
+        texts: np.ndarray | None = None,
+    ) -> None:
+        """Adds rows of all fields, and of each record its note and its features of text."""
+        self._rows.add([f.words(values[f.name]) for f in self.fields])
+        names = [{}] * len(notes)
+        if self._texts is not None and texts is not None:
+            names = [{"text": name} for name in self._texts.add(texts)]
+        self.notes += [{**note, **name} for note, name in zip(notes, names)]
+
+    def close(self) -> None:
+        """Gives the shard its name, and then its note."""
+        note = self._rows.close() | {"records": self.notes}
+        if self._texts is not None:
+            note["text_sha256"] = self._texts.close()
+        files.write(self.root / f"{self.name}.json", dump(note))
+
+
+def finish(
+    root: Path, split: str, shards: int, tokenizer: Callable[[str], np.ndarray] | None
+) -> dict[str, Any]:
+    """Writes the texts and the finished index, which it returns.
+
+    Args:
+      tokenizer: from a caption to its token ids, where text is words.
+    """
+    path = index_path(root, split)
+    before, names = read_index(path), [shard_name(split, n, shards) for n in range(shards)]
+    entries, records = [], []
+    for name in names:
+        note = files.read_json(root / f"{name}.json")
+        replaced = sum("instead_of" in record for record in note["records"])
+        entry = {"file": f"{name}.bin", "records": len(note["records"]), "replaced": replaced}
+        entries.append(entry | {k: note[k] for k in ("bytes", "sha256")})
+        records += note["records"]
+    tables = _texts(root, split, before, records, names, tokenizer)
+    index = before | {"complete": True, "shards": entries, "tables": tables}
+    files.write(path, dump(index))
+    remove_strays(root, split, set(names))
+    return index
+
+
+def _texts(
+    root: Path,
+    split: str,
+    index: Mapping[str, Any],
+    records: Iterable[Mapping[str, Any]],
+    shards: Sequence[str],
+    tokenizer: Callable[[str], np.ndarray] | None,
+) -> dict[str, Any]:
+    field = text_of(index)
+    if field is None:
+        return {}
+    keep = index["tables"]["text"] if texts.is_whole(root, index) else None
+    if tokenizer is not None:
+        names = (record["captions"] for record in records)
+        return text_writer.write(
+            root,
+            split,
+            field,
+            names,
+            lambda wanted: text_writer.tokenized(wanted, field, tokenizer),
+            keep=keep,
+        )
+    paths = [root / f"{name}{PART}" for name in shards] + [texts.table_path(root, split)]
+    names = ([record["text"]] for record in records)
+    return text_writer.write(
+        root, split, field, names, lambda _: text_writer.collected(paths, field), keep=keep
+    )
+
+
+def remove_strays(root: Path, split: str, names: set[str]) -> None:
+    """Removes what a killed run left of this split, and the parts that are in its tables now."""
+    for path in root.glob(f"{split}-*-of-*"):
+        if path.name.split(".")[0] not in names or path.name.endswith((".tmp", PART)):
+            path.unlink()

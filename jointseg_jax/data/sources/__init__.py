@@ -1,0 +1,1 @@
+"""Where records come from: embedded scenes, folders, TFDS, ArrayRecord."""

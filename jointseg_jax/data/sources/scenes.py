@@ -1,0 +1,306 @@
+"""An endless procedural source: things on stuff, where every category owns a hue.
+
+1. Scene (seed, split, index) is drawn by the Philox generator of key (2 seed + split, index), so
+   scenes are independent of each other, and the splits cannot meet.
+2. Geometry lives in [0, 1] x [0, 1] (y downwards): the same scene at any resolution, up to
+   rasterisation. A pixel belongs to exactly one category; nothing is blended across borders.
+3. The colour of a pixel is ``value * (1 - saturation * (1 - pure(hue)))``. Light, texture and
+   shadow change value and saturation only; the hue stays within ``HUE_JITTER`` degrees of its
+   category's centre, and centres are ``360 / 12 = 30`` degrees apart.
+4. Hence ``oracle_labels``: the projection of RGB on the direction of each hue, orthogonal to grey,
+   is ``chroma * cos(hue - centre)``; its largest entry is the nearest hue.
+"""
+
+import operator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int8, Int16, Num
+
+from jointseg_jax.data.classes import Classes
+from jointseg_jax.data.records import Record
+from jointseg_jax.data.sources import scene_drawing
+
+HUES = {
+    "sky": 210.0,
+    "hills": 270.0,
+    "water": 180.0,
+    "grass": 120.0,
+    "sand": 30.0,
+    "ball": 0.0,
+    "star": 60.0,
+    "triangle": 90.0,
+    "cross": 150.0,
+    "box": 240.0,
+    "ring": 300.0,
+    "heart": 330.0,
+}
+"""Hue centre of each category in degrees: stuff first, then things."""
+
+HUE_JITTER = 5.0
+"""Largest deviation of a region's hue from its centre; the oracle decides at 15 degrees."""
+
+STUFF = ("sky", "hills", "water", "grass", "sand")
+THINGS = tuple(name for name in HUES if name not in STUFF)
+PLURALS = {name: name + ("es" if name.endswith(("x", "ss")) else "s") for name in THINGS}
+NUMBERS = ("no", "a", "two", "three", "four", "five", "six", "seven", "eight")
+TEMPLATES = (
+    "{things} on {ground} under {sky}",
+    "{ground} with {things} below {sky}",
+    "a picture of {things} on {ground} and {sky} above",
+    "under {sky}, {ground} with {things}",
+)
+SPLITS = ("train", "val")
+VERSION = 1
+"""Raised whenever the same (seed, index) would give another picture."""
+
+
+class Plan(NamedTuple):
+    """A scene before rasterisation."""
+
+    regions: tuple[scene_drawing.Region, ...]
+    things: tuple[scene_drawing.Thing, ...]
+    template: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scenes:
+    """Procedural pictures with label maps, instance ids and captions.
+
+    Args:
+        size: side of the square, or (height, width), in pixels.
+        count: virtual length; each index below it is another scene.
+        things: categories that may appear on the ground.
+        thing_size: smallest and largest bounding diameter, as a part of the shorter side.
+        texture: strength of the texture; 0 leaves light and shadow only.
+    """
+
+    size: int | tuple[int, int] = 32
+    seed: int = 0
+    count: int = 10**6
+    split: str = "train"
+    things: tuple[str, ...] = THINGS
+    max_things: int = 5
+    thing_size: tuple[float, float] = (0.25, 0.5)
+    texture: float = 1.0
+
+    def __post_init__(self):
+        object.__setattr__(self, "things", tuple(self.things))
+        object.__setattr__(self, "thing_size", tuple(self.thing_size))
+        _check(self)
+
+    @property
+    def name(self) -> str:
+        """Names the source."""
+        return "scenes"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Returns (height, width)."""
+        return (self.size, self.size) if isinstance(self.size, int) else tuple(self.size)
+
+    @property
+    def classes(self) -> Classes:
+        """Lists the categories, stuff first, coloured by their own hues."""
+        names = STUFF + self.things
+        palette = tuple(
+            tuple(
+                int(c)
+                for c in np.round(255 * scene_drawing.flat_colour(HUES[name], name in THINGS))
+            )
+            for name in names
+        )
+        return Classes(names=names, isthing=tuple(n in THINGS for n in names), palette=palette)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Record:
+        """Draws one scene."""
+        index = operator.index(index)
+        if not 0 <= index < self.count:
+            raise IndexError(f"scene {index} of {self.count}: indices are 0..{self.count - 1}")
+        plan = self.plan(index)
+        image, layers = scene_drawing.draw(plan.regions, plan.things, self.shape, self.texture)
+        labels = self._layer_labels(plan)[layers]
+        segments = np.maximum(layers.astype(np.int32) - len(plan.regions) + 1, 0)
+        return Record(
+            id=f"{self.split}-{self.seed}-{index:07d}",
+            image=image,
+            labels=labels,
+            captions=(self._caption(plan, layers),),
+            segments=segments,
+        )
+
+    def plan(self, index: int) -> Plan:
+        """Draws the geometry and the colours of a scene, without its pixels."""
+        key = (2 * self.seed + SPLITS.index(self.split), index)
+        rng = np.random.Generator(np.random.Philox(key=np.array(key, np.uint64)))
+        template = int(rng.integers(len(TEMPLATES)))
+        return Plan(self._regions(rng), self._things(rng), template)
+
+    def words(self) -> tuple[str, ...]:
+        """Lists every word its captions can contain, sorted."""
+        fixed = " ".join(TEMPLATES).replace("{", " {").split()
+        words = {word for word in fixed if not word.startswith("{")}
+        words.update(STUFF, self.things, NUMBERS[1 : self.max_things + 1], ("and", "a"))
+        if self.max_things > 1:
+            words.update(PLURALS[name] for name in self.things)
+        return tuple(sorted(words))
+
+    def fingerprint(self) -> dict[str, object]:
+        """Returns the plain values that must match when a run resumes."""
+        return {
+            "name": self.name,
+            "version": VERSION,
+            "size": list(self.shape),
+            "seed": self.seed,
+            "count": self.count,
+            "split": self.split,
+            "things": list(self.things),
+            "max_things": self.max_things,
+            "thing_size": list(self.thing_size),
+            "texture": self.texture,
+        }
+
+    def oracle_labels(
+        self, image: Num[np.ndarray, "*batch height width 3"]
+    ) -> Int16[np.ndarray, "*batch height width"]:
+        """Labels every pixel by its hue, for this source's own classes."""
+        return oracle_labels(image, self.classes.names)
+
+    def _regions(self, rng) -> tuple[scene_drawing.Region, ...]:
+        """Chooses the sky and one or two kinds of ground, from top to bottom."""
+        grounds = rng.permutation(4)[: int(rng.integers(1, 3))]
+        names = ["sky", *sorted((STUFF[1 + g] for g in grounds), key=lambda n: n != "hills")]
+        numbers = rng.random((len(names), 8))
+        tops = (-1.0, 0.28 + 0.2 * numbers[0, 0], 0.6 + 0.16 * numbers[0, 1])
+        return tuple(
+            scene_drawing.Region(
+                name,
+                top=top,
+                slant=0.16 * (u[2] - 0.5),
+                hue=HUES[name] + HUE_JITTER * (2 * u[3] - 1),
+                waves=1.0 + 1.5 * u[4],
+                phase=u[5],
+                light=u[6],
+                offset=u[7],
+            )
+            for name, top, u in zip(names, tops, numbers)
+        )
+
+    def _things(self, rng) -> tuple[scene_drawing.Thing, ...]:
+        """Chooses the things from back to front, each in the emptiest of a few places."""
+        n = int(rng.integers(1, self.max_things + 1))
+        kinds = rng.integers(len(self.things), size=n)
+        numbers = rng.random((n, 8))
+        places = rng.random((n, 4, 2))
+        smallest, largest = self.thing_size
+        largest = smallest + (largest - smallest) * min(1.0, 2.2 / n)
+        chosen: list[scene_drawing.Thing] = []
+        for kind, u, place in zip(kinds, numbers, places):
+            # One in four things repeats the category of the one before, so that counts matter.
+            again = chosen and u[0] < 0.25
+            name = chosen[-1].kind if again else self.things[kind]
+            radius = 0.5 * (smallest + (largest - smallest) * u[1])
+            x, y = _emptiest(place, radius, chosen)
+            thing = scene_drawing.Thing(
+                name,
+                hue=HUES[name] + HUE_JITTER * (2 * u[3] - 1),
+                x=x,
+                y=y,
+                radius=radius,
+                angle=1.2 * (u[2] - 0.5),
+                light=u[4],
+                pattern=int(u[5] * len(scene_drawing.PATTERNS)),
+                phase=u[6],
+                pitch=u[7],
+            )
+            chosen.append(thing)
+        return tuple(chosen)
+
+    def _layer_labels(self, plan: Plan) -> np.ndarray:
+        names = STUFF + self.things
+        return np.array([names.index(p.kind) for p in (*plan.regions, *plan.things)], np.int16)
+
+    def _caption(self, plan: Plan, layers: Int8[np.ndarray, "height width"]) -> str:
+        """Names everything that has at least one pixel, the largest first."""
+        kinds = [part.kind for part in (*plan.regions, *plan.things)]
+        pixels = np.bincount(layers.ravel(), minlength=len(kinds))
+        area: dict[str, int] = {}
+        number: dict[str, int] = {}
+        for kind, n in zip(kinds, pixels.tolist()):
+            if n:
+                area[kind] = area.get(kind, 0) + n
+                number[kind] = number.get(kind, 0) + 1
+        ordered = sorted(area, key=lambda kind: (-area[kind], kind))
+        things = [_counted(kind, number[kind]) for kind in ordered if kind in THINGS]
+        ground = [kind for kind in ordered if kind in STUFF and kind != "sky"]
+        return TEMPLATES[plan.template].format(
+            things=_listed(things), ground=_listed(ground), sky="a sky"
+        )
+
+
+def oracle_labels(
+    image: Num[np.ndarray, "*batch height width 3"], names: tuple[str, ...] = tuple(HUES)
+) -> Int16[np.ndarray, "*batch height width"]:
+    """Labels every pixel with the category of the nearest hue (grey pixels with the first).
+
+    Any affine scaling of the colours gives the same labels: uint8, 0..1 or -1..1.
+    """
+    angles = np.deg2rad([HUES[name] for name in names])[None, :]
+    red_green_blue = np.deg2rad([[0.0], [120.0], [240.0]])
+    directions = np.cos(angles - red_green_blue).astype(np.float32)
+    return np.argmax(image.astype(np.float32) @ directions, axis=-1).astype(np.int16)
+
+
+def _emptiest(places, radius: float, chosen) -> tuple[float, float]:
+    """Returns the place, wholly inside the picture, that keeps most distance from the others."""
+    low = max(radius, 0.2)
+    x = radius + (1.0 - 2.0 * radius) * places[:, 0]
+    y = low + (1.0 - radius - low) * places[:, 1]
+    if not chosen:
+        return float(x[0]), float(y[0])
+    gaps = [np.hypot(x - t.x, y - t.y) / (radius + t.radius) for t in chosen]
+    best = int(np.argmax(np.min(gaps, axis=0)))
+    return float(x[best]), float(y[best])
+
+
+def _counted(kind: str, n: int) -> str:
+    return f"{NUMBERS[n]} {kind if n == 1 else PLURALS[kind]}"
+
+
+def _listed(phrases: list[str]) -> str:
+    return " and ".join([", ".join(phrases[:-1]), phrases[-1]] if phrases[1:] else phrases)
+
+
+def _check(scenes: Scenes) -> None:
+    """Raises ValueError when the knobs cannot give scenes."""
+    if min(scenes.shape) < 8 or len(scenes.shape) != 2:
+        raise ValueError(f"Scenes.size is {scenes.size}; give a side, or (height, width), >= 8")
+    if scenes.split not in SPLITS:
+        raise ValueError(f"Scenes.split is {scenes.split!r}; choose one of {', '.join(SPLITS)}")
+    if not 0 <= scenes.seed < 2**62 or not 1 <= scenes.count <= 2**62:
+        raise ValueError(
+            f"Scenes.seed is {scenes.seed} and count {scenes.count}; "
+            "give a seed in 0..2^62 and a count of at least 1"
+        )
+    unknown = [name for name in scenes.things if name not in THINGS]
+    if unknown or not scenes.things or len(set(scenes.things)) != len(scenes.things):
+        raise ValueError(
+            f"Scenes.things is {scenes.things}; give different names out of {', '.join(THINGS)}"
+        )
+    if not 1 <= scenes.max_things < len(NUMBERS):
+        raise ValueError(f"Scenes.max_things is {scenes.max_things}; give 1 to {len(NUMBERS) - 1}")
+    low, high = scenes.thing_size
+    if not 0.1 <= low <= high <= 0.6 or scenes.texture < 0:
+        raise ValueError(
+            f"Scenes.thing_size is {scenes.thing_size} and texture {scenes.texture}; "
+            "sizes need 0.1 <= smallest <= largest <= 0.6, texture must not be negative"
+        )
+    if low * min(scenes.shape) < 4:
+        raise ValueError(
+            f"Scenes.size is {scenes.size} and the smallest thing {low} of it; "
+            "a thing needs at least 4 pixels: enlarge the picture or the thing_size"
+        )

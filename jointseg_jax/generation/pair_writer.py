@@ -1,0 +1,278 @@
+"""Pairs on disk: PNG files and one manifest line each, written so that nothing is half there.
+
+``OUT/images/ID.png``, ``OUT/annotations/ID.png`` (palette PNG whose pixels are class indices, 255
+for void), ``OUT/manifest.jsonl`` in index order; if asked for, ``OUT/overlay/ID.png`` (the labels
+over the image) and ``OUT/confidence/ID.png`` (grey, 255 = certain). Of panoptic results also
+``OUT/panoptic/ID.png`` (RGB PNG of segment ids, ``data/segments.py``), whose COCO ``segments_info``
+stands in the manifest line, ``category_id`` being the class index. A file appears by rename; a
+manifest line follows its files; a torn last line is cut off when a run goes on, and pairs whose
+files are not what their line says are made again, they alone. Nothing written
+depends on the clock or the machine, so an interrupted run ends with the same bytes as one that was
+not. A file system that refuses ends the run with a sentence; what is whole stays.
+
+A pair that a filter rejects (``generation/filters.py``) has a line that says why, and no files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jointseg_jax.annotations import viz
+from jointseg_jax.data import files
+from jointseg_jax.data.classes import Classes
+from jointseg_jax.data.images import encode_segment_ids
+from jointseg_jax.data.segments import listed
+from jointseg_jax.types import UserError
+
+
+class PairWriter:
+    """Appends pairs to a folder; ``done`` says how many are there and whole.
+
+    Args:
+      settings: everything the pairs depend on; another run into the same folder must agree.
+      lines: of a process that only makes the ``files`` of pairs: their manifest is another's.
+
+    Attributes:
+      lines: of the manifest, one for each pair that is done.
+      kept: lines of pairs beyond the first that is not whole, by index: whole, and listed again
+        when their turn has come.
+    """
+
+    def __init__(
+        self, folder: Path, classes: Classes, settings: Mapping[str, Any], *, lines: bool = True
+    ):
+        self.folder, self.classes = folder, classes
+        self.lines: list[dict[str, Any]] = []
+        self.kept: dict[int, dict[str, Any]] = {}
+        self._manifest = folder / "manifest.jsonl"
+        if not lines:
+            if not (folder / "settings.json").exists():
+                raise UserError(
+                    f"{folder}: what the first process wrote there is not seen by the others; "
+                    "choose an --out on a file system that all of them share."
+                )
+            return
+        with self.explained():
+            for name in ("images", "annotations"):
+                (folder / name).mkdir(parents=True, exist_ok=True)
+            _agree(folder / "settings.json", settings)
+            self.lines, self.kept = self._verified()
+            self._rewrite_manifest()
+
+    @property
+    def done(self) -> int:
+        """Pairs that need not be made again."""
+        return len(self.lines)
+
+    def write(
+        self,
+        index: int,
+        prompt: str,
+        image: np.ndarray,
+        labels: np.ndarray,
+        facts: Mapping[str, Any],
+        segments: np.ndarray | None = None,
+        *,
+        name: str | None = None,
+        more: Mapping[str, np.ndarray] | None = None,
+    ) -> None:
+        """Writes pair ``index``, the next one in order; as ``files``, then ``append``."""
+        self._list_kept()
+        self._require_next(index)
+        self.append(self.files(index, prompt, image, labels, facts, segments, name=name, more=more))
+
+    def files(
+        self,
+        index: int,
+        prompt: str,
+        image: np.ndarray,
+        labels: np.ndarray,
+        facts: Mapping[str, Any],
+        segments: np.ndarray | None = None,
+        *,
+        name: str | None = None,
+        more: Mapping[str, np.ndarray] | None = None,
+    ) -> dict[str, Any]:
+        """Writes the files of pair ``index``, in any order; returns its manifest line.
+
+        Args:
+          facts: what else its manifest line says.
+          segments: instance numbers, if it has any.
+          name: its ID, with folders if it holds "/"; the index in eight digits when not given.
+          more: further uint8 pictures by the name of their folder.
+        """
+        name = name or f"{index:08d}"
+        contents = {
+            "image": (f"images/{name}.png", viz.png_bytes(image)),
+            "annotation": (
+                f"annotations/{name}.png",
+                viz.palette_png_bytes(labels, self.classes),
+            ),
+        }
+        line: dict[str, Any] = {"id": name, "index": index, "prompt": prompt, **facts}
+        line |= {"height": int(labels.shape[0]), "width": int(labels.shape[1])}
+        for folder, picture in (more or {}).items():
+            contents[folder] = (f"{folder}/{name}.png", viz.png_bytes(picture))
+        if segments is not None:
+            ids, line["segments_info"] = listed(labels, segments, self.classes)
+            contents["panoptic"] = (f"panoptic/{name}.png", encode_segment_ids(ids))
+        for key, (path, data) in contents.items():
+            with self.explained(self.folder / path, len(data)):
+                (self.folder / path).parent.mkdir(parents=True, exist_ok=True)
+                files.write(self.folder / path, data)
+            line |= {key: path, key + "_sha256": hashlib.sha256(data).hexdigest()}
+        return line
+
+    def rejected(
+        self,
+        index: int,
+        prompt: str,
+        facts: Mapping[str, Any],
+        reason: str,
+        *,
+        name: str | None = None,
+    ) -> dict[str, Any]:
+        """The manifest line of pair ``index``, which a filter rejects: it has no files."""
+        name = name or f"{index:08d}"
+        return {"id": name, "index": index, "prompt": prompt, **facts, "rejected": reason}
+
+    def close(self) -> None:
+        """Flushes the manifest to disk."""
+        self._list_kept()
+        with self.explained(), self._manifest.open("a") as file:
+            os.fsync(file.fileno())
+
+    def append(self, line: Mapping[str, Any]) -> None:
+        """Adds the next pair to the manifest, its files being there."""
+        self._list_kept()
+        self._require_next(line["index"])
+        self._add(line)
+
+    def _list_kept(self) -> None:
+        while self.done in self.kept:
+            self._add(self.kept[self.done])
+
+    def _add(self, line: Mapping[str, Any]) -> None:
+        text = json.dumps(line, ensure_ascii=False).encode() + b"\n"
+        with self.explained(self._manifest, len(text)), self._manifest.open("ab") as file:
+            file.write(text)
+        self.lines.append(dict(line))
+
+    @contextlib.contextmanager
+    def explained(self, path: Path | None = None, size: int = 0) -> Iterator[None]:
+        """Turns an error of the file system into a message a user can act on."""
+        try:
+            yield
+        except OSError as error:
+            if path is not None:  # what is half there would keep the disk full
+                with contextlib.suppress(OSError):
+                    path.with_name(path.name + ".tmp").unlink()
+            reason = f"cannot be written ({error.strerror or error})"
+            remedy = "Choose another --out, or mend its permissions"
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                free = shutil.disk_usage(self.folder).free
+                reason += f": {size} bytes needed, {free} free"
+                remedy = "Free some space"
+            raise UserError(
+                f"ERROR [generation] {path or self.folder}: {reason}. {remedy}; the pairs listed "
+                f"in {self._manifest.name} are whole, and the same command goes on from them."
+            ) from error
+
+    def _require_next(self, index: int) -> None:
+        if index != self.done:
+            raise ValueError(f"pair {index} out of order; {self.done} is next.")
+
+    def _verified(self) -> tuple[list[dict[str, Any]], dict[int, dict[str, Any]]]:
+        """Manifest lines up to the first of files not whole; those after it, by index.
+
+        A line that is torn or out of order ends the manifest.
+        """
+        lines: list[dict[str, Any]] = []
+        kept: dict[int, dict[str, Any]] = {}
+        found = manifest_lines(self._manifest) if self._manifest.exists() else ()
+        for index, line in enumerate(found):
+            if line.get("index") != index:
+                break
+            if self._whole(line):
+                kept[index] = line
+            if index == len(lines) and index in kept:
+                lines.append(kept.pop(index))
+        return lines, kept
+
+    def _whole(self, line: Mapping[str, Any]) -> bool:
+        if isinstance(line.get("rejected"), str):
+            return True
+        for key in (k.removesuffix("_sha256") for k in line if k.endswith("_sha256")):
+            path = self._inside(line.get(key))
+            if path is None or not path.is_file():
+                return False
+            if hashlib.sha256(path.read_bytes()).hexdigest() != line[key + "_sha256"]:
+                return False
+        return {"image_sha256", "annotation_sha256"} <= line.keys()
+
+    def _inside(self, name: Any) -> Path | None:
+        """A file of this folder that a line names; None for any other place, which is not read."""
+        if not isinstance(name, str) or "\0" in name:
+            return None
+        path = self.folder / name
+        return path if path.resolve().is_relative_to(self.folder.resolve()) else None
+
+    def _rewrite_manifest(self) -> None:
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in self.lines).encode()
+        if not self._manifest.exists() or self._manifest.read_bytes() != text:
+            files.write(self._manifest, text)
+
+
+def manifest_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a manifest up to the first that is torn or damaged.
+
+    A line ends at a newline and nowhere else: a prompt may hold what Unicode calls a line break.
+    """
+    *whole, _ = path.read_bytes().split(b"\n")
+    for text in whole:
+        try:
+            line = json.loads(text)
+        except (ValueError, RecursionError):  # no JSON, no UTF-8
+            return
+        if not isinstance(line, dict):
+            return
+        yield line
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        saved = json.loads(path.read_bytes())
+    except ValueError:
+        saved = None
+    if not isinstance(saved, dict):
+        raise UserError(
+            f"{path}: damaged; nobody can say with what settings these pairs were made. Put the "
+            "file back from a copy, or choose another --out."
+        )
+    return saved
+
+
+def _agree(path: Path, settings: Mapping[str, Any]) -> None:
+    """Writes the settings, or refuses other ones than those the folder was made with."""
+    if path.exists():
+        saved = _read(path)
+        keys = sorted(set(saved) | set(settings))
+        changed = [k for k in keys if saved.get(k) != settings.get(k)]
+        if changed:
+            listed = "; ".join(f"{k}: {saved.get(k)} -> {settings.get(k)}" for k in changed)
+            raise UserError(
+                f"{path.parent}: made with other settings: {listed}. "
+                "Give the same settings to go on, or another --out."
+            )
+        return
+    files.write(path, (json.dumps(settings, indent=1) + "\n").encode())

@@ -1,0 +1,1 @@
+"""Speed: what the compiler says of a program, and what a clock says."""

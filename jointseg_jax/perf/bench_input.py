@@ -1,0 +1,144 @@
+"""The input pipeline of a config: its own source, transforms and tokenizer, without a network.
+
+1. ``pair``: one record read, checked, transformed and tokenized, by processor time: its inverse is
+   the pairs per second of one core.
+2. ``batch``: one batch as the pipeline delivers it, with the config's threads and workers, after
+   what it had ready is used up.
+3. ``wait``: of a step that keeps the chip, not the host, busy for ``step_ms``, the time spent
+   waiting for its batch and bringing it to the devices.
+
+An encoded data set (``data.cache``) is read by whole batches and has no ``pair``; its ``batch`` is
+the rate of cached samples.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from jointseg_jax import build, sharding
+from jointseg_jax.data.cached.loader import Gathered
+from jointseg_jax.data.pipeline import make_rows
+from jointseg_jax.perf import machine, subject
+from jointseg_jax.perf.harness import Action, Job, Request
+from jointseg_jax.perf.timing import LENGTH, MOST
+
+STRIDE = 7919
+"""From one record to the next: far apart, so that no file is in any cache by its neighbour."""
+
+STEPS = 10
+"""Steps in one repetition of ``wait``."""
+
+
+class _Input:
+    """The config's source, and its batches."""
+
+    def __init__(self, request: Request):
+        config = dict(request.config)
+        config["batch"] = self.batch = request.batch or config["batch"]
+        self.source = build.source(config, "train")
+        self.encoded = isinstance(self.source, Gathered)
+        known = build.facts(self.source, captions=0)
+        self.config, self.step = config, request.step_ms / 1e3
+        self.mesh = sharding.make_mesh((-1, 1, 1))
+        tokenizer = build.tokenizer(config, known.vocabulary)
+        self.rows = make_rows(
+            self.source,
+            build.transforms(config),
+            tokenizer=tokenizer.encode if tokenizer else None,
+            seed=config["seed"],
+            batch=self.batch,
+            train=True,
+            bad=config["data"].get("bad", "replace"),
+            mark=False,
+            instances=build.instances(config),
+        )
+        self.at = itertools.count()
+        self.batches = subject.real_batches(
+            subject.Subject(config, known, None, None, {}, ()),
+        )
+        data = config["data"]
+        self.workers, self.threads = data.get("workers", 0), data.get("threads", 2)
+        self.ahead = data.get("prefetch", 4) * (1 + 2 * self.workers)
+
+    def pair(self, count: int) -> float:
+        """Processor seconds of so many pairs, made one after the other."""
+        start = time.process_time()
+        for position in itertools.islice(self.at, count):
+            self.rows(position, position * STRIDE % len(self.source))
+        return time.process_time() - start
+
+    def deliver(self, count: int) -> float:
+        """Seconds for so many batches, beyond those that were ready."""
+        for _ in range(self.ahead + 1):
+            next(self.batches)
+        start = time.perf_counter()
+        for _ in range(count):
+            next(self.batches)
+        return time.perf_counter() - start
+
+    def calls(self) -> int:
+        """How many batches in a repetition: as many as are ready and again, and a second's worth.
+
+        One batch alone says nothing, for the next ones are half made when it comes.
+        """
+        self.deliver(1)  # threads and compiled code start
+        least = self.ahead + 1
+        return min(max(math.ceil(LENGTH * least / self.deliver(least)), least), MOST)
+
+    def wait(self, count: int) -> float:
+        """Seconds that a device waits in so many steps, after what was ready is used up.
+
+        The device is a clock; as in training, the host runs one step ahead of it and no further.
+        """
+        waited, free = 0.0, 0.0
+        for n in range(self.ahead + count):
+            sharding.global_batch(next(self.batches), self.mesh)
+            come = time.perf_counter()
+            waited += max(come - free, 0.0) if n >= self.ahead else 0.0
+            begun = max(come, free)
+            time.sleep(max(begun - come, 0.0))  # until the step before this one is done
+            free = begun + self.step
+        return waited
+
+    def facts(self) -> dict[str, Any]:
+        """What was prepared."""
+        pair = "" if self.encoded else "pair: processor seconds of one, in one thread; "
+        return {
+            "timed": pair + "batch: seconds between batches once none is ready; wait: seconds "
+            "a device with synthetic steps has none",
+            "source": self.source.name,
+            "records": len(self.source),
+            "batch": self.batch,
+            "transforms": [] if self.encoded else list(self.config["data"]["transforms"]),
+            "threads": self.threads,
+            "workers": self.workers,
+            "prefetch": self.config["data"].get("prefetch", 4),
+            "step_ms": 1e3 * self.step,
+        }
+
+    def after(self, medians: Mapping[str, float]) -> dict[str, Any]:
+        """Rates, and the part of a step that is waiting."""
+        wait, found = medians["wait"], {}
+        if "pair" in medians:
+            found["pairs_per_second_per_core"] = float(f"{1 / medians['pair']:.5g}")
+        rate = "cached_samples_per_second" if self.encoded else "pairs_per_second"
+        return found | {
+            rate: float(f"{self.batch / medians['batch']:.5g}"),
+            "data_wait": float(f"{wait / (wait + self.step):.4g}"),
+            "memory": machine.memory(),
+        }
+
+
+def prepare(request: Request) -> Job:
+    """The job of ``--what data``."""
+    source = _Input(request)
+    single = {} if source.encoded else {"pair": Action(source.pair, 1)}
+    actions = single | {
+        "batch": Action(source.deliver, source.batch, warm=False, calls=source.calls()),
+        "wait": Action(source.wait, calls=STEPS),
+    }
+    return Job(actions, source.facts(), source.after, source.batches.close)

@@ -1,0 +1,122 @@
+"""Mask clean-up on label maps of three levels of noise, against the original's algorithm.
+
+``plain`` is the original's way (``plain_masks``); ``crops`` is ours in numpy and scipy and
+``compiled`` ours with numba, both to give the same map to the last pixel, which is checked here;
+``fast`` is the other mode, with a result of its own. One map a call, one thread, by processor time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from scipy import ndimage
+
+from jointseg_jax.annotations import masks
+from jointseg_jax.perf import plain_masks
+from jointseg_jax.perf.harness import Action, Job, Request, on_processor
+
+LEVELS = {"clean": 160, "medium": 709, "noisy": 2447}
+"""Regions in a map of 512 x 512 pixels, by level of noise."""
+
+CLASSES = 21
+BLOBS = 8
+"""Cells of the coarse noise that blobs are made of, along a side."""
+
+LARGEST = 7
+"""Sides of a speck at most."""
+
+Absorb = Callable[[np.ndarray, int], np.ndarray]
+
+
+def label_map(size: int, regions: int, *, classes: int = CLASSES, seed: int = 0) -> np.ndarray:
+    """A map of smooth blobs, and as many specks upon them as make about so many regions."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.standard_normal((classes, BLOBS, BLOBS))
+    field = ndimage.zoom(coarse, (1, size / BLOBS, size / BLOBS), order=1)
+    labels = field.argmax(0).astype(np.uint8)
+    missing = regions - _regions(labels)
+    while missing > 0:
+        for _ in range(missing):
+            height, width = rng.integers(1, LARGEST, 2)
+            y, x = rng.integers(0, (size - height, size - width))
+            labels[y : y + height, x : x + width] = rng.integers(classes)
+        missing = regions - _regions(labels)
+    return labels
+
+
+def maps(size: int) -> dict[str, np.ndarray]:
+    """One map of each level; the smaller the map, the fewer the regions."""
+    part = (size / 512) ** 2
+    return {k: label_map(size, max(round(n * part), 2)) for k, n in LEVELS.items()}
+
+
+def _regions(labels: np.ndarray) -> int:
+    return len(masks.connected(labels.astype(np.int32))[1])
+
+
+def _small(labels: np.ndarray, area: int) -> int:
+    return int((masks.connected(labels.astype(np.int32))[1] < area).sum())
+
+
+def crops(labels: np.ndarray, area: int) -> np.ndarray:
+    """Our sequential mode where numba is not installed."""
+    return _sequential(labels, area, masks.sweep_crops)
+
+
+def _sequential(labels: np.ndarray, area: int, sweep: Any) -> np.ndarray:
+    ranked = masks._ranked(labels)
+    masks.sequential(ranked, area, masks.NONE, sweep)
+    return ranked.values[ranked.ranks].astype(labels.dtype)
+
+
+def ways() -> dict[str, Absorb]:
+    """The ways to clean a map that are there, by name; ``compiled`` only with numba."""
+    found: dict[str, Absorb] = {"plain": plain_masks.absorb, "crops": crops}
+    if masks.compiled() is not None:
+        found["compiled"] = masks.absorb
+    return found | {"fast": lambda labels, area: masks.absorb(labels, area, mode="fast")}
+
+
+def prepare(request: Request) -> Job:
+    """The job of ``--what masks``."""
+    made, found, area = maps(request.size), ways(), request.area
+    exact = {
+        level: {
+            way: bool(np.array_equal(absorb(labels, area), wanted))
+            for way, absorb in found.items()
+            if way not in ("plain", "fast")
+        }
+        for level, labels in made.items()
+        for wanted in [plain_masks.absorb(labels, area)]
+    }
+    actions = {
+        f"{level} {way}": Action(on_processor(lambda a=absorb, m=labels: a(m, area)), 1)
+        for level, labels in made.items()
+        for way, absorb in found.items()
+    }
+    facts = {
+        "size": [request.size, request.size],
+        "area": area,
+        "classes": CLASSES,
+        "regions": {level: _regions(labels) for level, labels in made.items()},
+        "small_regions": {level: _small(labels, area) for level, labels in made.items()},
+        "timed": "processor seconds of one map, one thread",
+        "numba": "compiled" in found,
+        "exact": exact,
+        "all_exact": all(same for row in exact.values() for same in row.values()),
+    }
+
+    def after(medians: Mapping[str, float]) -> dict[str, Any]:
+        speedups = {
+            level: {
+                way: float(f"{medians[f'{level} plain'] / medians[f'{level} {way}']:.4g}")
+                for way in found
+                if way != "plain"
+            }
+            for level in made
+        }
+        return {"times_as_fast_as_plain": speedups}
+
+    return Job(actions, facts, after)

@@ -1,0 +1,127 @@
+"""From the start of ``launch/train.py`` to its first update, in processes of their own.
+
+1. ``cold``: with an empty compile cache. ``warm``: the same again with the cache that this left.
+2. The clock stops when the run logs the loss of its first update; from then on it is not needed and
+   ends. Everything a user waits for is in it: interpreter, imports, data, parameters, compilation.
+3. Whatever Linux keeps in memory of Python's files is as it is after many starts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from jointseg_jax.perf.harness import Action, Job, Request
+from jointseg_jax.types import UserError
+
+PATIENCE = 1800
+"""Seconds until a run without an update counts as stuck."""
+
+POLL = 0.01
+
+CONFIG = '''"""Written by launch/benchmark.py."""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """The config of the run to start."""
+    return ConfigDict({config!r}).lock()
+'''
+
+
+class _Startup:
+    """Starts runs, each in a new workdir."""
+
+    def __init__(self, request: Request):
+        quiet = {"log": {"every": 1}, "finish": {"num": 0}}
+        self.config = dict(request.config) | quiet
+        self.config["preview"] = dict(self.config["preview"]) | {"every": 0}
+        if request.batch:
+            self.config["batch"] = request.batch
+        if self.config["steps"] < 2:
+            raise UserError("ERROR [flags] --what=startup: config.steps must be 2 or more.")
+        self.launcher = request.launcher
+        self.folder = tempfile.TemporaryDirectory()
+        self.root = Path(self.folder.name)
+        (self.root / "config.py").write_text(CONFIG.format(config=self.config))
+        self.runs = 0
+        self.compiled: dict[str, list[float]] = {"cold": [], "warm": []}
+
+    def cold(self, count: int) -> float:
+        """Seconds until the first update, with an empty cache."""
+        return sum(self._start("cold", new_cache=True) for _ in range(count))
+
+    def warm(self, count: int) -> float:
+        """Seconds until the first update, with the cache of the last cold start."""
+        return sum(self._start("warm", new_cache=False) for _ in range(count))
+
+    def _start(self, kind: str, *, new_cache: bool) -> float:
+        self.runs += 1
+        workdir = self.root / f"run{self.runs}"
+        if new_cache:
+            self.cache = self.root / f"cache{self.runs}"
+        command = [sys.executable, self.launcher]
+        command += [f"--config={self.root}/config.py", f"--workdir={workdir}"]
+        environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(self.cache)}
+        said = self.root / f"said{self.runs}.txt"
+        with said.open("w") as out:
+            start = time.perf_counter()
+            process = subprocess.Popen(command, env=environment, stdout=out, stderr=out)
+            with _ended(process):
+                while not _updated(workdir / "metrics.jsonl"):
+                    seconds = time.perf_counter() - start
+                    if process.poll() is not None or seconds > PATIENCE:
+                        raise UserError(
+                            f"ERROR [startup] {' '.join(command)}: no update after {seconds:.0f} "
+                            f"s. It said:\n{said.read_text()[-3000:]}"
+                        )
+                    time.sleep(POLL)
+                seconds = time.perf_counter() - start
+        found = re.search(r"update compiled in ([\d.]+) s", said.read_text())
+        self.compiled[kind].append(float(found.group(1)) if found else -1.0)
+        return seconds
+
+    def facts(self) -> dict[str, Any]:
+        """What was prepared."""
+        timed = "seconds from the start of the process to its first update, compile cache empty "
+        return {"timed": timed + "(cold) and filled (warm)", "batch": self.config["batch"]}
+
+    def after(self, medians: Mapping[str, float]) -> dict[str, Any]:
+        """Seconds of it that the compiler took, as the runs say (-1: one did not)."""
+        del medians
+        return {"compile_s": self.compiled}
+
+
+@contextlib.contextmanager
+def _ended(process: subprocess.Popen) -> Iterator[None]:
+    """Ends the process on the way out."""
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _updated(metrics: Path) -> bool:
+    """Whether a run has logged the loss of an update."""
+    if not metrics.exists():
+        return False
+    lines = metrics.read_text().split("\n")[:-1]  # what is behind the last line end may be torn
+    return any("loss" in json.loads(line) for line in lines)
+
+
+def prepare(request: Request) -> Job:
+    """The job of ``--what startup``."""
+    startup = _Startup(request)
+    actions = {"cold": Action(startup.cold, warm=False), "warm": Action(startup.warm, warm=False)}
+    return Job(actions, startup.facts(), startup.after, startup.folder.cleanup)

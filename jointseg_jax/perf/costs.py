@@ -1,0 +1,228 @@
+"""What a compiled program does, read off its text: products, collectives, estimated cycles.
+
+1. ``dot``: ``2 x elements of the result x contracted length``.
+2. ``convolution`` (TPUs write every product as one): ``2 x elements of the result x input
+   features`` x, for each window dimension, the mean number of taps that fall on real input: exact
+   under padding, stride and dilation, by which batch axes are often expressed.
+3. A collective's bytes are those of the larger of what goes in and what comes out, on one device:
+   what an all-gather makes, what a reduction is given. An asynchronous one stands in several
+   computations under one channel, and counts once.
+4. XLA:TPU writes the cycles it expects of each fusion into the text; time = cycles / clock. Kernels
+   of our own (``custom-call``) have none and are listed.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+import math
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from jointseg_jax.perf.hlo import Instruction, Module, Visit, num_bytes, sizes
+from jointseg_jax.profiling import FORWARD_FLOPS
+
+COLLECTIVES = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
+
+SCATTERED = re.compile(r"all-reduce-?_?scatter")
+"""Computations in which an all-reduce is one half of a reduce-scatter."""
+
+KERNELS = ("tpu_custom_call", "MosaicTPU", "mosaic", "cudnn")
+"""Parts of the targets of custom calls that compute; the others only place or move buffers."""
+
+
+SHORT = 256
+"""Scores of so few tokens are small, and an axis so short may be something else."""
+
+TILES = (1, 8, 16, 128)
+"""Multiples to which a number of tokens may be padded."""
+
+
+class Traffic(NamedTuple):
+    """Collectives of one kind: how many run, and their bytes on one device."""
+
+    count: int
+    bytes: int
+
+
+class Costs(NamedTuple):
+    """One run of a program on one device.
+
+    Attributes:
+      flops: of its matrix products and convolutions.
+      collectives: by kind.
+      cycles: as the compiler estimates, by part of the program.
+      kernels: custom calls without an estimate -> how many run.
+      squares: types of buffers with two axes as long as attention's.
+    """
+
+    flops: int
+    collectives: dict[str, Traffic]
+    cycles: dict[str, int]
+    kernels: dict[str, int]
+    squares: tuple[str, ...] = ()
+
+
+def costs(module: Module, lengths: Sequence[int] = ()) -> Costs:
+    """Counts everything in one pass.
+
+    Args:
+      lengths: numbers of tokens that attend to each other; the long ones may leave no squares.
+    """
+    sides = {-(-n // unit) * unit for n in lengths if n > SHORT for unit in TILES}
+    fused, squares = module.fused(), {}
+    flops, cycles, kernels = 0, collections.Counter(), collections.Counter()
+    traffic: dict[str, Traffic] = {}
+    seen: set[tuple[str, str]] = set()
+    for visit in module.visits():
+        times, _, instruction = visit
+        flops += times * product_flops(module, visit)
+        if sides and visit.computation not in fused:
+            squares |= dict.fromkeys(_squares(instruction.type, sides))
+        if kind := collective_kind(visit):
+            key = (kind, _channel(visit))
+            if key not in seen:
+                count, total = traffic.get(kind, Traffic(0, 0))
+                moved = times * collective_bytes(module, visit)
+                traffic[kind] = Traffic(count + times, total + moved)
+            seen.add(key)
+        if estimate := instruction.attribute(r'"estimated_cycles":"(\d+)"'):
+            cycles[part_of(instruction)] += times * int(estimate)
+        if instruction.op == "custom-call":
+            target = instruction.attribute(r'custom_call_target="([^"]*)"') or ""
+            if any(word in target for word in KERNELS):
+                kernels[target] += times
+    return Costs(flops, traffic, dict(cycles.most_common()), dict(kernels), tuple(squares))
+
+
+def _squares(type_text: str, sides: set[int]) -> list[str]:
+    """The arrays of a type with two axes out of ``sides``."""
+    return [
+        f"{element}{list(dims)}".replace(" ", "")
+        for element, dims in sizes(type_text)
+        if sum(n in sides for n in dims) > 1
+    ]
+
+
+def product_flops(module: Module, visit: Visit) -> int:
+    """FLOPs of one run of a ``dot`` or ``convolution``; 0 for anything else."""
+    if visit.instruction.op == "dot":
+        return _dot(visit.instruction, *module.operand_types(visit)[:1])
+    if visit.instruction.op == "convolution":
+        return _convolution(visit.instruction, *module.operand_types(visit)[:2])
+    return 0
+
+
+def _dims(type_text: str) -> tuple[int, ...]:
+    return sizes(type_text)[0][1]
+
+
+def _dot(dot: Instruction, left: str) -> int:
+    axes = dot.attribute(r"lhs_contracting_dims=\{([\d,]*)\}") or ""
+    contracted = [_dims(left)[int(axis)] for axis in axes.split(",") if axis]
+    return 2 * math.prod(_dims(dot.type)) * math.prod(contracted)
+
+
+def _convolution(convolution: Instruction, left: str, right: str) -> int:
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", convolution.rest).groups()
+    types = (left, right, convolution.type)
+    taken, kernel, made = (dict(zip(w, _dims(t))) for w, t in zip(labels, types))
+    total = 2 * math.prod(made.values()) * kernel["i"]
+    window = convolution.attribute(r"window=\{([^}]*)\}") or ""
+    fields = dict(part.split("=") for part in window.split())
+    spatial = sorted(axis for axis in kernel if axis.isdigit())
+
+    def field(name: str, default: str) -> list[str]:
+        return fields[name].split("x") if name in fields else [default] * len(spatial)
+
+    rows = zip(
+        spatial,
+        field("stride", "1"),
+        field("pad", "0_0"),
+        field("lhs_dilate", "1"),
+        field("rhs_dilate", "1"),
+    )
+    for axis, stride, pad, spread, step in rows:
+        low = int(re.match(r"-?\d+", pad).group())
+        sides = (taken[axis], kernel[axis], made[axis])
+        total = total * _taps(*sides, int(stride), low, int(spread), int(step)) // made[axis]
+    return total
+
+
+@functools.cache
+def _taps(taken: int, kernel: int, made: int, stride: int, low: int, spread: int, step: int) -> int:
+    """Pairs (output position, tap of the window) that fall on an input, along one axis."""
+    length, starts = (taken - 1) * spread + 1, np.arange(made, dtype=np.int64) * stride - low
+    total = 0
+    for tap in range(kernel):
+        at = starts + tap * step
+        total += int(np.count_nonzero((at >= 0) & (at < length) & (at % spread == 0)))
+    return total
+
+
+def collective_kind(visit: Visit) -> str | None:
+    """The kind of a collective, or None.
+
+    An all-reduce of which only the own part is kept (``all-reduce-scatter``) is a reduce-scatter.
+    """
+    op = visit.instruction.op.removesuffix("-start")
+    if op not in COLLECTIVES:
+        return None
+    return "reduce-scatter" if op == "all-reduce" and SCATTERED.match(visit.computation) else op
+
+
+def _channel(visit: Visit) -> str:
+    """What all the computations have in common that one collective stands in.
+
+    Reductions of which a chip keeps its part all have the same channel, each its own computation.
+    """
+    if SCATTERED.match(visit.computation):
+        return visit.computation
+    return visit.instruction.attribute(r"channel_id=(\d+)") or visit.instruction.name
+
+
+def collective_bytes(module: Module, visit: Visit) -> int:
+    """Bytes of one run of a collective on one device; see the module docstring's 3."""
+    given = sum(map(num_bytes, module.operand_types(visit)))
+    made = num_bytes(visit.instruction.type)
+    if visit.instruction.op.endswith("-start") and visit.instruction.type.startswith("("):
+        made -= given  # the type of a start repeats its operands
+    return max(given, made)
+
+
+def part_of(instruction: Instruction) -> str:
+    """Which part of the program an instruction is of: its pass, and where in the network it is."""
+    name = instruction.attribute(r'op_name="([^"]*)"') or ""
+    step = next((step for step, sign in PASSES.items() if re.search(sign, name)), None)
+    if step is None:
+        return "outside the network"
+    words = [word for word in re.split(r"[/()]+", name) if word in PARTS]
+    return f"{step} {words[-1] if words else 'rest'}"
+
+
+NETWORKS = "|".join(kind.__name__ for kind in FORWARD_FLOPS)
+
+PASSES = {
+    "recomputed": rf"rematted_computation.*({NETWORKS})|({NETWORKS}).*rematted_computation",
+    "backward": rf"transpose\(jvp\(({NETWORKS})",
+    "forward": rf"{NETWORKS}",
+}
+"""Passes through the network, by what JAX writes into the names of their operations."""
+
+PARTS = {
+    *("attn", "mlp", "qkv", "out", "fc1", "fc2", "attn_norm", "mlp_norm", "join", "join_skip"),
+    *("join_norm", "norm", "context_in", "text_in", "image_in", "mask_in", "state_in", "clip_in"),
+    *("text_out", "image_out", "mask_out", "state_out", "clip_out"),
+}
+"""Modules of the networks by which cycles are grouped, the innermost first."""

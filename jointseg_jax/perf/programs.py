@@ -1,0 +1,192 @@
+"""The real programs of a config, lowered for devices that need not exist.
+
+Both are what the loops run: the update of ``training.program`` with the config's mesh, sharding,
+trainable rules and optimizer, and the sampler of ``generation.loop``, which splits rows over all
+devices and keeps a whole copy of the parameters on each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jointseg_jax import build, profiling, sharding
+from jointseg_jax.generation.generate import PER_DEVICE, sampler, sampling_params
+from jointseg_jax.perf import abstract
+from jointseg_jax.perf.ideal import ideal_bytes
+from jointseg_jax.systems.system import LATENTS, Generator
+from jointseg_jax.training.program import check_batch, make_program, placed
+from jointseg_jax.types import UserError
+
+Config = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lowered:
+    """A program before the compiler has it.
+
+    Attributes:
+      program: ``jax.stages.Lowered``.
+      mesh: sizes of (data, fsdp, model).
+      batch: rows over all devices.
+      flops: that the network needs for the batch by its sizes, or None where nobody knows.
+      notes: what was made up.
+      attention: part of ``flops`` that are scores and weighted sums.
+      lengths: numbers of tokens that attend to each other.
+      passes: over attention by a kernel, in forward passes of one; see ``report``.
+      ideal: bytes of collectives that there must be on one chip (None: not known).
+    """
+
+    program: Any
+    mesh: tuple[int, ...]
+    batch: int
+    flops: float | None
+    notes: tuple[str, ...]
+    attention: float = 0.0
+    lengths: tuple[int, ...] = ()
+    passes: float = 1.0
+    ideal: int | None = None
+
+
+PASSES = {False: 3.5, True: 4.5}
+"""Products of an attention kernel's update over those of its forward pass: 2 forward, 5 backward, 2
+more where it is recomputed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Absent:
+    """What stands in for data and runs that are not on this machine; see ``standin``.
+
+    Attributes:
+      cached: training reads latents of a cache that is still to be made.
+    """
+
+    classes: int | None = None
+    codec: Config | None = None
+    cached: bool = False
+
+
+def lower_training(
+    config: Config, devices: Sequence[Any], *, absent: Absent, per_chip: int | None = None
+) -> Lowered:
+    """The update of a training run.
+
+    Args:
+      per_chip: rows for each data-parallel shard, in place of ``config.batch``.
+
+    Raises:
+      UserError: whatever would refuse the run: mesh, batch, rules, fields.
+    """
+    mesh = sharding.make_mesh(config["mesh"], devices)
+    if per_chip is not None:
+        config = {**config, "batch": per_chip * sharding.data_parallel(mesh)}
+    try:
+        check_batch(config, mesh)
+    except UserError as error:
+        raise UserError(f"{error} Or give rows per chip: --batch_per_chip=N.") from error
+    system, frozen, notes = _system(config, absent)
+    program = make_program(system, config, mesh)
+    kept = frozen if absent.cached else None
+    batch = abstract.training_shapes(config, system, config["batch"], kept)
+    notes = (*notes, *_cached(batch))
+    everywhere = sharding.replicated(mesh)
+    with jax.set_mesh(mesh):
+        lowered = program.update.lower(
+            program.state, _at(frozen, everywhere), _at(batch, sharding.batch_sharding(mesh))
+        )
+    forward, denoiser = profiling.forward_flops(system), getattr(system, "denoiser", None)
+    return Lowered(
+        program=lowered,
+        mesh=tuple(mesh.devices.shape),
+        batch=config["batch"],
+        flops=3.0 * forward * config["batch"] if forward else None,
+        notes=notes,
+        attention=profiling.attention_share(system),
+        lengths=profiling.lengths(system),
+        passes=PASSES[getattr(denoiser, "remat", "none") == "full"] / 3.0,
+        ideal=ideal_bytes(program, getattr(denoiser, "dtype", jnp.float32)),
+    )
+
+
+def lower_sampling(
+    config: Config,
+    devices: Sequence[Any],
+    *,
+    absent: Absent,
+    per_chip: int | None = None,
+    steps: int | None = None,
+    given: str | None = None,
+) -> Lowered:
+    """The sampler of a trained run.
+
+    Args:
+      per_chip: pairs on each device.
+      steps: of the solver, in place of the config's.
+      given: ``image`` or ``labels``: the batch field to start from.
+
+    Raises:
+      UserError: the config makes no pairs, or it must be given something else.
+    """
+    mesh = sharding.make_mesh((-1, 1, 1), devices)
+    system, frozen, notes = _system(config, absent)
+    if not isinstance(system, Generator):
+        raise UserError(
+            "ERROR [flags] --what=sample: this config trains a codec; it makes no pairs."
+        )
+    system = abstract.with_steps(system, steps)
+    batch = (per_chip or PER_DEVICE) * len(devices)
+    fields = abstract.batch_shapes(config, system, batch)
+    known = {given: fields[given]} if given else {}
+    try:
+        system.check_given(known)
+    except ValueError as error:
+        raise UserError(f"{error} On the command line: --given=labels or --given=image.") from error
+    params = jax.eval_shape(
+        lambda key: sampling_params(system, system.init(key)), jax.random.key(0)
+    )
+    rows, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+    text = _at(fields["text"], rows) if system.text is not None else None
+    indices = jax.ShapeDtypeStruct((batch,), jnp.uint32, sharding=rows)
+    seed = jax.ShapeDtypeStruct((), jnp.uint32, sharding=everywhere)
+    with jax.set_mesh(mesh):
+        lowered = sampler(system, mesh).lower(
+            _at(params, everywhere), _at(frozen, everywhere), text, _at(known, rows), seed, indices
+        )
+    each = profiling.sampling_flops(system, known)
+    return Lowered(
+        program=lowered,
+        mesh=tuple(mesh.devices.shape),
+        batch=batch,
+        flops=each * batch if each else None,
+        notes=(*notes, *_undecoded(system)),
+        attention=profiling.attention_share(system),
+        lengths=profiling.lengths(system),
+        ideal=0,
+    )
+
+
+def _system(config: Config, absent: Absent) -> tuple[Any, dict[str, Any], tuple[str, ...]]:
+    """The system, the shapes of its frozen parameters, and what was made up."""
+    known = abstract.facts(config, absent.classes)
+    found = abstract.codecs(config, known, absent.codec)
+    words = f"{len(known.vocabulary)} words" if known.vocabulary else "no words"
+    notes = (f"{len(known.classes)} classes, {words}",)
+    return build.system(config, known, found.specs), found.frozen, notes
+
+
+def _cached(batch: Mapping[str, Any]) -> tuple[str, ...]:
+    names = [name.removeprefix(LATENTS) for name in batch if name.startswith(LATENTS)]
+    return (f"latents read from a cache: {', '.join(names)}",) if names else ()
+
+
+def _undecoded(system: Any) -> tuple[str, ...]:
+    names = [k for k, s in system.streams.items() if s.codec.kind == "latents" and k != "text"]
+    return (f"not decoded, for their latents were cached: {', '.join(names)}",) if names else ()
+
+
+def _at(shapes: Any, place: Any) -> Any:
+    return placed(shapes, jax.tree.map(lambda _: place, shapes))

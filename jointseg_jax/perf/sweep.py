@@ -1,0 +1,178 @@
+"""Tries settings of a training run on a topology, and picks the fastest that fits.
+
+1. Tried are all combinations of attention, sharding, remat and rows per chip. Rows go up; once a
+   number of them does not fit, larger ones are left out.
+2. It fits if the compiler takes it and its peak is below ``report.TIGHT`` of HBM.
+3. The best has the least ``image_ms`` (``report``: computation by the compiler's cycles, attention
+   kernels by a rule of thumb, collectives at full speed, nothing hidden); of equals, the smaller.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from jointseg_jax.chips import Chip
+from jointseg_jax.perf import abstract, programs, report
+from jointseg_jax.types import UserError
+
+Config = Mapping[str, Any]
+
+HEADS = 2
+"""Chips over which ``fsdp+model`` splits heads and hidden units where the mesh does not say."""
+
+GROUP = 16
+"""Chips over which ``fsdp`` splits the state where the config's mesh does not say: kernels of 1024
+and more rows keep at least 64 on each."""
+
+
+class Setting(NamedTuple):
+    """What a sweep changes."""
+
+    attention: str
+    sharding: str
+    remat: str
+    rows: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """The values to try."""
+
+    attention: Sequence[str]
+    sharding: Sequence[str]
+    remat: Sequence[str]
+    rows: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.attention) * len(self.sharding) * len(self.remat) * len(self.rows)
+
+
+class Trial(NamedTuple):
+    """One setting, its mesh, and what came of it: a report, or why there is none."""
+
+    setting: Setting
+    mesh: tuple[int, ...]
+    report: report.Report | None
+    refusal: str = ""
+
+    @property
+    def fits(self) -> bool:
+        """Source: the module's 2."""
+        found = self.report
+        if found is None or found.memory is None:
+            return False
+        return found.memory.peak <= report.TIGHT * found.chip.hbm
+
+    @property
+    def order(self) -> tuple[float, int]:
+        """Source: the module's 3."""
+        time = self.report.image_ms if self.report is not None else None
+        return (float("inf") if time is None else time, self.setting.rows)
+
+
+def configured(config: Config, setting: Setting, chips: int) -> dict[str, Any]:
+    """The config with a setting; its mesh is kept where it splits state as the setting asks."""
+    changed = abstract.with_denoiser(config, remat=setting.remat, attention=setting.attention)
+    _, fsdp, model = mesh = tuple(changed["mesh"])
+    axes = setting.sharding.split("+")
+    if "model" in axes and model == 1:
+        model = min(HEADS, chips)
+    if ("fsdp" in axes) != (fsdp != 1):
+        fsdp = min(GROUP, chips // model) if "fsdp" in axes else 1
+    if (fsdp, model) != mesh[1:]:
+        mesh = (-1, fsdp, model)
+    rows = setting.rows * chips // mesh[2]
+    return {**changed, "mesh": mesh, "sharding": setting.sharding, "batch": rows}
+
+
+def trials(
+    config: Config,
+    devices: Sequence[Any],
+    chip: Chip,
+    grid: Grid,
+    *,
+    absent: programs.Absent,
+    options: Mapping[str, str],
+    compiled: Callable = report.compiled,
+) -> Iterator[Trial]:
+    """Compiles one setting after the other.
+
+    Args:
+      compiled: ``report.compiled``, or what stands in for it.
+    """
+    for attention in grid.attention:
+        for preset in grid.sharding:
+            for remat in grid.remat:
+                for rows in sorted(grid.rows):
+                    setting = Setting(attention, preset, remat, rows)
+                    given = configured(config, setting, len(devices))
+                    trial = _tried(setting, given, devices, chip, absent, options, compiled)
+                    yield trial
+                    if not trial.fits:
+                        break
+
+
+def _tried(
+    setting: Setting,
+    config: Config,
+    devices: Sequence[Any],
+    chip: Chip,
+    absent: programs.Absent,
+    options: Mapping[str, str],
+    compiled: Callable,
+) -> Trial:
+    try:
+        lowered = programs.lower_training(config, devices, absent=absent)
+        made, _ = compiled(lowered, chip, options)
+    except UserError as error:
+        return Trial(setting, config["mesh"], None, str(error))
+    return Trial(setting, lowered.mesh, made, made.refusal)
+
+
+def best(tried: Sequence[Trial]) -> Trial | None:
+    """The fastest that fits, or None."""
+    return min((trial for trial in tried if trial.fits), key=lambda t: t.order, default=None)
+
+
+COLUMNS = (
+    "attention  sharding   remat     rows   mesh           peak GiB  HBM     step ms  ms/image"
+)
+
+
+def line(trial: Trial) -> str:
+    """A trial as a row of the table."""
+    s, mesh = trial.setting, "x".join(map(str, trial.mesh))
+    start = f"{s.attention:<10} {s.sharding:<10} {s.remat:<9} {s.rows:<6} {mesh:<14} "
+    if trial.report is None or trial.report.memory is None:
+        return start + "refused: " + " ".join(trial.refusal.split())[:200]
+    values = trial.report.values()
+    times = [values[k] for k in ("step_ms", "image_ms")]
+    shown = "  ".join("not known" if t is None else f"{t:8.2f}" for t in times)
+    tight = "" if trial.fits else "  too tight"
+    return f"{start}{values['hbm_gb']:8.2f}  {values['hbm_share']:5.1%}  {shown}{tight}"
+
+
+def lines_to_use(trial: Trial) -> list[str]:
+    """The settings as flags of ``launch/train.py``, and for a config file."""
+    s, batch = trial.setting, trial.report.lowered.batch
+    return [
+        "On the command line (a field that the config does not write needs the lines below):",
+        f'  --config.batch={batch} --config.mesh="{trial.mesh}" --config.sharding={s.sharding} \\',
+        f"  --config.system.denoiser.remat={s.remat} "
+        f"--config.system.denoiser.attention={s.attention}",
+        "In the config file:",
+        f"  batch={batch}, mesh={trial.mesh}, sharding={s.sharding!r},",
+        f'  config["system"]["denoiser"] |= {{"remat": {s.remat!r}, "attention": {s.attention!r}}}',
+    ]
+
+
+def values(trial: Trial) -> dict[str, Any]:
+    """A trial as plain values."""
+    found = trial.report.values() if trial.report is not None else {}
+    keys = ("estimate_ms", "kernel_ms", "ici_ms", "step_ms", "image_ms", "hbm_gb", "hbm_share")
+    facts = {k: found[k] for k in (*keys, "collective_gb", "compile_s") if k in found}
+    refusal = {"refusal": " ".join(trial.refusal.split())[:300]} if trial.refusal else {}
+    own = trial.setting._asdict() | {"mesh": list(trial.mesh), "fits": trial.fits}
+    return own | facts | refusal

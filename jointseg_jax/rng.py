@@ -1,0 +1,56 @@
+"""Randomness that belongs to a row of the global batch, or to a sample.
+
+1. ``step_key = fold_in(key(seed), step)``
+2. ``row_key[r] = fold_in(step_key, r)`` with ``r`` the global row
+3. a use of it (noise, time, text drop) folds in the number of its name
+
+A row's draws depend on (seed, step, row) alone: the same on any mesh, host count and accumulation,
+and whatever the rest of the batch is. A generated sample's depend on (seed, index) alone.
+"""
+
+from __future__ import annotations
+
+import zlib
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, Int, Key, UInt
+
+Keys = Key[Array, " batch"]
+Numbers = Int[Array, " batch"] | UInt[Array, " batch"]
+
+
+def name_id(name: str) -> np.uint32:
+    """A number for a name that does not depend on which other names exist."""
+    return np.uint32(zlib.crc32(name.encode()))
+
+
+def row_keys(seed: int, step: Int[Array, ""] | int, rows: Numbers) -> Keys:
+    """One key per row of a training batch (global row numbers)."""
+    step_key = jax.random.fold_in(jax.random.key(seed), step)
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(step_key, rows)
+
+
+def sample_keys(seed: Int[Array, ""] | UInt[Array, ""] | int, indices: Numbers) -> Keys:
+    """One key per generated sample."""
+    # The name keeps samples apart from training rows of the same seed and number.
+    key = jax.random.fold_in(jax.random.key(seed), name_id("sample"))
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, indices)
+
+
+def fold(keys: Keys, *uses: str | int | np.integer | Int[Array, ""]) -> Keys:
+    """One new key per row, a function of the row's key and of ``uses``: names or numbers."""
+    for use in uses:
+        number = name_id(use) if isinstance(use, str) else use
+        keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, number)
+    return keys
+
+
+def normal(keys: Keys, like: Float[Array, "batch ..."]) -> Float[Array, "batch ..."]:
+    """Standard normal numbers of the shape and dtype of ``like``."""
+    return jax.vmap(lambda key: jax.random.normal(key, like.shape[1:], like.dtype))(keys)
+
+
+def uniform(keys: Keys) -> Float[Array, " batch"]:
+    """One float32 number in [0, 1) per row."""
+    return jax.vmap(lambda key: jax.random.uniform(key, (), np.float32))(keys)

@@ -1,0 +1,252 @@
+"""A split encoded once by the codecs that a config's system uses, so that training need not.
+
+1. Records are read ahead, in threads or processes, and encoded in whole batches on the devices of
+   this process; meanwhile those before them are written.
+2. A record has a row per view (``views.py``): per crop and, if a flip is drawn in training, one
+   more that is mirrored.
+3. Of several processes each writes every n-th shard; all of them see ``out``. The first one writes
+   texts and index when all shards are there: the same bytes, however many there are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from jointseg_jax.data.cached import shard_writer, texts
+from jointseg_jax.data.cached.index import index_path, read_index
+from jointseg_jax.data.cached.shards import Field, shard_name
+from jointseg_jax.data.cached.view_reader import Viewed
+from jointseg_jax.data.workers import Reading
+from jointseg_jax.training.encode_options import DTYPES, Encoding
+from jointseg_jax.training.encode_plan import Plan, size_text
+from jointseg_jax.types import UserError
+
+log = logging.getLogger("jointseg_jax")
+
+
+def encode(
+    config: Mapping[str, Any],
+    options: Encoding,
+    *,
+    progress: Callable[..., Any],
+    show: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """Encodes a split into ``options.out``, or goes on with it, and returns a summary.
+
+    Args:
+      progress: makes a bar of this process's records, as ``tqdm`` does.
+      show: is told what will be written before anything is.
+    """
+    start = time.monotonic()
+    plan = Plan(config, options)
+    run = _Run(plan)
+    begun = run.begin()
+    if jax.process_index() == 0:
+        show(plan.text(begun=begun))
+    title = f"{options.out / options.split}"
+    with progress(total=run.count(run.mine), desc=f"checking {title}") as bar:
+        kept = run.keep(bar)
+    with progress(total=run.count(run.todo), desc=f"encoding {title}") as bar:
+        run.write(bar)
+    index = run.finish()
+    seconds = time.monotonic() - start
+    made = sum(s["records"] for s in index["shards"])
+    fields = [*plan.contents.fields, *filter(None, [plan.contents.text])]
+    return {
+        "out": str(options.out),
+        "split": options.split,
+        "records": made,
+        "rows": made * plan.views.count,
+        "fields": {f.name: f"{f.dtype}{list(f.shape)}" for f in fields},
+        "texts": index["tables"]["text"]["rows"] if index["tables"] else 0,
+        "bytes": sum(entry["bytes"] for entry in [*index["shards"], *index["tables"].values()]),
+        "shards": len(index["shards"]),
+        "shards_kept": _over_processes(kept),
+        "replaced": sum(s["replaced"] for s in index["shards"]),
+        "processes": jax.process_count(),
+        "seconds": round(seconds, 1),
+    }
+
+
+class _Run:
+    """One process's part of an encoding."""
+
+    def __init__(self, plan: Plan):
+        self.plan, self.options = plan, plan.options
+        self.mine = range(jax.process_index(), plan.shards, jax.process_count())
+        self.todo: list[int] = list(self.mine)
+        self.replaced = 0
+
+    def begin(self) -> bool:
+        """Opens the cache; says whether it was begun before.
+
+        Raises:
+          UserError: it was made with other settings, or does not fit on the disk.
+        """
+        out = self.options.out
+        begun = index_path(out, self.options.split).exists()
+        multihost_utils.sync_global_devices("encoding.look")
+        out.mkdir(parents=True, exist_ok=True)
+        needed, free = self.plan.bytes, shutil.disk_usage(out).free
+        if jax.process_index() == 0:
+            if not begun and needed > free:
+                raise UserError(
+                    f"ERROR [encode] {out}: {size_text(needed)} are needed and {size_text(free)} "
+                    "are free. Choose another disk, or fewer --crops, --keep or --limit."
+                )
+            shard_writer.begin(out, self.options.split, self.plan.head())
+        multihost_utils.sync_global_devices("encoding.begin")
+        return begun
+
+    def count(self, shards: Sequence[int]) -> int:
+        """Records in some shards."""
+        return sum(len(self.plan.records_of(number)) for number in shards)
+
+    def keep(self, bar: Any) -> int:
+        """Leaves out the shards that are there, whole; says how many."""
+        out, split = self.options.out, self.options.split
+        whole = texts.is_whole(out, read_index(index_path(out, split)))
+        part = self.plan.contents.text is not None and not self.plan.contents.words and not whole
+        self.todo = []
+        for number in self.mine:
+            if not shard_writer.kept(out, shard_name(split, number, self.plan.shards), part=part):
+                self.todo.append(number)
+            bar.update(len(self.plan.records_of(number)))
+        return len(self.mine) - len(self.todo)
+
+    def write(self, bar: Any) -> None:
+        """Makes the shards of this process that are not there yet."""
+        options = self.options
+        records = [record for number in self.todo for record in self.plan.records_of(number)]
+        reading = Reading(
+            workers=options.workers, threads=options.threads, prefetch=2 * options.threads
+        )
+        with contextlib.closing(self.plan.viewer.all(records, reading)) as found:
+            for number in self.todo:
+                count = len(self.plan.records_of(number))
+                self._shard(number, itertools.islice(found, count), count, bar)
+
+    def _shard(self, number: int, records: Iterator[Viewed], count: int, bar: Any) -> None:
+        name = shard_name(self.options.split, number, self.plan.shards)
+        made = self.plan.contents
+        shard = shard_writer.ShardWriter(
+            self.options.out,
+            name,
+            made.fields,
+            count * self.plan.views.count,
+            None if made.words else made.text,
+        )
+        waiting = None
+        for group in self._groups(records):
+            following = group, self._launch(group)
+            if waiting is not None:
+                bar.update(self._keep(shard, *waiting))
+            waiting = following  # the devices encode these while the last are written
+        if waiting is not None:
+            bar.update(self._keep(shard, *waiting))
+        shard.close()
+
+    def _groups(self, records: Iterator[Viewed]) -> Iterator[list[Viewed]]:
+        batch = self.plan.encoder.batch if self.plan.encoder else self.options.batch
+        size = max(1, batch // self.plan.views.count)
+        while group := list(itertools.islice(records, size)):
+            yield group
+
+    def _launch(self, group: Sequence[Viewed]) -> dict[str, list[jax.Array]]:
+        """Starts to encode the rows of some records."""
+        if self.plan.encoder is None:
+            return {}
+        inputs = self.plan.encoder.inputs
+        return {
+            name: self.plan.encoder(name, _stacked(group, inputs[name].field))
+            for name in self.plan.contents.latents
+        }
+
+    def _keep(
+        self,
+        shard: shard_writer.ShardWriter,
+        group: Sequence[Viewed],
+        launched: Mapping[str, Any],
+    ) -> int:
+        rows, values, text = len(group) * self.plan.views.count, {}, self.plan.contents.text
+        for f in self.plan.contents.fields:
+            name = self.plan.contents.source_of(f)
+            if name in launched:
+                found = np.concatenate([np.asarray(part) for part in launched[name]])[:rows]
+            else:
+                found = _stacked(group, f.name)
+            values[f.name] = self._stored(f, found, group)
+        texts = None
+        if text is not None and not self.plan.contents.words:
+            found = _stacked(group, text.name)[:: self.plan.views.count]  # the same in every view
+            texts = self._stored(text, found, group)
+        self._complain(group)
+        shard.add(values, [viewed.note for viewed in group], texts)
+        return len(group)
+
+    def _stored(self, field: Field, values: np.ndarray, group: Sequence[Viewed]) -> np.ndarray:
+        if values.shape[1:] != field.shape:
+            raise UserError(
+                f"ERROR [encode] {group[0].note['id']}: {field.name} has shape {values.shape[1:]}; "
+                f"the first record's has {field.shape}. Add a resize to config.data.transforms."
+            )
+        with np.errstate(over="ignore"):
+            kept = values.astype(field.kind)
+        if field.dtype not in DTYPES or np.isfinite(kept).all():
+            return kept
+        row = int(np.argmin(np.isfinite(kept).reshape(len(kept), -1).all(1)))
+        where = group[row * len(group) // len(values)].note["id"]
+        if not np.isfinite(values[row]).all():
+            said = "NaN or infinity. Mend the record."
+        else:
+            said = f"too large for {field.dtype}. Run with --dtype=bfloat16 or --dtype=float32."
+        raise UserError(f"ERROR [encode] {where}: {field.name} is {said}")
+
+    def _complain(self, group: Sequence[Viewed]) -> None:
+        for viewed in group:
+            for error in viewed.note.get("instead_of", ()):
+                log.warning("%s Replaced by %s.", error, viewed.note["id"])
+            self.replaced += "instead_of" in viewed.note
+        limit = self.plan.config["data"].get("bad_limit", 100)
+        if self.replaced > limit:
+            raise UserError(
+                f"ERROR [encode] {self.replaced} bad records, more than the limit of {limit}. Mend "
+                "them (launch/prepare.py lists all), or raise config.data.bad_limit."
+            )
+
+    def finish(self) -> dict[str, Any]:
+        """Writes the index when all processes have written their shards."""
+        multihost_utils.sync_global_devices("encoding.shards")
+        out, split = self.options.out, self.options.split
+        if jax.process_index() == 0:
+            tokenizer = self.plan.tokenizer.encode if self.plan.tokenizer else None
+            shard_writer.finish(out, split, self.plan.shards, tokenizer)
+        multihost_utils.sync_global_devices("encoding.finish")
+        return read_index(index_path(out, split))
+
+
+def _stacked(group: Sequence[Viewed], field: str) -> np.ndarray:
+    rows = [viewed.fields[field] for viewed in group]
+    if len(shapes := sorted({found.shape[1:] for found in rows})) > 1:
+        raise UserError(
+            f"ERROR [encode] {field}: rows of shapes {shapes[:4]}; all must have one. Add a resize "
+            "to config.data.transforms."
+        )
+    return np.concatenate(rows)
+
+
+def _over_processes(count: int) -> int:
+    """The sum of what each process counted."""
+    if jax.process_count() == 1:
+        return count
+    return int(multihost_utils.process_allgather(np.array(count)).sum())

@@ -1,0 +1,204 @@
+"""Starting from other weights: those of a trained run, or of a reference file.
+
+``config.start``, read before the first checkpoint only; without workdir and file: a fresh start.
+
+| key | meaning |
+|---|---|
+| ``workdir`` | a trained run, whose averaged parameters (and trained words) are taken |
+| ``file`` | reference weights instead (``.safetensors``) |
+| ``architecture`` | of a file: the reference's own config, see ``weights.architectures`` |
+| ``move`` | ``(regex, replacement)`` rules: where each leaf goes; ``None`` drops it |
+| ``copy`` | the same over what was moved: a second place for the leaves that a rule matches |
+| ``init_map_stream`` | "random", or "copy": two streams' ``copy`` rule, ``MAP_STREAM`` |
+
+A leaf's first rule decides (``re.search`` on ``params/denoiser/mid_block/...``, as for
+``trainable``), and its first match is replaced. Every leaf must be matched and must land on a
+parameter of its own shape; whatever nothing lands on keeps its fresh value. Blocks are named as
+in an unrolled network (``in_blocks/0/...``), whether either network scans or not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import logging
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from jointseg_jax import build, rules
+from jointseg_jax.config import make
+from jointseg_jax.models.uvit import UViT
+from jointseg_jax.training.workdir import load_run
+from jointseg_jax.types import UserError
+from jointseg_jax.weights.architectures import uvit_fields
+from jointseg_jax.weights.convert import read_safetensors, stack_blocks, to_ours, unstack_blocks
+from jointseg_jax.weights.tables import layout_of, table
+
+log = logging.getLogger("jointseg_jax")
+
+BLOCKS = r"/((?:in_blocks|mid_block|out_blocks)/.+)$"
+
+MAP_STREAM = {
+    "random": (),
+    "copy": ((r"^params/denoiser/image_stream" + BLOCKS, r"params/denoiser/map_stream/\1"),),
+}
+"""What the map stream of ``models.two_stream`` takes of the image stream: all blocks, which have
+the same shapes. It has no context, time or norm; its way in, positions and head are those of
+another kind of data and cannot be copied."""
+
+SHOWN = 5
+"""How many leaves an error names."""
+
+Leaves = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Start:
+    """``config.start``; see the module's table."""
+
+    workdir: str = ""
+    file: str = ""
+    architecture: Mapping[str, Any] | None = None
+    move: rules.Rules = ((r"^", ""),)
+    copy: rules.Rules = ()
+    init_map_stream: str = "random"
+
+    def __post_init__(self) -> None:
+        if self.workdir and self.file:
+            raise ValueError(
+                f"workdir={self.workdir!r} and file={self.file!r}: give one of the two, or neither "
+                "for a fresh start."
+            )
+        if self.file and self.architecture is None:
+            raise ValueError(
+                f"file={self.file!r} and architecture=None: a file needs the reference's own "
+                "config of its network (embed_dim, depth, ...)."
+            )
+        if self.init_map_stream not in MAP_STREAM:
+            raise ValueError(
+                f"init_map_stream={self.init_map_stream!r}: one of {', '.join(MAP_STREAM)}."
+            )
+
+
+def is_fresh(spec: Mapping[str, Any]) -> bool:
+    """Whether ``config.start`` names no other weights."""
+    return not (spec.get("workdir") or spec.get("file"))
+
+
+def load(spec: Mapping[str, Any], fresh: Any, known: build.Facts) -> Leaves:
+    """The leaves to start from, by the path of the parameter they are for; ``{}`` when fresh.
+
+    Args:
+      spec: ``config.start``.
+      fresh: the parameters' shapes.
+      known: the data's facts, with whose words the trained ones must agree.
+
+    Raises:
+      UserError: nothing to read, or a leaf that finds no place; see the module docstring.
+    """
+    start = make({"start": Start}, {"name": "start", **spec}, where="start")
+    if is_fresh(spec):
+        return {}
+    source, given = _of_run(start, known) if start.workdir else _of_file(start)
+    wanted = _by_path(jax.eval_shape(unstack_blocks, fresh))
+    found = arranged(start, given, wanted)
+    log.info("started from %s: %d of %d parameters", source, len(found), len(wanted))
+    return {p: np.asarray(x, wanted[p].dtype) for p, x in found.items()}
+
+
+def arranged(start: Start, given: Leaves, wanted: Leaves) -> Leaves:
+    """The given leaves by the path of the parameter that each is for; ``wanted`` has the shapes."""
+    moved = _placed(given, start.move, wanted, "start.move", dead="allow")
+    copies = (*start.copy, *MAP_STREAM[start.init_map_stream])
+    chosen = {p: x for p, x in moved.items() if any(re.search(r, p) for r, _ in copies)}
+    copied = _placed(chosen, copies, wanted, "start.copy", dead="raise")
+    twice = sorted(set(moved) & set(copied))
+    if twice:
+        raise UserError(
+            f"config.start.copy: {twice[0]} would be copied over what config.start.move put there; "
+            "drop it from one of the two with (regex, None)."
+        )
+    return moved | copied
+
+
+def place(fresh: Any, given: Leaves) -> Any:
+    """Fresh parameters with the given leaves in their places."""
+    if not given:
+        return fresh
+    unrolled = unstack_blocks(fresh)
+    scanned = jax.tree.structure(unrolled) != jax.tree.structure(fresh)
+    leaves = rules.by_path(unrolled) | {p.removeprefix("params/"): x for p, x in given.items()}
+    return stack_blocks(rules.nested(leaves)) if scanned else rules.nested(leaves)
+
+
+def _of_run(start: Start, known: build.Facts) -> tuple[str, Leaves]:
+    run = load_run(start.workdir)
+    given = _by_path(unstack_blocks(jax.tree.map(np.asarray, run.params)))
+    words = [p for p in given if p.startswith("params/text/")]
+    if words and run.facts.vocabulary != known.vocabulary:
+        raise UserError(
+            f"config.start.workdir: {start.workdir} was trained on {len(run.facts.vocabulary)} "
+            f"words, config.data has {len(known.vocabulary)}, and they are not the same in the "
+            "same order, so its word embeddings say nothing here. Start from a run on this data."
+        )
+    return f"{start.workdir}, step {run.step} ({run.digest})", given
+
+
+def _of_file(start: Start) -> tuple[str, Leaves]:
+    weights, described = read_safetensors(start.file), dict(start.architecture)
+    layout = described.pop("layout", None) or layout_of(weights)
+    module = UViT(**uvit_fields(layout, described))
+    params = {"denoiser": to_ours(weights, table(layout, module))}
+    return f"{start.file} ({layout})", _by_path(params)
+
+
+def _by_path(params: Any) -> Leaves:
+    return {f"params/{p}": x for p, x in rules.by_path(params).items()}
+
+
+def _placed(given: Leaves, moves: rules.Rules, wanted: Leaves, where: str, *, dead: str) -> Leaves:
+    """The leaves at their new paths, each of which is a parameter of that shape."""
+    placed: Leaves = {}
+    wrong = []
+    for path, to in _targets(given, moves, where, dead).items():
+        if to is None:
+            continue
+        if to not in wanted:
+            close = difflib.get_close_matches(to, wanted, n=1)
+            hint = f" (did you mean {close[0]}?)" if close else ""
+            wrong.append(f"{path} -> {to}: this network has no such parameter{hint}")
+        elif np.shape(given[path]) != wanted[to].shape:
+            shapes = f"{np.shape(given[path])} does not fit {wanted[to].shape}"
+            wrong.append(f"{path} -> {to}: {shapes}")
+        elif to in placed:
+            wrong.append(f"{path} -> {to}: another leaf goes there too")
+        else:
+            placed[to] = given[path]
+    if wrong:
+        shown = [*wrong[:SHOWN], *(["..."] if len(wrong) > SHOWN else [])]
+        raise UserError(
+            f"config.{where}: {len(wrong)} leaves find no place:\n  "
+            + "\n  ".join(shown)
+            + "\nMend the rule, make the networks alike (width, depth, patch, size), or drop such "
+            "leaves with (regex, None)."
+        )
+    return placed
+
+
+def _targets(given: Leaves, moves: rules.Rules, where: str, dead: str) -> dict[str, str | None]:
+    """The new path of every leaf; None for those that are dropped."""
+    numbered = [(pattern, i) for i, (pattern, _) in enumerate(moves)]
+    found = rules.match(given, numbered, where=where, dead=dead)
+    try:
+        return {
+            path: None if moves[i][1] is None else re.sub(*moves[i], path, count=1)
+            for path, i in found.items()
+        }
+    except (re.error, IndexError) as error:
+        raise UserError(
+            f"config.{where}: a replacement names a group that its regex lacks: {error}."
+        ) from error

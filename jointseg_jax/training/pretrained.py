@@ -1,0 +1,188 @@
+"""Trained codecs inside another run's workdir.
+
+``codec = {"name": "trained", "workdir": "runs/codec", "scale": "fit"}`` in a stream of a joint
+config, or as the ``image`` codec of a bridge, takes the codec of that run: its fields from the
+run's config, its averaged parameters from its newest checkpoint. Both are copied into
+``WORKDIR/frozen/NAME.{json,safetensors}`` before the first step, so that a workdir can be sampled
+and moved without the codec's. ``scale`` replaces the codec's latent scale; ``"fit"`` sets it to
+1 / std of the latents of the first batches. Further entries replace fields of the codec that leave
+its parameters as they are (``refine``).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from safetensors.numpy import load_file, save_file
+
+from jointseg_jax import build, rules
+from jointseg_jax.data import files
+from jointseg_jax.settings_diff import classes_apart
+from jointseg_jax.types import UserError
+
+OWN = ("name", "workdir", "scale")
+"""Entries of a ``trained`` spec that are no fields of the codec."""
+
+
+class Place(NamedTuple):
+    """A codec of a config: its spec, the batch field it codes, and where it stands."""
+
+    spec: Mapping[str, Any]
+    field: str
+    where: str
+
+
+def trained_codecs(config: Mapping[str, Any]) -> dict[str, Place]:
+    """The codecs of a config that are another run's, by the name of their parameters."""
+    system = config["system"]
+    places = {
+        name: Place(stream["codec"], stream["field"], f"config.system.streams.{name}.codec")
+        for name, stream in system.get("streams", {}).items()
+        if "codec" in stream
+    }
+    if "image" in system:
+        places["image"] = Place(system["image"], "image", "config.system.image")
+    return {k: place for k, place in places.items() if place.spec["name"] == "trained"}
+
+
+def load(workdir: Path, config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Codec specs and parameters by name, as ``gather`` left them in the workdir."""
+    specs, params = {}, {}
+    for name in trained_codecs(config):
+        path = workdir / "frozen" / f"{name}.json"
+        if not path.exists():
+            raise UserError(
+                f"{path}: missing; the workdir lost its codec. Copy it back, or train anew."
+            )
+        record = json.loads(path.read_text())
+        file = path.with_suffix(".safetensors")
+        if not file.exists() or files.sha256(file) != record["sha256"]:
+            raise UserError(f"{file}: missing or not the file that {path.name} describes (sha256).")
+        specs[name] = record["codec"]
+        params[name] = rules.nested({k: jnp.asarray(v) for k, v in load_file(file).items()})
+    return specs, params
+
+
+def gather(
+    workdir: Path,
+    config: Mapping[str, Any],
+    known: build.Facts,
+    batches: Iterable[Mapping[str, np.ndarray]],
+) -> None:
+    """Copies trained codecs into the workdir, once; every process calls it.
+
+    Args:
+      batches: host batches, read only when a scale is to be fitted.
+    """
+    for name, place in trained_codecs(config).items():
+        target = workdir / "frozen" / f"{name}.json"
+        if target.exists():
+            continue
+        codec_spec, params = of_run(place, known)
+        codec_spec |= {k: v for k, v in place.spec.items() if k not in OWN}
+        scale = place.spec.get("scale", codec_spec.get("scale"))
+        if scale == "fit":
+            codec = build.codec({**codec_spec, "scale": 1.0}, known, place.where)
+            scale = _fit(codec, params, place.field, batches)
+        if scale is not None:
+            codec_spec["scale"] = scale
+        if jax.process_index() == 0:  # the others would fit the scale to other rows
+            _write(target, {"codec": codec_spec, "from": place.spec["workdir"]}, params)
+    multihost_utils.sync_global_devices("frozen.gather")
+
+
+def check_unchanged(workdir: Path, config: Mapping[str, Any], known: build.Facts) -> None:
+    """Refuses (UserError) a copied codec whose own run, if it is still there, went on since."""
+    for name, place in trained_codecs(config).items():
+        file, run = workdir / "frozen" / f"{name}.safetensors", Path(place.spec["workdir"])
+        if not file.exists() or not (run / "config.json").exists():
+            continue
+        ours, theirs = load_file(file), rules.by_path(of_run(place, known)[1])
+        same = ours.keys() == theirs.keys()
+        if not same or any(not np.array_equal(ours[k], theirs[k]) for k in ours):
+            raise UserError(
+                f"{file}: the codec as it was when this folder was begun; {run} was trained on "
+                "since. Choose another folder to use it as it is now."
+            )
+
+
+def adopt(workdir: Path, config: Mapping[str, Any]) -> None:
+    """Copies the codecs that ``config.data.cache`` was encoded with into the workdir, once.
+
+    Raises:
+      UserError: the workdir has others; its latents are not those of the cache.
+    """
+    cache = config["data"].get("cache")
+    for name in trained_codecs(config) if cache else ():
+        made, target = Path(cache) / "frozen" / f"{name}.json", workdir / "frozen" / f"{name}.json"
+        if not made.exists():
+            raise UserError(f"{made}: missing; the cache lost its codec. Copy it back.")
+        if not target.exists() and jax.process_index() == 0:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            file = made.with_suffix(".safetensors")
+            files.write(target.with_suffix(".safetensors"), files.read(file))
+            files.write(target, files.read(made))
+        multihost_utils.sync_global_devices("frozen.adopt")
+        ours, theirs = (json.loads(path.read_text()) for path in (target, made))
+        if any(ours[k] != theirs[k] for k in ("codec", "sha256")):
+            raise UserError(
+                f"{target}: this workdir has another codec than {cache} was encoded with. Train "
+                "in another --workdir, or encode again, into another folder."
+            )
+
+
+def _write(target: Path, record: dict[str, Any], params: Any) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    file = target.with_suffix(".safetensors")
+    save_file({k: np.asarray(v) for k, v in rules.by_path(params).items()}, file)
+    text = json.dumps(record | {"sha256": files.sha256(file)}, indent=1) + "\n"
+    files.write(target, text.encode())  # whole or absent: a run may be killed here
+
+
+def copied(workdir: Path, name: str) -> dict[str, Any] | None:
+    """The spec of a codec that the workdir has a copy of; None where it has none."""
+    path = workdir / "frozen" / f"{name}.json"
+    return json.loads(path.read_text())["codec"] if path.is_file() else None
+
+
+def of_run(place: Place, known: build.Facts) -> tuple[dict[str, Any], Any]:
+    """The spec and the parameters of the codec that another run trained.
+
+    Raises:
+      UserError: no run, or not one of a codec of this field and these classes.
+    """
+    from jointseg_jax.training.workdir import load_run
+
+    workdir = place.spec["workdir"]
+    run = load_run(Path(workdir))
+    spec = dict(run.config["system"])
+    if spec["name"] != "autoencode" or spec.get("field", "labels") != place.field:
+        raise UserError(
+            f"{place.where}: {workdir} holds a `{spec['name']}` run of "
+            f"{spec.get('field', 'labels')}; a codec of {place.field} comes from an `autoencode` "
+            "run of that field."
+        )
+    labels = place.field != "image"
+    if labels and run.facts.classes.names != known.classes.names:
+        raise UserError(
+            f"{place.where}: {workdir} was trained on "
+            f"{classes_apart(run.facts.classes.names, known.classes.names)}. "
+            "Train the codec on this data."
+        )
+    return dict(spec["codec"]), run.params
+
+
+def _fit(codec: Any, params: Any, field: str, batches: Iterable[Any], count: int = 8) -> float:
+    """1 / standard deviation of the unscaled latents over the first batches."""
+    encode = jax.jit(lambda values: codec.encode(params, values))  # without keys: the mode
+    found = []
+    for _, batch in zip(range(count), batches):
+        found.append(np.asarray(encode(batch[field]), np.float64).ravel())
+    return float(1.0 / np.concatenate(found).std())

@@ -1,0 +1,384 @@
+"""All that a run needs, looked at before it: config, data, mesh, memory, and its workdir.
+
+Nothing is trained, and the workdir stays as it is (the compile cache grows by the program that was
+compiled here). Every problem is collected; a part that another problem keeps from being looked at
+says so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import shutil
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+
+from jointseg_jax import build, chips, mistakes, sharding
+from jointseg_jax.chips import Chip
+from jointseg_jax.data.audit import Report, scan
+from jointseg_jax.data.cached.loader import Gathered
+from jointseg_jax.data.pipeline import batches
+from jointseg_jax.data.records import BadSample, Source
+from jointseg_jax.perf import programs, report
+from jointseg_jax.training import init_from as starting
+from jointseg_jax.training import pretrained, resume, snapshot
+from jointseg_jax.training.checkpoints import Checkpoints, read_meta
+from jointseg_jax.training.digest import describe
+from jointseg_jax.training.program import check_batch
+from jointseg_jax.types import UserError
+
+T = TypeVar("T")
+Config = Mapping[str, Any]
+
+SHOWN = 20
+"""How many bad records of a split are listed."""
+
+
+@dataclasses.dataclass
+class Rehearsal:
+    """What was found, part by part."""
+
+    problems: list[str] = dataclasses.field(default_factory=list)
+    rows: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+
+    def add(self, part: str, text: str) -> None:
+        """Notes what is well."""
+        self.rows.append((part, text))
+
+    def attempt(self, make: Callable[[], T]) -> T | None:
+        """What ``make`` gives; None, and its text a problem, where it refuses."""
+        try:
+            return make()
+        except (UserError, BadSample, ValueError) as error:
+            self.note([str(error)])
+        return None
+
+    def note(self, texts: Sequence[str]) -> None:
+        """Collects problems, each once."""
+        self.problems += [text for text in texts if text not in self.problems]
+
+    def page(self) -> str:
+        """The result as text."""
+        width = max((len(part) for part, _ in self.rows), default=0)
+        lines = [
+            textwrap.fill(
+                text,
+                100,
+                initial_indent=f"  {part:<{width}}  ",
+                subsequent_indent=" " * (width + 4),
+                break_long_words=False,
+                break_on_hyphens=False,
+            )
+            for part, text in self.rows
+        ]
+        if not self.problems:
+            return "\n".join(["valid: this run can start; nothing was trained or written.", *lines])
+        count = f"{len(self.problems)} problem{'s' if len(self.problems) > 1 else ''}"
+        head = f"ERROR [validate] {count}; nothing was trained or written."
+        rest = ["What is well:", *lines] if lines else []
+        return "\n".join([head, *self.problems, *rest])
+
+
+def rehearse(
+    config: Config,
+    workdir: str,
+    *,
+    topology: str | None = None,
+    limit: int = 2000,
+    allow: Sequence[str] = (),
+) -> Rehearsal:
+    """Looks at everything.
+
+    Args:
+      topology: of a TPU that need not exist (``v5e:4x4``); what is here when None.
+      limit: of records of each split to read, spread evenly; 0 for all.
+      allow: regexes of config paths that a resumed run may change.
+    """
+    found = Rehearsal()
+    if topology is not None:
+        jax.config.update("jax_platforms", "cpu")  # what a program is lowered on; nothing runs
+    wrong = mistakes.mistakes(config, workdir)
+    found.note(wrong)
+    if not wrong:
+        found.add("config", f"{config['steps']:,} steps of {config['batch']:,} rows")
+    sources = {split: _data(config, split, limit, found) for split in ("train", "val")}
+    source, path = sources["train"], Path(workdir)
+    saved = None if source is None else _checkpoint(config, path, source, allow, found)
+    devices = found.attempt(lambda: _devices(topology))
+    mesh = devices and found.attempt(lambda: sharding.make_mesh(config["mesh"], devices))
+    divides = mesh and found.attempt(lambda: check_batch(config, mesh) or True)
+    if wrong or source is None or not divides:
+        found.add("not looked at", "memory, which takes a config, data and a mesh that go together")
+        return found
+    known = build.facts(source, captions=0)
+    _batch(config, source, known, found)
+    _codecs(config, path, known, found)
+    state = _memory(config, path, devices, topology, found)
+    if state is not None:
+        _arrays(saved, state, path, found)
+        _start(config, path, state, known, found)
+        _disk(config, path, state, found)
+    return found
+
+
+# --------------------------------------------------------------------------- data
+
+
+def _data(config: Config, split: str, limit: int, found: Rehearsal) -> Source | None:
+    before = len(found.problems)
+    source = found.attempt(lambda: build.source(config, split))
+    if source is None or len(source) == 0:
+        if len(found.problems) == before:  # else the listing has said so
+            found.note([f"ERROR [data] config.data.{split}: there is not one record in it."])
+        return None
+    if isinstance(source, Gathered):
+        return _encoded(source, split, found)
+    threads = max(config["data"].get("threads", 2), 1)
+    looked = scan(source, threads=threads, limit=limit or None, spread=True)
+    found.note(bad_records(looked, split, len(source)))
+    if not looked.bad:
+        found.add(f"data.{split}", described(looked, len(source)))
+    return source
+
+
+def _encoded(source: Gathered, split: str, found: Rehearsal) -> Gathered | None:
+    """An encoded data set: every row is read and held against its sum."""
+    damage = [str(problem) for problem in source.damage()]
+    found.note(damage)
+    if damage:
+        return None
+    found.add(f"data.{split}", f"{len(source):,} encoded records read, none damaged")
+    return source
+
+
+def bad_records(looked: Report, split: str, total: int) -> list[str]:
+    """A text per bad record, the first of them, and how many there are."""
+    if not looked.bad:
+        return []
+    texts = [
+        f"{problem} (record {index} of {total:,})" if index >= 0 else str(problem)
+        for index, problem in looked.bad
+    ]
+    more = f"; the first {SHOWN} are above" if len(texts) > SHOWN else ""
+    texts = texts[:SHOWN]
+    return [
+        *texts,
+        f"ERROR [data] config.data.{split}: {len(looked.bad)} bad among {looked.count:,} records "
+        f"looked at{more}. Mend them, or write shards without them with launch/prepare.py.",
+    ]
+
+
+def described(looked: Report, total: int) -> str:
+    """What a scan saw, in a sentence."""
+    count, fewest, _, most = looked.captions
+    sizes = ", ".join(f"{w}x{h} ({n:,})" for (h, w), n in looked.sizes[:3])
+    more = f" and {len(looked.sizes) - 3} more" if len(looked.sizes) > 3 else ""
+    parts = [
+        f"{looked.count:,} of {total:,} records read, all good",
+        f"{len(looked.names)} classes",
+        f"sizes (width x height) {sizes}{more}",
+        f"{count:,} captions of {fewest} to {most} words",
+        f"void {100 * looked.void_share:.1f} % of pixels",
+    ]
+    if looked.unseen:
+        parts.append(f"never seen: {', '.join(looked.unseen)}")
+    if looked.empty:
+        parts.append(f"void all over: {len(looked.empty)}")
+    if looked.duplicates:
+        parts.append(f"groups of equal images: {len(looked.duplicates)}")
+    return "; ".join(parts) + "."
+
+
+def _batch(config: Config, source: Source, known: build.Facts, found: Rehearsal) -> None:
+    """One small batch, made as training makes it."""
+    tokenizer = build.tokenizer(config, known.vocabulary)
+
+    def make() -> dict[str, np.ndarray]:
+        made = batches(
+            source,
+            batch=2,
+            seed=config["seed"],
+            transforms=build.transforms(config),
+            tokenizer=tokenizer.encode if tokenizer else None,
+            threads=1,
+            prefetch=1,
+            instances=build.instances(config),
+        )
+        with made:
+            return next(made)
+
+    rows = found.attempt(make)
+    if rows is not None:
+        shapes = {k: f"{v.dtype}{list(v.shape[1:])}" for k, v in rows.items()}
+        fields = ", ".join(f"{k} {shape}" for k, shape in shapes.items() if k != "index")
+        found.add("batch", f"each row has {fields}")
+
+
+# ---------------------------------------------------------------- devices, memory
+
+
+def _devices(topology: str | None) -> list[Any]:
+    return present_devices() if topology is None else chips.devices_of(topology)
+
+
+def present_devices() -> list[Any]:
+    """The devices that a run would take."""
+    return jax.devices()
+
+
+def present_chip() -> Chip:
+    """A device of this machine; of a CPU, its part of the memory."""
+    device = jax.local_devices()[0]
+    stats = device.memory_stats() or {}
+    size = stats.get("bytes_limit")
+    if size is None:
+        size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / jax.local_device_count()
+    any_other = next(iter(chips.CHIPS.values()))  # only memory is asked for
+    return dataclasses.replace(any_other, hbm=size / report.GIB)
+
+
+def _memory(
+    config: Config, workdir: Path, devices: list[Any], topology: str | None, found: Rehearsal
+) -> Any:
+    """Compiles the update; returns the shapes of the state."""
+    absent = programs.Absent(codec=_gathered(config, workdir))
+    lowered = found.attempt(lambda: programs.lower_training(config, devices, absent=absent))
+    if lowered is None:
+        return None
+    chip = chips.chip_of(topology) if topology else present_chip()
+    made = found.attempt(lambda: report.compiled(lowered, chip)[0])
+    if made is not None:
+        _fits(made, topology or _kind(devices), found)
+    shapes = lowered.program.args_info[0][0]
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), shapes)
+
+
+def _kind(devices: list[Any]) -> str:
+    return f"{len(devices)} x {devices[0].device_kind}"
+
+
+def _fits(made: report.Report, where: str, found: Rehearsal) -> None:
+    data, fsdp, model = made.lowered.mesh
+    rows = made.lowered.batch / (data * fsdp)
+    found.add(
+        "mesh",
+        f"data {data} x fsdp {fsdp} x model {model} on {where}; {rows:g} rows per data shard",
+    )
+    memory, limit = made.memory, made.chip.hbm
+    remedy = (
+        "Take fewer rows (config.batch), give config.system.denoiser.remat='full', or split the "
+        "state (config.sharding zero1 or fsdp, config.mesh)."
+    )
+    if memory is None:
+        found.note([f"config.batch: does not fit. {remedy} The compiler says:\n{made.refusal}"])
+    elif memory.peak > limit:
+        found.note(
+            [
+                f"config.batch: the update takes {_size(memory.peak)} on each device, which has "
+                f"{_size(limit)}. {remedy}"
+            ]
+        )
+    else:
+        share = memory.peak / limit
+        tight = ", tight" if share > report.TIGHT else ""
+        found.add(
+            "memory",
+            f"{_size(memory.peak)} of {_size(limit)} per device ({share:.1%}{tight}), "
+            f"by the compiler's plan: state and batch {_size(memory.arguments)}, activations and "
+            f"gradients {_size(memory.temporaries)}; compiled in {made.seconds:.1f} s",
+        )
+
+
+def _size(gib: float) -> str:
+    return f"{gib:.2f} GiB" if gib >= 0.1 else f"{1024 * gib:.1f} MiB"
+
+
+# ------------------------------------------------------------------------ workdir
+
+
+def _gathered(config: Config, workdir: Path) -> dict[str, Any] | None:
+    """A config that would train the codec which the workdir has a copy of."""
+    for name, place in pretrained.trained_codecs(config).items():
+        spec = pretrained.copied(workdir, name)
+        if spec is not None:
+            return {"system": {"name": "autoencode", "codec": spec, "field": place.field}}
+    return None
+
+
+def _codecs(config: Config, workdir: Path, known: build.Facts, found: Rehearsal) -> None:
+    cache = config["data"].get("cache")
+    for name, place in pretrained.trained_codecs(config).items():
+        if cache and pretrained.copied(workdir, name) is None:
+            if found.attempt(lambda: pretrained.load(Path(cache), config)):
+                found.add(f"codec {name}", f"that of {cache}")
+        elif pretrained.copied(workdir, name) is None:
+            if found.attempt(lambda place=place: pretrained.of_run(place, known)):
+                found.add(f"codec {name}", f"that of {place.spec['workdir']}")
+        elif found.attempt(lambda: pretrained.load(workdir, config)):
+            found.add(f"codec {name}", f"the copy in {workdir / 'frozen'}")
+
+
+def _checkpoint(
+    config: Config, workdir: Path, source: Source, allow: Sequence[str], found: Rehearsal
+) -> dict[str, Any] | None:
+    """The meta of the newest checkpoint, whose settings and classes must be this config's."""
+    if (workdir / "facts.json").exists():
+        known = build.facts(source, captions=0)
+        found.attempt(lambda: resume.require_facts(known, workdir / "facts.json"))
+    folder = workdir / "checkpoints"
+    steps = Checkpoints(folder, read_only=True).steps() if folder.is_dir() else []
+    if not steps:
+        found.add("checkpoint", f"none in {workdir}: the run starts at step 0")
+        return None
+    meta = found.attempt(lambda: read_meta(folder))
+    if meta is None:
+        return None
+    current, before = resume.settings(config, source), len(found.problems)
+    found.attempt(lambda: resume.require_settings(meta, current, allow, workdir))
+    if len(found.problems) == before:
+        left = max(config["steps"] - meta["step"], 0)
+        found.add(
+            "checkpoint",
+            f"the run goes on from step {meta['step']:,} in {workdir}; {left:,} steps are left",
+        )
+    return meta
+
+
+def _arrays(saved: dict[str, Any] | None, state: Any, workdir: Path, found: Rehearsal) -> None:
+    """Holds the arrays of the newest checkpoint against those of this model, unread."""
+    if saved is None:
+        return
+    kinds = {path: kind for path, (kind, _) in saved["checkpoint"]["leaves"].items()}
+    wanted = {path: describe(leaf) for path, (_, leaf) in snapshot.leaves(state).items()}
+    where = str(workdir / "checkpoints" / str(saved["step"]))
+    if found.attempt(lambda: snapshot.require_fit(kinds, wanted, where) or True):
+        found.add("arrays", f"the checkpoint's {len(kinds):,} fit, by name, shape and dtype")
+
+
+def _start(config: Config, workdir: Path, state: Any, known: build.Facts, found: Rehearsal) -> None:
+    spec = config.get("start", {})
+    if starting.is_fresh(spec) or mistakes.has_checkpoint(str(workdir)):
+        return
+    given = found.attempt(lambda: starting.load(spec, state.params, known))
+    if given is not None:
+        found.add("start", f"{len(given):,} arrays from {spec.get('workdir') or spec['file']}")
+
+
+def _disk(config: Config, workdir: Path, state: Any, found: Rehearsal) -> None:
+    size = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state))
+    keep = config["checkpoint"]["keep"] + 1  # the new one is written before the oldest goes
+    above = next(p for p in (workdir.absolute(), *workdir.absolute().parents) if p.exists())
+    free = shutil.disk_usage(above).free
+    each = f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+    text = f"{keep - 1} checkpoints of {each} are kept; {free / 1e9:.1f} GB are free"
+    if keep * size > free:
+        remedy = f"Free some, or lower config.checkpoint.keep = {keep - 1}."
+        found.note([f"--workdir={workdir}: {text}. {remedy}"])
+    else:
+        found.add("disk", text)

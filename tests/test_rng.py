@@ -1,0 +1,52 @@
+"""Keys: a row's randomness is its own, whoever computes it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jointseg_jax.rng import fold, row_keys, sample_keys
+
+
+def numbers(keys):
+    return np.asarray(jax.random.key_data(keys))
+
+
+def different(*several):
+    rows = np.concatenate([numbers(keys) for keys in several])
+    return len(np.unique(rows, axis=0)) == len(rows)
+
+
+def test_a_row_has_the_same_key_on_any_host():
+    everywhere = row_keys(3, 7, jnp.arange(8))
+    parts = [row_keys(3, 7, jnp.arange(a, a + 2)) for a in (0, 2, 4, 6)]
+    np.testing.assert_array_equal(numbers(everywhere), np.concatenate([numbers(p) for p in parts]))
+
+
+def test_a_step_that_is_traced_makes_the_same_keys():
+    traced = jax.jit(lambda step: row_keys(3, step, jnp.arange(4, dtype=jnp.uint32)))
+    np.testing.assert_array_equal(numbers(traced(7)), numbers(row_keys(3, 7, jnp.arange(4))))
+
+
+def test_seeds_steps_rows_and_uses_never_share_a_key():
+    rows = jnp.arange(4)
+    first = row_keys(0, 0, rows)
+    assert different(first, row_keys(0, 1, rows), row_keys(1, 0, rows), sample_keys(0, rows))
+    uses = [fold(first, use) for use in ("noise/image", "noise/mask", "time", "drop")]
+    steps = [fold(first, jnp.int32(step)) for step in (0, 1)]
+    assert different(first, *uses, *steps)
+
+
+def test_a_samples_key_depends_on_seed_and_index_alone():
+    index = jnp.asarray([5, 2**31 + 1], jnp.uint32)
+    np.testing.assert_array_equal(
+        numbers(sample_keys(9, index))[:1], numbers(sample_keys(9, index[:1]))
+    )
+    traced = jax.jit(sample_keys)(jnp.uint32(9), index)
+    np.testing.assert_array_equal(numbers(traced), numbers(sample_keys(9, index)))
+    assert different(sample_keys(9, index), sample_keys(10, index))
+
+
+def test_a_use_folds_each_row_by_itself():
+    keys = row_keys(0, 0, jnp.arange(4))
+    whole, last = fold(keys, "time"), fold(keys[3:], "time")
+    np.testing.assert_array_equal(numbers(whole)[3:], numbers(last))
