@@ -22,7 +22,7 @@ Conventions:
 | SemFlow | t = 0 image | t = 1 mask | t |
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import jax
 
@@ -41,4 +41,23 @@ Params = Mapping[str, object]
 
 
 class UserError(Exception):
-    """A mistake the user can mend: the launchers print its text and exit with status 2."""
+    """A mistake the user can fix: the launchers print its text and exit with status 2."""
+
+
+def require(name: str, value: object, holds: bool, rule: str, change: str = "") -> None:
+    """The one check of a field's value: ``NAME = VALUE; it must be RULE. CHANGE``.
+
+    Args:
+      name: what the value is, with what it belongs to where that is not clear ("bits codec: pool").
+      change: a sentence that says where to change it.
+
+    Raises:
+      ValueError: unless ``holds``; what builds objects from configs adds the config path.
+    """
+    if not holds:
+        raise ValueError(f"{name} = {value!r}; it must be {rule}.{f' {change}' if change else ''}")
+
+
+def require_one_of(name: str, value: object, allowed: Collection[object], change: str = "") -> None:
+    """``require`` for a value out of a list, which the message then shows."""
+    require(name, value, value in allowed, "one of " + ", ".join(map(repr, allowed)), change)
