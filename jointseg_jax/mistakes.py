@@ -19,15 +19,14 @@ from jointseg_jax import build, sharding
 from jointseg_jax.build import SOLVERS, SOURCES, TRANSFORMS
 from jointseg_jax.config import check_spec, make
 from jointseg_jax.data import files
-from jointseg_jax.data.class_file import read_classes
 from jointseg_jax.data.class_lists import CLASS_LISTS
 from jointseg_jax.data.classes import Classes
+from jointseg_jax.data.labels import read_classes
 from jointseg_jax.data.pipeline import POLICIES
-from jointseg_jax.data.sources.layouts import LAYOUTS
+from jointseg_jax.data.sources.layouts import LAYOUT_CLASSES, LAYOUTS
 from jointseg_jax.data.sources.scenes import Scenes
 from jointseg_jax.models.embed import spec_of
 from jointseg_jax.models.uvit import UViT
-from jointseg_jax.perf.abstract import LAYOUT_CLASSES
 from jointseg_jax.systems.joint import TEXT_STREAM
 from jointseg_jax.systems.stream import Stream
 from jointseg_jax.training import pretrained

@@ -22,7 +22,7 @@ import numpy as np
 from jointseg_jax import build, chips, mistakes, sharding
 from jointseg_jax.chips import Chip
 from jointseg_jax.data.audit import Report, scan
-from jointseg_jax.data.cached.loader import Gathered
+from jointseg_jax.data.cached.loader import CachedSource
 from jointseg_jax.data.pipeline import batches
 from jointseg_jax.data.records import BadSample, Source
 from jointseg_jax.perf import programs, report
@@ -137,7 +137,7 @@ def _data(config: Config, split: str, limit: int, found: Rehearsal) -> Source | 
         if len(found.problems) == before:  # else the listing has said so
             found.note([f"ERROR [data] config.data.{split}: there is not one record in it."])
         return None
-    if isinstance(source, Gathered):
+    if isinstance(source, CachedSource):
         return _encoded(source, split, found)
     threads = max(config["data"].get("threads", 2), 1)
     looked = scan(source, threads=threads, limit=limit or None, spread=True)
@@ -147,7 +147,7 @@ def _data(config: Config, split: str, limit: int, found: Rehearsal) -> Source | 
     return source
 
 
-def _encoded(source: Gathered, split: str, found: Rehearsal) -> Gathered | None:
+def _encoded(source: CachedSource, split: str, found: Rehearsal) -> CachedSource | None:
     """An encoded data set: every row is read and held against its sum."""
     damage = [str(problem) for problem in source.damage()]
     found.note(damage)

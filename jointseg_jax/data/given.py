@@ -24,16 +24,13 @@ from jaxtyping import Int16, UInt8
 from PIL import Image
 
 from jointseg_jax.data import captions, files
-from jointseg_jax.data.class_file import read_classes
 from jointseg_jax.data.classes import Classes
+from jointseg_jax.data.files import Files
 from jointseg_jax.data.images import CONVERSIONS, PIXEL_LIMIT, Decoding, open_picture
-from jointseg_jax.data.labels import LabelRule, stored_rule
+from jointseg_jax.data.labels import LabelRule, read_classes, stored_rule
 from jointseg_jax.data.records import BadSample
-from jointseg_jax.data.sources.entries import label_files, read_image, read_labels
-from jointseg_jax.data.sources.folders import list_split
-from jointseg_jax.data.sources.layouts import LAYOUTS
-from jointseg_jax.data.sources.listing import Entry, Listing, find, optional, pair
-from jointseg_jax.data.store import Store
+from jointseg_jax.data.sources.folders import label_files, list_split, read_image, read_labels
+from jointseg_jax.data.sources.layouts import LAYOUTS, Entry, SplitIndex, find, optional, pair
 from jointseg_jax.data.transforms import BOXES, Resize, resize_image, resize_labels
 from jointseg_jax.data.workers import in_order
 from jointseg_jax.types import UserError
@@ -69,9 +66,9 @@ class Given:
         return len(self.entries)
 
     @functools.cached_property
-    def store(self) -> Store:
+    def files(self) -> Files:
         """Its files."""
-        return Store.of(self.root)
+        return Files.of(self.root)
 
     @property
     def kind(self) -> str:
@@ -106,8 +103,8 @@ class Given:
         """Returns one item at its own size."""
         entry = self.entries[index]
         if self.classes is None:
-            return read_image(self.store, entry, TURNED)
-        return read_labels(self.store, entry, self.rule, self.classes)[0]
+            return read_image(self.files, entry, TURNED)
+        return read_labels(self.files, entry, self.rule, self.classes)[0]
 
     def fingerprint(self) -> dict[str, object]:
         """Returns the plain values that must match when an interrupted run goes on."""
@@ -126,7 +123,7 @@ class Given:
         digest = hashlib.sha256(b"" if entry.segments is None else entry.segments.tobytes())
         try:
             for name in names:
-                path, data = self.store.read(name)
+                path, data = self.files.read(name)
                 digest.update(hashlib.sha256(data).digest())
                 if not self._expects(open_picture(data, str(path), PIXEL_LIMIT), entry):
                     self.read(index)  # says what is wrong
@@ -174,7 +171,9 @@ def given_images(
     return checked(listing._replace(rule=None), Path(folder), None, layout, mode)
 
 
-def listing_of(root: Path, layout: str, split: str, kind: str, rule: LabelRule | None) -> Listing:
+def listing_of(
+    root: Path, layout: str, split: str, kind: str, rule: LabelRule | None
+) -> SplitIndex:
     """Lists a folder in its layout; ``rule`` is that of plain labels."""
     if layout not in (PLAIN, *LAYOUTS):
         raise UserError(
@@ -197,7 +196,7 @@ def listing_of(root: Path, layout: str, split: str, kind: str, rule: LabelRule |
         ) from None
 
 
-def list_plain(root: Path, kind: str, rule: LabelRule | None) -> Listing:
+def list_plain(root: Path, kind: str, rule: LabelRule | None) -> SplitIndex:
     """Lists every picture under a folder."""
     if not root.is_dir():
         raise UserError(f"ERROR [given] {root}: {'not a' if root.exists() else 'no such'} folder.")
@@ -215,10 +214,12 @@ def list_plain(root: Path, kind: str, rule: LabelRule | None) -> Listing:
             f"ERROR [given] {root}: no {kind} in it ({ending}); there are: "
             f"{', '.join(here[:20]) or 'no files'}."
         )
-    return Listing(entries, problems, classes, rule)
+    return SplitIndex(entries, problems, classes, rule)
 
 
-def checked(listing: Listing, root: Path, classes: Classes | None, layout: str, mode: str) -> Given:
+def checked(
+    listing: SplitIndex, root: Path, classes: Classes | None, layout: str, mode: str
+) -> Given:
     """Reads all headers; refuses the folder if anything is wrong, with everything that is."""
     problems = [*listing.problems, *(e.problem for e in listing.entries if e.problem)]
     given = Given(

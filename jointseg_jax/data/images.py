@@ -22,7 +22,9 @@ anything in the process has set ``LOAD_TRUNCATED_IMAGES``.
 
 from __future__ import annotations
 
+import ctypes
 import io
+import os
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -41,7 +43,6 @@ from PIL import (
     WebPImagePlugin,
 )
 
-from jointseg_jax.data import heap
 from jointseg_jax.data.records import BadSample
 from jointseg_jax.types import UserError
 
@@ -54,12 +55,32 @@ PIXEL_LIMIT = 64_000_000
 PILLOW_LIMIT = 89_478_485  # beyond it Pillow itself warns, and at twice that it refuses
 Colour = tuple[int, int, int]
 
+MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # of mallopt, in malloc.h
+LARGEST = 32 << 20  # the most that mallopt takes: arrays up to it come from the heap
+KEPT = 256 << 20  # bytes of a heap that may lie free
+
+
+def keep_freed_memory() -> bool:
+    """Tells glibc to keep what is freed; says whether it was told.
+
+    Another C library is left alone, and so is a process whose environment sets malloc
+    (``MALLOC_TRIM_THRESHOLD_``, ``GLIBC_TUNABLES`` and the like).
+    """
+    if any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
+        return False
+    library = ctypes.CDLL(None)
+    if not hasattr(library, "gnu_get_libc_version"):
+        return False
+    told = (library.mallopt(MMAP_THRESHOLD, LARGEST), library.mallopt(TRIM_THRESHOLD, KEPT))
+    return all(told)
+
+
 # By default Pillow hands the memory of every picture back to the system, which clears it page by
 # page for the next one: a fifth of the time of reading a pair. (PILLOW_BLOCKS_MAX says otherwise.)
 BLOCKS = 8
 if not Image.core.get_blocks_max():
     Image.core.set_blocks_max(BLOCKS)
-heap.keep_freed_memory()  # the same for arrays
+keep_freed_memory()  # the same for arrays
 
 
 @dataclass(frozen=True, kw_only=True)

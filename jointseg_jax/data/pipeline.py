@@ -25,7 +25,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from jointseg_jax.data.cached.loader import Gathered, GatheredBatches
+from jointseg_jax.data.cached.loader import CachedBatches, CachedSource
 from jointseg_jax.data.records import BadSample, Record, Source, check_record
 from jointseg_jax.data.segments import panoptic
 from jointseg_jax.data.transforms import Transform
@@ -232,7 +232,7 @@ def batches(
     bad: str = "replace",
     bad_limit: int = 100,
     instances: int = 0,
-) -> Batches | GatheredBatches:
+) -> Batches | CachedBatches:
     """Returns the endless, shuffled batches of one host from ``start_step`` on.
 
     A source that gathers whole batches (``cache.py``) was transformed when it was encoded: it needs
@@ -251,12 +251,10 @@ def batches(
     check_hosts(batch, host, hosts)
     if start_step < 0:
         raise ValueError(f"data: start_step={start_step} given; must be 0 or more.")
-    if isinstance(source, Gathered):
+    if isinstance(source, CachedSource):
         source.check_tokenizer(tokenizer)
         place = {"step": start_step, "host": host, "hosts": hosts}
-        return GatheredBatches(
-            source, batch=batch, seed=seed, train=train, threads=threads, **place
-        )
+        return CachedBatches(source, batch=batch, seed=seed, train=train, threads=threads, **place)
     rows = make_rows(
         source,
         transforms,
@@ -306,7 +304,7 @@ def evaluation_batches(
     check_hosts(batch, host, hosts)
     if limit is not None and limit < 1:
         raise UserError(f"ERROR [data] limit={limit} given; evaluate at least 1 record.")
-    if isinstance(source, Gathered):
+    if isinstance(source, CachedSource):
         transforms, instances = (), 0
     rows = make_rows(
         source,

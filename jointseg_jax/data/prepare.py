@@ -15,7 +15,7 @@ from typing import Protocol, runtime_checkable
 
 from jointseg_jax.data import files
 from jointseg_jax.data.audit import Progress, Report, scan, silent
-from jointseg_jax.data.class_file import to_content
+from jointseg_jax.data.labels import to_content
 from jointseg_jax.data.records import BadSample, Record, Source
 from jointseg_jax.data.sources.arrayrecord import open_manifest, pack, write_shards
 from jointseg_jax.data.workers import in_order

@@ -21,20 +21,10 @@ from jointseg_jax import build
 from jointseg_jax.data.cached.index import classes_of, fields_of, index_path, read_index, text_of
 from jointseg_jax.data.class_lists import CLASS_LISTS
 from jointseg_jax.data.classes import Classes
+from jointseg_jax.data.sources.layouts import LAYOUT_CLASSES
 from jointseg_jax.systems.system import LATENTS, Encodable
 from jointseg_jax.training import pretrained
 from jointseg_jax.types import UserError
-
-LAYOUT_CLASSES = {
-    "voc": "voc",
-    "ade20k": "ade20k",
-    "coco_panoptic": "coco_panoptic",
-    "coco_stuff": "coco_stuff",
-    "cityscapes": "cityscapes",
-    "celebamask_hq": "celeba_mask",
-    "celebamask_hq_parts": "celeba_mask",
-}
-"""Layouts whose classes are always those of one list."""
 
 Shapes = dict[str, jax.ShapeDtypeStruct]
 

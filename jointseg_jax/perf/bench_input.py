@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jointseg_jax import build, sharding
-from jointseg_jax.data.cached.loader import Gathered
+from jointseg_jax.data.cached.loader import CachedSource
 from jointseg_jax.data.pipeline import make_rows
 from jointseg_jax.perf import machine, subject
 from jointseg_jax.perf.harness import Action, Job, Request
@@ -40,7 +40,7 @@ class _Input:
         config = dict(request.config)
         config["batch"] = self.batch = request.batch or config["batch"]
         self.source = build.source(config, "train")
-        self.encoded = isinstance(self.source, Gathered)
+        self.encoded = isinstance(self.source, CachedSource)
         known = build.facts(self.source, captions=0)
         self.config, self.step = config, request.step_ms / 1e3
         self.mesh = sharding.make_mesh((-1, 1, 1))

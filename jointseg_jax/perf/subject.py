@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jointseg_jax import build, sharding
-from jointseg_jax.data.cached.loader import GatheredBatches
+from jointseg_jax.data.cached.loader import CachedBatches
 from jointseg_jax.data.pipeline import Batches, batches
 from jointseg_jax.perf import abstract
 from jointseg_jax.perf.harness import Request
@@ -112,7 +112,7 @@ def random_rows(
     return {name: draw(name, s.shape, s.dtype) for name, s in wanted.items()}
 
 
-def real_batches(subject: Subject, *, start: int = 0) -> Batches | GatheredBatches:
+def real_batches(subject: Subject, *, start: int = 0) -> Batches | CachedBatches:
     """The batches of the config's training data, as a run gets them."""
     config, data = subject.config, subject.config["data"]
     tokenizer = build.tokenizer(config, subject.known.vocabulary)

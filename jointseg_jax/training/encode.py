@@ -23,9 +23,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jointseg_jax.data.cached import shard_writer, texts
-from jointseg_jax.data.cached.index import index_path, read_index
-from jointseg_jax.data.cached.shards import Field, shard_name
-from jointseg_jax.data.cached.view_reader import Viewed
+from jointseg_jax.data.cached.index import Field, index_path, read_index, shard_name
+from jointseg_jax.data.cached.views import ViewedRecord
 from jointseg_jax.data.workers import Reading
 from jointseg_jax.training.encode_options import DTYPES, Encoding
 from jointseg_jax.training.encode_plan import Plan, size_text
@@ -136,7 +135,7 @@ class _Run:
                 count = len(self.plan.records_of(number))
                 self._shard(number, itertools.islice(found, count), count, bar)
 
-    def _shard(self, number: int, records: Iterator[Viewed], count: int, bar: Any) -> None:
+    def _shard(self, number: int, records: Iterator[ViewedRecord], count: int, bar: Any) -> None:
         name = shard_name(self.options.split, number, self.plan.shards)
         made = self.plan.contents
         shard = shard_writer.ShardWriter(
@@ -156,13 +155,13 @@ class _Run:
             bar.update(self._keep(shard, *waiting))
         shard.close()
 
-    def _groups(self, records: Iterator[Viewed]) -> Iterator[list[Viewed]]:
+    def _groups(self, records: Iterator[ViewedRecord]) -> Iterator[list[ViewedRecord]]:
         batch = self.plan.encoder.batch if self.plan.encoder else self.options.batch
         size = max(1, batch // self.plan.views.count)
         while group := list(itertools.islice(records, size)):
             yield group
 
-    def _launch(self, group: Sequence[Viewed]) -> dict[str, list[jax.Array]]:
+    def _launch(self, group: Sequence[ViewedRecord]) -> dict[str, list[jax.Array]]:
         """Starts to encode the rows of some records."""
         if self.plan.encoder is None:
             return {}
@@ -175,7 +174,7 @@ class _Run:
     def _keep(
         self,
         shard: shard_writer.ShardWriter,
-        group: Sequence[Viewed],
+        group: Sequence[ViewedRecord],
         launched: Mapping[str, Any],
     ) -> int:
         rows, values, text = len(group) * self.plan.views.count, {}, self.plan.contents.text
@@ -194,7 +193,9 @@ class _Run:
         shard.add(values, [viewed.note for viewed in group], texts)
         return len(group)
 
-    def _stored(self, field: Field, values: np.ndarray, group: Sequence[Viewed]) -> np.ndarray:
+    def _stored(
+        self, field: Field, values: np.ndarray, group: Sequence[ViewedRecord]
+    ) -> np.ndarray:
         if values.shape[1:] != field.shape:
             raise UserError(
                 f"ERROR [encode] {group[0].note['id']}: {field.name} has shape {values.shape[1:]}; "
@@ -212,7 +213,7 @@ class _Run:
             said = f"too large for {field.dtype}. Run with --dtype=bfloat16 or --dtype=float32."
         raise UserError(f"ERROR [encode] {where}: {field.name} is {said}")
 
-    def _complain(self, group: Sequence[Viewed]) -> None:
+    def _complain(self, group: Sequence[ViewedRecord]) -> None:
         for viewed in group:
             for error in viewed.note.get("instead_of", ()):
                 log.warning("%s Replaced by %s.", error, viewed.note["id"])
@@ -235,7 +236,7 @@ class _Run:
         return read_index(index_path(out, split))
 
 
-def _stacked(group: Sequence[Viewed], field: str) -> np.ndarray:
+def _stacked(group: Sequence[ViewedRecord], field: str) -> np.ndarray:
     rows = [viewed.fields[field] for viewed in group]
     if len(shapes := sorted({found.shape[1:] for found in rows})) > 1:
         raise UserError(

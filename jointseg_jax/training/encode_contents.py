@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from jointseg_jax import build
-from jointseg_jax.data.cached.shards import Field
+from jointseg_jax.data.cached.index import Field
 from jointseg_jax.systems.joint import TEXT_STREAM
 from jointseg_jax.systems.system import LATENTS
 from jointseg_jax.training.batch_encoder import Encoder

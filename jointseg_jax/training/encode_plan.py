@@ -14,10 +14,9 @@ import jax
 import numpy as np
 
 from jointseg_jax import build
-from jointseg_jax.data.cached.shards import row_bytes
-from jointseg_jax.data.cached.view_reader import Viewer
-from jointseg_jax.data.cached.views import Views
-from jointseg_jax.data.class_file import to_content
+from jointseg_jax.data.cached.index import row_bytes
+from jointseg_jax.data.cached.views import ViewReader, Views
+from jointseg_jax.data.labels import to_content
 from jointseg_jax.data.pipeline import Rows, batches, check_source, make_rows
 from jointseg_jax.data.records import Source
 from jointseg_jax.training import pretrained as frozen_codecs
@@ -54,7 +53,7 @@ class Plan:
             seed=config["seed"],
             train=self.train,
         )
-        self.viewer = Viewer(rows=rows, views=self.views)
+        self.viewer = ViewReader(rows=rows, views=self.views)
         self.encoder = self._encoder() if self.train else None
         self.contents = contents(
             options,

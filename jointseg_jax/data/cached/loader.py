@@ -26,7 +26,7 @@ DRAWS = 3
 
 
 @runtime_checkable
-class Gathered(Protocol):
+class CachedSource(Protocol):
     """A source that reads the rows of a batch at once."""
 
     def __len__(self) -> int:
@@ -38,9 +38,9 @@ class Gathered(Protocol):
         ...
 
     def gather(
-        self, records: np.ndarray, chance: np.ndarray | None = None
+        self, records: np.ndarray, random: np.ndarray | None = None
     ) -> dict[str, np.ndarray]:
-        """The batch fields of some records; ``chance`` ``[DRAWS, records]`` chooses variants."""
+        """The batch fields of some records; ``random`` ``[DRAWS, records]`` chooses variants."""
         ...
 
     def damage(self) -> list[BadSample]:
@@ -48,7 +48,7 @@ class Gathered(Protocol):
         ...
 
 
-class GatheredBatches:
+class CachedBatches:
     """An iterator over host batches whose state is ``step``; close it, or use ``with``.
 
     Attributes:
@@ -60,7 +60,7 @@ class GatheredBatches:
 
     def __init__(
         self,
-        source: Gathered,
+        source: CachedSource,
         *,
         batch: int,
         seed: int,
@@ -81,13 +81,13 @@ class GatheredBatches:
     def plan(self, step: int) -> tuple[np.ndarray, np.ndarray | None]:
         """The records and the chances of this host's rows of a step."""
         rng = np.random.default_rng((self._seed, step))
-        chance = rng.random((DRAWS, self._batch))[:, self._own] if self._train else None
+        random = rng.random((DRAWS, self._batch))[:, self._own] if self._train else None
         epochs, places = np.divmod(step * self._batch + self._own, len(self._source))
         records = np.empty_like(places)
         for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
             chosen = epochs == epoch
             records[chosen] = self._order(epoch)[places[chosen]]
-        return records, chance
+        return records, random
 
     def _order(self, epoch: int) -> np.ndarray:
         if self._epoch[0] != epoch:
@@ -97,10 +97,10 @@ class GatheredBatches:
         return self._epoch[1]
 
     def _make(self, plan: tuple[np.ndarray, np.ndarray | None]) -> dict[str, np.ndarray]:
-        records, chance = plan
-        return {**self._source.gather(records, chance), "index": records}
+        records, random = plan
+        return {**self._source.gather(records, random), "index": records}
 
-    def __iter__(self) -> GatheredBatches:
+    def __iter__(self) -> CachedBatches:
         return self
 
     def __next__(self) -> dict[str, np.ndarray]:
@@ -120,7 +120,7 @@ class GatheredBatches:
         if made is not None:
             made.close()
 
-    def __enter__(self) -> GatheredBatches:
+    def __enter__(self) -> CachedBatches:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -27,14 +27,17 @@ import numpy as np
 from jointseg_jax.data import files
 from jointseg_jax.data.cached.index import (
     AGAIN,
+    Field,
     check_files,
     classes_of,
     fields_of,
     index_path,
+    opened,
     read_index,
+    row_bytes,
+    row_sums,
     text_of,
 )
-from jointseg_jax.data.cached.shards import Field, opened, row_bytes, row_sums
 from jointseg_jax.data.cached.texts import Texts
 from jointseg_jax.data.classes import Classes
 from jointseg_jax.data.records import BadSample, Record
@@ -177,28 +180,28 @@ class Cache:
         return found
 
     def gather(
-        self, records: np.ndarray, chance: np.ndarray | None = None
+        self, records: np.ndarray, random: np.ndarray | None = None
     ) -> dict[str, np.ndarray]:
         """The rows of some records, in their order.
 
         Args:
-          chance: uniform draws ``[3, records]`` that choose crop, mirror and caption; the first
+          random: uniform draws ``[3, records]`` that choose crop, mirror and caption; the first
             of each when absent.
 
         Raises:
           BadSample: a row is not what was written.
         """
-        out = self._rows(records * self.index["variants"] + self._variant(chance))
+        out = self._rows(records * self.index["variants"] + self._variant(random))
         if self.texts is not None:
-            out["text"] = self.texts.of(records, None if chance is None else chance[2])
+            out["text"] = self.texts.of(records, None if random is None else random[2])
         return out
 
-    def _variant(self, chance: np.ndarray | None) -> np.ndarray | int:
-        if chance is None:
+    def _variant(self, random: np.ndarray | None) -> np.ndarray | int:
+        if random is None:
             return 0
         crops, flip = self.index["crops"], self.index["flip"]
-        crop = (chance[0] * crops).astype(np.int64)
-        return crop if flip is None else 2 * crop + (chance[1] < flip)
+        crop = (random[0] * crops).astype(np.int64)
+        return crop if flip is None else 2 * crop + (random[1] < flip)
 
     def _rows(self, rows: np.ndarray) -> dict[str, np.ndarray]:
         """Copies each row once, in the order in which rows lie on disk."""

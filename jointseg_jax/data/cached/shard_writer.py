@@ -16,10 +16,19 @@ from typing import Any
 import numpy as np
 
 from jointseg_jax.data import files
-from jointseg_jax.data.cached import text_writer, texts
-from jointseg_jax.data.cached.index import FORMAT, VERSION, dump, index_path, read_index, text_of
-from jointseg_jax.data.cached.shards import Field, RowFile, shard_name
-from jointseg_jax.data.cached.text_writer import PART
+from jointseg_jax.data.cached import texts
+from jointseg_jax.data.cached.index import (
+    FORMAT,
+    VERSION,
+    Field,
+    RowFile,
+    dump,
+    index_path,
+    read_index,
+    shard_name,
+    text_of,
+)
+from jointseg_jax.data.cached.texts import PART
 from jointseg_jax.data.records import BadSample
 from jointseg_jax.settings_diff import require_same
 
@@ -77,7 +86,7 @@ class ShardWriter:
         self.root, self.name, self.fields = root, name, tuple(fields)
         self.notes: list[dict[str, Any]] = []
         self._rows = RowFile(root / f"{name}.bin", self.fields, rows)
-        self._texts = text_writer.TextPart(root / f"{name}{PART}", text) if text else None
+        self._texts = texts.TextPart(root / f"{name}{PART}", text) if text else None
 
     def add(
         self,
@@ -138,18 +147,18 @@ def _texts(
     keep = index["tables"]["text"] if texts.is_whole(root, index) else None
     if tokenizer is not None:
         names = (record["captions"] for record in records)
-        return text_writer.write(
+        return texts.write(
             root,
             split,
             field,
             names,
-            lambda wanted: text_writer.tokenized(wanted, field, tokenizer),
+            lambda wanted: texts.tokenized(wanted, field, tokenizer),
             keep=keep,
         )
     paths = [root / f"{name}{PART}" for name in shards] + [texts.table_path(root, split)]
     names = ([record["text"]] for record in records)
-    return text_writer.write(
-        root, split, field, names, lambda _: text_writer.collected(paths, field), keep=keep
+    return texts.write(
+        root, split, field, names, lambda _: texts.collected(paths, field), keep=keep
     )
 
 

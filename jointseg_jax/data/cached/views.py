@@ -9,13 +9,19 @@ Of validation records there is one view: what evaluation reads.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+import grain
 import numpy as np
 
+from jointseg_jax.data.pipeline import Rows, private
 from jointseg_jax.data.records import Record
 from jointseg_jax.data.transforms import Flip, Resize, Transform
+from jointseg_jax.data.workers import Reading
 from jointseg_jax.types import UserError
 
 
@@ -74,3 +80,49 @@ class Views:
             else:
                 record = transform(record, rng, self.crops > 0)
         return record
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViewedRecord:
+    """One record as it was read.
+
+    Attributes:
+      fields: batch fields, a row per view.
+      note: id, captions, and ``instead_of``: the complaints of records that it replaces.
+    """
+
+    fields: dict[str, np.ndarray]
+    note: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViewReader:
+    """Reads records and makes their views; picklable, so that processes can own a copy."""
+
+    rows: Rows
+    views: Views
+
+    def __call__(self, index: int) -> ViewedRecord:
+        record, used, reports = self.rows.read(int(index))
+        made = [self.rows.fields(view) for view in self.views.of(record, used)]
+        note = {"id": record["id"], "captions": list(record["captions"])}
+        if reports:
+            note["instead_of"] = [report["error"] for report in reports]
+        return ViewedRecord(
+            fields={k: np.stack([row[k] for row in made]) for k in made[0]}, note=note
+        )
+
+    def all(self, records: Sequence[int], reading: Reading) -> Iterator[ViewedRecord]:
+        """Those of some records."""
+        if not len(records):
+            return
+        found = grain.MapDataset.source(list(records)).map(self._packed)
+        with contextlib.closing(iter(reading.attach(found))) as made:
+            for fields, note in made:
+                own = {name: private(array) for name, array in fields.items()}
+                yield ViewedRecord(fields=own, note=json.loads(note))
+
+    def _packed(self, index: int) -> tuple[dict[str, np.ndarray], str]:
+        """As Grain hands it from process to process: arrays and one string."""
+        viewed = self(index)
+        return viewed.fields, json.dumps(viewed.note)

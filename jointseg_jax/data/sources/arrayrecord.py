@@ -27,7 +27,6 @@ import numpy as np
 from array_record.python import array_record_module
 
 from jointseg_jax.data import files
-from jointseg_jax.data.class_file import class_list, to_content
 from jointseg_jax.data.classes import Classes
 from jointseg_jax.data.images import (
     PILLOW_LIMIT,
@@ -37,7 +36,7 @@ from jointseg_jax.data.images import (
     encode_png,
     encode_segment_ids,
 )
-from jointseg_jax.data.labels import encode_labels, stored_rule
+from jointseg_jax.data.labels import class_list, encode_labels, stored_rule, to_content
 from jointseg_jax.data.records import BadSample, Record
 from jointseg_jax.types import UserError
 

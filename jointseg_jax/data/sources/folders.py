@@ -5,20 +5,28 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+from jaxtyping import Int16, Int32, UInt8
+
 from jointseg_jax.data import captions
-from jointseg_jax.data.class_file import read_classes
 from jointseg_jax.data.class_lists import CLASS_LISTS
 from jointseg_jax.data.classes import Classes, Colour
-from jointseg_jax.data.images import PIXEL_LIMIT, Decoding
-from jointseg_jax.data.labels import LabelRule
+from jointseg_jax.data.files import Files
+from jointseg_jax.data.images import (
+    PIXEL_LIMIT,
+    Decoding,
+    decode_image,
+    decode_labels,
+    decode_segment_ids,
+)
+from jointseg_jax.data.labels import LabelRule, read_classes
 from jointseg_jax.data.records import BadSample, Record, check_record
-from jointseg_jax.data.sources.entries import enlarge, read_image, read_labels
-from jointseg_jax.data.sources.layouts import LAYOUTS
-from jointseg_jax.data.sources.listing import Entry, Listing
-from jointseg_jax.data.store import Store
+from jointseg_jax.data.segments import labels_of_segments
+from jointseg_jax.data.sources.layouts import LAYOUTS, Entry, SplitIndex
 from jointseg_jax.types import UserError
 
 
@@ -48,7 +56,7 @@ class Folders:
     pixel_limit: int = PIXEL_LIMIT
     strict: bool = True
     decoding: Decoding = field(init=False, repr=False)
-    store: Store = field(init=False, repr=False, compare=False)
+    files: Files = field(init=False, repr=False, compare=False)
     rule: LabelRule | None = field(init=False, repr=False)
     entries: tuple[Entry, ...] = field(init=False, repr=False, compare=False)
     problems: tuple[BadSample, ...] = field(init=False, repr=False, compare=False)
@@ -57,7 +65,7 @@ class Folders:
         if self.layout not in LAYOUTS:
             raise ValueError(f"layout={self.layout!r} given; one of: {', '.join(LAYOUTS)}.")
         self._set("decoding", Decoding(orientation=self.orientation, pixel_limit=self.pixel_limit))
-        self._set("store", Store.of(Path(self.root)))
+        self._set("files", Files.of(Path(self.root)))
         listing = list_split(Path(self.root), self.split, self.layout)
         self._set("classes", self._classes(listing))
         self._set("rule", self._rule(listing))
@@ -69,7 +77,7 @@ class Folders:
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
 
-    def _classes(self, listing: Listing) -> Classes:
+    def _classes(self, listing: SplitIndex) -> Classes:
         if isinstance(self.classes, Classes):
             return self.classes
         if self.classes in CLASS_LISTS:
@@ -84,7 +92,7 @@ class Folders:
             )
         return listing.classes
 
-    def _rule(self, listing: Listing) -> LabelRule | None:
+    def _rule(self, listing: SplitIndex) -> LabelRule | None:
         given = {"void": self.void, "colours": self.colour_map or None}
         given = {key: value for key, value in given.items() if value is not None}
         if self.label_map:
@@ -109,9 +117,9 @@ class Folders:
         entry = self.entries[index]
         if entry.problem is not None:
             raise entry.problem
-        image = read_image(self.store, entry, self.decoding)
+        image = read_image(self.files, entry, self.decoding)
         labels, segments = read_labels(
-            self.store, entry, self.rule, self.classes, pixel_limit=self.pixel_limit
+            self.files, entry, self.rule, self.classes, pixel_limit=self.pixel_limit
         )
         if entry.parts:
             labels = enlarge(labels, image.shape[:2])
@@ -125,11 +133,11 @@ class Folders:
 
     def original(self, index: int) -> bytes:
         """Returns the image file of a record as it is on disk."""
-        return self.store.read(self.entries[index].image)[1]
+        return self.files.read(self.entries[index].image)[1]
 
     def path(self, name: str) -> Path:
         """Returns the path of a file of the listing."""
-        return self.store.path(name)
+        return self.files.path(name)
 
     def words(self) -> tuple[str, ...]:
         """Lists every word its captions can contain, sorted."""
@@ -155,7 +163,7 @@ class Folders:
         }
 
 
-def list_split(root: Path, split: str, layout: str) -> Listing:
+def list_split(root: Path, split: str, layout: str) -> SplitIndex:
     """Lists a split; refuses a root that is not there and a split without ids."""
     if not root.is_dir():
         raise UserError(f"ERROR [data] {root}: no such folder. Check config.data.*.root.")
@@ -180,3 +188,67 @@ def refuse(problems: list[BadSample], name: str) -> None:
             f"{listed}{more}\nERROR [data] {name}: problems in its listing: {len(problems)}. Mend "
             "them, or set config.data.*.strict=False to train on the rest."
         )
+
+
+Labels = Int16[np.ndarray, "height width"]
+GREYS = {(value,) * 3: value for value in range(256)}
+
+
+def label_files(entry: Entry) -> tuple[str, ...]:
+    """Returns the names of the files that hold an entry's labels."""
+    return tuple(name for _, name in entry.parts) or (entry.labels,)
+
+
+def read_image(files: Files, entry: Entry, rules: Decoding) -> UInt8[np.ndarray, "height width 3"]:
+    """Decodes the image of an entry."""
+    path, data = files.read(entry.image)
+    return decode_image(data, str(path), rules)
+
+
+def read_labels(
+    files: Files,
+    entry: Entry,
+    rule: LabelRule | None,
+    classes: Classes,
+    *,
+    pixel_limit: int = PIXEL_LIMIT,
+) -> tuple[Labels, Int32[np.ndarray, "height width"] | None]:
+    """Decodes the labels of an entry, and its segments if it has them.
+
+    Args:
+      rule: ``None`` for segments and parts, which say themselves what their values mean.
+    """
+    if entry.parts:
+        return paint(files, entry.parts, pixel_limit), None
+    path, data = files.read(entry.labels)
+    if rule is not None:
+        return rule.read(data, str(path), classes, pixel_limit=pixel_limit), None
+    ids = decode_segment_ids(data, str(path), pixel_limit=pixel_limit)
+    return labels_of_segments(ids, entry.segments, str(path))
+
+
+def paint(files: Files, parts: Iterable[tuple[int, str]], pixel_limit: int = PIXEL_LIMIT) -> Labels:
+    """Paints (class, file) over class 0, in order: what is not black belongs to the class."""
+    canvas, first = None, ""
+    for label, name in parts:
+        path, data = files.read(name)
+        mask = decode_labels(data, str(path), colours=GREYS, pixel_limit=pixel_limit)
+        if canvas is None:
+            canvas, first = np.zeros(mask.shape, np.int16), name
+        if mask.shape != canvas.shape:
+            raise BadSample(
+                str(path),
+                f"a mask of {mask.shape[1]}x{mask.shape[0]} (width x height)",
+                f"{first} is {canvas.shape[1]}x{canvas.shape[0]}, and all parts have one size",
+                "Take both from the same release.",
+            )
+        canvas[mask > 0] = label
+    return canvas
+
+
+def enlarge(labels: Labels, shape: tuple[int, int]) -> Int16[np.ndarray, "tall wide"]:
+    """Repeats pixels up to the size ``shape`` if that is a whole multiple, or changes nothing."""
+    factor = shape[0] // labels.shape[0]
+    if factor < 2 or shape != tuple(factor * side for side in labels.shape):
+        return labels
+    return labels.repeat(factor, 0).repeat(factor, 1)

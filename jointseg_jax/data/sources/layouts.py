@@ -35,33 +35,204 @@ record: ``launch/prepare.py`` does it once.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 import numpy as np
 
 from jointseg_jax.data import captions, files
-from jointseg_jax.data.class_file import class_list, read_classes
+from jointseg_jax.data.captions import Captions
 from jointseg_jax.data.class_lists import CITYSCAPES_IDS, CLASS_LISTS, COCO_STUFF_IDS
 from jointseg_jax.data.classes import Classes
-from jointseg_jax.data.labels import LabelRule
+from jointseg_jax.data.labels import LabelRule, class_list, read_classes
 from jointseg_jax.data.records import BadSample
-from jointseg_jax.data.sources.listing import (
-    Entry,
-    Found,
-    Listing,
-    find,
-    lines_of,
-    listed,
-    optional,
-    pair,
-)
 from jointseg_jax.types import FILE_VOID, UserError
 
-Layout = Callable[[Path, str], Listing]
+
+class Entry(NamedTuple):
+    """One id of a split: its files, relative to the root, or what is wrong with it.
+
+    ``segments`` holds (segment id, class, is crowd, area) per row, for panoptic labels; ``parts``
+    holds (class, file) in painting order, for labels that lie in one file per class.
+    """
+
+    id: str
+    image: str = ""
+    labels: str = ""
+    captions: tuple[str, ...] = ()
+    segments: np.ndarray | None = None
+    problem: BadSample | None = None
+    parts: tuple[tuple[int, str], ...] = ()
 
 
-def list_folders(root: Path, split: str, *, images: str, labels: str) -> Listing:
+class SplitIndex(NamedTuple):
+    """A split: entries in order, problems that belong to no entry, and what labels mean."""
+
+    entries: tuple[Entry, ...]
+    problems: tuple[BadSample, ...]
+    classes: Classes | None
+    rule: LabelRule | None
+
+
+class FoundFiles(NamedTuple):
+    """The picture files under a folder, by id."""
+
+    prefix: str
+    suffix: str
+    names: dict[str, list[str]]
+
+    def expected(self, key: str) -> str:
+        """Returns the name that the file of an id should have."""
+        return f"{self.prefix}{key}{self.suffix}"
+
+
+def find(
+    root: Path, folder: str, ending: str, *, suffix: str = "", needed: bool = True
+) -> FoundFiles:
+    """Returns the picture files under a folder, hidden ones left out.
+
+    Args:
+      ending: the usual one; every ending of a picture is found.
+      suffix: what file names have between the id and the ending; files without it are left out.
+      needed: refuses to go on without the folder.
+    """
+    top = files.inside(root, folder)
+    if needed and not top.is_dir():
+        beside = sorted(p.name for p in top.parent.iterdir()) if top.parent.is_dir() else []
+        raise UserError(
+            f"ERROR [data] {top}: no such folder; the layout keeps files there"
+            f"{f', and beside it there are: {chr(44).join(beside[:20])}' if beside else ''}. "
+            "Check config.data.*.root, config.data.*.split and config.data.*.layout."
+        )
+    prefix = "" if folder == "." else f"{folder}/"
+    found: dict[str, list[str]] = {}
+    for where, below, names in os.walk(top):
+        below[:] = [name for name in below if not name.startswith(".")]
+        for name in names:
+            stem, kind = os.path.splitext(os.path.relpath(os.path.join(where, name), top))
+            picture = kind.lower() in files.PICTURES and not name.startswith(".")
+            if picture and stem.endswith(suffix):
+                key = stem.removesuffix(suffix)
+                found.setdefault(key, []).append(f"{prefix}{stem}{kind}")
+    return FoundFiles(prefix, suffix + ending, found)
+
+
+def lines_of(root: Path, name: str, remedy: str = "") -> list[str]:
+    """Returns the ids of a split file, as they stand."""
+    path = files.inside(root, name)
+    if not path.exists():
+        have = sorted(p.stem for p in path.parent.glob("*.txt"))
+        raise UserError(
+            f"ERROR [data] {path}: no such split; there are: {', '.join(have) or 'none'}. "
+            f"Check config.data.*.root and config.data.*.split.{remedy}"
+        )
+    return [line.strip() for line in files.read_text(path).splitlines() if line.strip()]
+
+
+def listed(root: Path, names: Iterable[str], *found: FoundFiles) -> Iterable[str]:
+    """Returns the ids of the first split file that is there, or else those of all files."""
+    for name in names:
+        if files.inside(root, name).exists():
+            return lines_of(root, name)
+    return set().union(*(files_by_id.names for files_by_id in found))
+
+
+def optional(
+    path: Path, reader: Callable[[Path], tuple[Captions, list[BadSample]]]
+) -> tuple[Captions | None, tuple[BadSample, ...]]:
+    """Reads a caption file if there is one; its ids lose file endings."""
+    if not path.exists():
+        return None, ()
+    texts, problems = reader(path)
+    pictures = files.PICTURES
+    plain = {
+        k.rsplit(".", 1)[0] if k.lower().endswith(pictures) else k: v for k, v in texts.items()
+    }
+    return plain, tuple(problems)
+
+
+def pair(
+    root: Path,
+    ids: Iterable[str],
+    images: FoundFiles | None,
+    labels: FoundFiles | None,
+    texts: Captions | None,
+) -> tuple[Entry, ...]:
+    """Joins images, labels and captions by id; what does not fit becomes the entry's problem.
+
+    Args:
+      images, labels: ``None`` where there are none to be had.
+    """
+    ids = sorted(ids)
+    same = Counter(key.casefold() for key in ids)
+    entries = []
+    for key in dict.fromkeys(ids):
+        try:
+            if same[key.casefold()] > 1:
+                equal = [k for k in ids if k.casefold() == key.casefold()]
+                raise id_collision(root, equal, images or labels)
+            entries.append(entry_of(root, key, images, labels, texts))
+        except BadSample as problem:
+            entries.append(Entry(key, problem=problem))
+    return tuple(entries)
+
+
+def entry_of(
+    root: Path,
+    key: str,
+    images: FoundFiles | None,
+    labels: FoundFiles | None,
+    texts: Captions | None,
+) -> Entry:
+    """Returns the entry of an id, or raises what is wrong with it."""
+    files.check_name(root, key)
+    image = "" if images is None else single_file(root, images, key, "image")
+    mask = "" if labels is None else single_file(root, labels, key, "label file")
+    if texts is not None and not texts.get(key):
+        raise BadSample(
+            str(root / (image or mask)),
+            "has no caption",
+            "where there is a caption file it has every id",
+            "Add its caption, or remove the caption file to have captions made from the labels.",
+        )
+    return Entry(key, image, mask, (texts or {}).get(key, ()))
+
+
+def single_file(root: Path, found: FoundFiles, key: str, what: str) -> str:
+    """Returns the one file of an id, refusing none, several, and links out of the root."""
+    names = found.names.get(key, [])
+    if not names:
+        raise files.missing(root / found.expected(key), f"{what} of id {key!r}")
+    if len(names) > 1:
+        raise BadSample(
+            str(root / names[0]),
+            f"id {key!r} has {len(names)} files: {', '.join(sorted(names))}",
+            f"one {what} per id",
+            "Remove or rename all but one.",
+        )
+    files.inside(root, names[0])
+    return names[0]
+
+
+def id_collision(root: Path, keys: list[str], found: FoundFiles) -> BadSample:
+    """Returns the complaint about ids that are equal, or equal but for case."""
+    paths = [name for key in dict.fromkeys(keys) for name in found.names.get(key, [key])]
+    return BadSample(
+        str(root / paths[0]),
+        f"ids {', '.join(map(repr, keys))} are the same or differ by case only "
+        f"({', '.join(paths)})",
+        "ids differ on every file system",
+        "Rename or remove all but one.",
+    )
+
+
+Layout = Callable[[Path, str], SplitIndex]
+
+
+def list_folders(root: Path, split: str, *, images: str, labels: str) -> SplitIndex:
     """Lists images and labels of the same name in two folders."""
     pictures = find(root, f"{images}/{split}", ".jpg")
     masks = find(root, f"{labels}/{split}", ".png")
@@ -69,10 +240,10 @@ def list_folders(root: Path, split: str, *, images: str, labels: str) -> Listing
     entries = pair(root, {*pictures.names, *masks.names}, pictures, masks, texts)
     path = root / "classes.json"
     classes, rule = read_classes(path) if path.exists() else (None, LabelRule())
-    return Listing(entries, problems, classes, rule)
+    return SplitIndex(entries, problems, classes, rule)
 
 
-def list_voc(root: Path, split: str) -> Listing:
+def list_voc(root: Path, split: str) -> SplitIndex:
     """Lists the ids of a VOC image set; augmented labels go before the original ones."""
     ids = lines_of(root, f"ImageSets/Segmentation/{split}.txt")
     pictures = find(root, "JPEGImages", ".jpg")
@@ -80,10 +251,10 @@ def list_voc(root: Path, split: str) -> Listing:
     masks.names.update(find(root, "SegmentationClassAug", ".png", needed=False).names)
     texts, problems = optional(root / f"ImageSets/Caption/{split}.json", captions.read_mapping)
     entries = pair(root, ids, pictures, masks, texts)
-    return Listing(entries, problems, CLASS_LISTS["voc"], LabelRule())
+    return SplitIndex(entries, problems, CLASS_LISTS["voc"], LabelRule())
 
 
-def list_ade20k(root: Path, split: str, *, other: bool) -> Listing:
+def list_ade20k(root: Path, split: str, *, other: bool) -> SplitIndex:
     """Lists ADE20K as released for scene parsing; ``other`` keeps label 0 as a class."""
     folder = {"train": "training", "val": "validation"}.get(split, split)
     pictures = find(root, f"images/{folder}", ".jpg")
@@ -94,10 +265,10 @@ def list_ade20k(root: Path, split: str, *, other: bool) -> Listing:
     if other:
         names, things = ("other", *classes.names), (False, *classes.isthing)
         classes, rule = Classes(names=names, isthing=things), LabelRule()
-    return Listing(entries, problems, classes, rule)
+    return SplitIndex(entries, problems, classes, rule)
 
 
-def list_coco_panoptic(root: Path, split: str) -> Listing:
+def list_coco_panoptic(root: Path, split: str) -> SplitIndex:
     """Lists the annotations of a COCO panoptic JSON."""
     path = files.inside(root, f"annotations/panoptic_{split}.json")
     content = files.read_json(path)
@@ -123,7 +294,7 @@ def list_coco_panoptic(root: Path, split: str) -> Listing:
         entry._replace(segments=segments[entry.id])
         for entry in pair(root, [key for key, _, _ in rows], pictures, masks, texts)
     )
-    return Listing(entries, problems, class_list(coco_names(categories)), None)
+    return SplitIndex(entries, problems, class_list(coco_names(categories)), None)
 
 
 def segment_rows(annotation: dict, order: dict[int, int]) -> np.ndarray:
@@ -145,7 +316,7 @@ def coco_names(categories: list[dict]) -> list[dict]:
     ]
 
 
-def list_coco_stuff(root: Path, split: str) -> Listing:
+def list_coco_stuff(root: Path, split: str) -> SplitIndex:
     """Lists COCO images with the pixel maps of COCO-Stuff."""
     short = split.removesuffix("2017")
     folder = f"{short}2017" if short in ("train", "val") else split
@@ -157,10 +328,10 @@ def list_coco_stuff(root: Path, split: str) -> Listing:
         texts = {key: texts.get(key.lstrip("0"), ()) for key in ids}
     entries = pair(root, ids, pictures, masks, texts)
     rule = LabelRule(table=tuple(zip(COCO_STUFF_IDS, range(len(COCO_STUFF_IDS)))))
-    return Listing(entries, problems, CLASS_LISTS["coco_stuff"], rule)
+    return SplitIndex(entries, problems, CLASS_LISTS["coco_stuff"], rule)
 
 
-def list_cityscapes(root: Path, split: str) -> Listing:
+def list_cityscapes(root: Path, split: str) -> SplitIndex:
     """Lists Cityscapes with fine annotations; train ids go before raw ids."""
     pictures = find(root, f"leftImg8bit/{split}", ".png", suffix="_leftImg8bit")
     masks = find(root, f"gtFine/{split}", ".png", suffix="_gtFine_labelTrainIds")
@@ -171,7 +342,7 @@ def list_cityscapes(root: Path, split: str) -> Listing:
         table = tuple(zip(CITYSCAPES_IDS, range(len(CITYSCAPES_IDS))))
         rule = LabelRule(void=(FILE_VOID, *unused), table=table)
     ids = listed(root, (f"metas/{split}.txt",), pictures, masks)
-    return Listing(pair(root, ids, pictures, masks, None), (), CLASS_LISTS["cityscapes"], rule)
+    return SplitIndex(pair(root, ids, pictures, masks, None), (), CLASS_LISTS["cityscapes"], rule)
 
 
 FACE_LISTS = (
@@ -179,30 +350,30 @@ FACE_LISTS = (
 )
 
 
-def list_celebamask_hq(root: Path, split: str) -> Listing:
+def list_celebamask_hq(root: Path, split: str) -> SplitIndex:
     """Lists CelebAMask-HQ with merged masks."""
     ids = lines_of(root, f"metas/{split}.txt", FACE_LISTS)
     pictures = find(root, "CelebA-512-img", ".jpg")
     masks = find(root, "CelebAMask-HQ-mergemask", ".png")
     entries = pair(root, ids, pictures, masks, None)
     # No void: a 255 is the sign of a part mask (0 and 255) in place of a merged one.
-    return Listing(entries, (), CLASS_LISTS["celeba_mask"], LabelRule(void=()))
+    return SplitIndex(entries, (), CLASS_LISTS["celeba_mask"], LabelRule(void=()))
 
 
-def list_celebamask_hq_parts(root: Path, split: str) -> Listing:
+def list_celebamask_hq_parts(root: Path, split: str) -> SplitIndex:
     """Lists CelebAMask-HQ as released: one mask file per face and part."""
     ids = lines_of(root, f"metas/{split}.txt", FACE_LISTS)
     pictures = find(root, "CelebA-HQ-img", ".jpg")
     painted = find(root, "CelebAMask-HQ-mask-anno", ".png")
     parts = parts_by_face(painted)
     firsts = {key: [found[0][1]] for key, found in parts.items()}
-    masks = Found(painted.prefix, "_PART.png", firsts)
+    masks = FoundFiles(painted.prefix, "_PART.png", firsts)
     entries = pair(root, ids, pictures, masks, None)
     entries = tuple(e if e.problem else with_parts(root, e, parts[e.id]) for e in entries)
-    return Listing(entries, (), CLASS_LISTS["celeba_mask"], None)
+    return SplitIndex(entries, (), CLASS_LISTS["celeba_mask"], None)
 
 
-def parts_by_face(painted: Found) -> dict[str, list[tuple[str, str]]]:
+def parts_by_face(painted: FoundFiles) -> dict[str, list[tuple[str, str]]]:
     """Returns (part, file) by id, sorted; ``3/06012_l_eye.png`` is part ``l_eye`` of id 6012."""
     parts: dict[str, list[tuple[str, str]]] = {}
     for stem, names in painted.names.items():
@@ -241,3 +412,14 @@ LAYOUTS: dict[str, Layout] = {
     "celebamask_hq": list_celebamask_hq,
     "celebamask_hq_parts": list_celebamask_hq_parts,
 }
+
+LAYOUT_CLASSES = {
+    "voc": "voc",
+    "ade20k": "ade20k",
+    "coco_panoptic": "coco_panoptic",
+    "coco_stuff": "coco_stuff",
+    "cityscapes": "cityscapes",
+    "celebamask_hq": "celeba_mask",
+    "celebamask_hq_parts": "celeba_mask",
+}
+"""Layouts whose classes are always those of one list."""

@@ -16,11 +16,10 @@ from typing import Any
 import numpy as np
 
 from jointseg_jax.data import captions as texts
-from jointseg_jax.data.class_file import read_classes
 from jointseg_jax.data.class_lists import CLASS_LISTS
 from jointseg_jax.data.classes import Classes, Colour
 from jointseg_jax.data.images import PIXEL_LIMIT, Decoding, decode_image, decode_segment_ids
-from jointseg_jax.data.labels import LabelRule
+from jointseg_jax.data.labels import LabelRule, read_classes
 from jointseg_jax.data.records import BadSample, Record, check_record
 from jointseg_jax.data.segments import labels_of_segments
 from jointseg_jax.types import UserError

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from jointseg_jax.data.cached import shard_writer, texts
+from jointseg_jax.data.cached.index import Field, row_bytes, shard_name
 from jointseg_jax.data.cached.reader import Cache
-from jointseg_jax.data.cached.shards import Field, row_bytes, shard_name
 from jointseg_jax.data.cached.views import Views
-from jointseg_jax.data.class_file import to_content
 from jointseg_jax.data.classes import Classes
+from jointseg_jax.data.labels import to_content
 from jointseg_jax.data.pipeline import batches
 from jointseg_jax.data.records import BadSample
 from jointseg_jax.data.tokenizer import Words

@@ -10,8 +10,8 @@ import pytest
 COUNT = """
 import resource
 import numpy as np
-from jointseg_jax.data import heap
-said = heap.keep_freed_memory()
+from jointseg_jax.data import images
+said = images.keep_freed_memory()
 def pages():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 def work():
