@@ -2,7 +2,7 @@
 
 A user's mistake (``UserError``, a bad flag, an unknown config override) is one block of text and
 exit status 2; a bug keeps its traceback. Of several processes the first alone prints results, and
-one that cannot go on without another says so and exits with ``peers.PEER_LOST``.
+one that cannot go on without another says so and exits with ``distributed.PEER_LOST``.
 """
 
 from __future__ import annotations
@@ -129,12 +129,12 @@ def _guarded(main: Callable[[], int | None]) -> None:
         if not distributed.several():
             raise
         _failed(error)
-    distributed.take_leave()
+    distributed.detach()
     sys.exit(status or 0)
 
 
 def _refuse(text: str) -> None:
-    if distributed.is_first_to_say(text):
+    if distributed.first_to_report(text):
         print(text, file=sys.stderr)
     distributed.leave(USAGE_ERROR)
     sys.exit(USAGE_ERROR)

@@ -33,14 +33,14 @@ _BROKEN = ("Gloo", "closed by peer", "Connection reset", "NCCL", "coordination s
 log = logging.getLogger("jointseg_jax")
 
 
-def speak_for_me(text: str) -> None:
-    """Starts a shell that prints the text if this process ends without ``take_leave``."""
+def report_if_killed(text: str) -> None:
+    """Starts a shell that prints the text if this process ends without ``detach``."""
     script = 'trap "" HUP INT TERM; read -r word || echo "$1" >&2'
     shell = ["/bin/sh", "-c", script, "sh", text]
     _run.spokesman = subprocess.Popen(shell, stdin=subprocess.PIPE, start_new_session=True)
 
 
-def take_leave() -> None:
+def detach() -> None:
     """Tells the shell of ``initialise`` that this process ends of its own accord."""
     if _run.spokesman is not None:
         with contextlib.suppress(BrokenPipeError):
@@ -65,13 +65,13 @@ def leave(status: int) -> None:
     with contextlib.suppress(Exception):  # whoever does not come is not waited for
         if several():
             _client().wait_at_barrier("jointseg_jax/leave", 1000 * _PARTING)
-    take_leave()
+    detach()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
 
 
-def is_first_to_say(text: str) -> bool:
+def first_to_report(text: str) -> bool:
     """Whether no other process has asked this about the same text."""
     if not several():
         return True
@@ -153,7 +153,7 @@ class _Run:
 _run = _Run()
 
 
-def never_met() -> None:
+def mark_unconnected() -> None:
     """Notes that the others were not found: nothing more is said to them."""
     _run.apart = True
 

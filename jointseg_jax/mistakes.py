@@ -31,7 +31,7 @@ from jointseg_jax.systems.joint import TEXT_STREAM
 from jointseg_jax.systems.stream import Stream
 from jointseg_jax.training import pretrained
 from jointseg_jax.training.faults import Faults
-from jointseg_jax.training.init_from import Start
+from jointseg_jax.training.init_from import InitFrom
 from jointseg_jax.training.optimizer import OPTIMIZERS
 from jointseg_jax.training.program import check_rows
 from jointseg_jax.training.watchdog import Watchdog
@@ -213,7 +213,7 @@ def _place(name: str, path: str, found: Mistakes, *, file: bool = False) -> bool
 
 
 def _start(spec: Config, found: Mistakes) -> None:
-    found.attempt(lambda: make({"start": Start}, {"name": "start", **spec}, where="start"))
+    found.attempt(lambda: make({"start": InitFrom}, {"name": "start", **spec}, where="start"))
     if spec.get("workdir"):
         _place("config.start.workdir", spec["workdir"], found)
     if spec.get("file") and _place("config.start.file", spec["file"], found, file=True):

@@ -1,4 +1,4 @@
-"""One run as several processes: who they are and where they meet (``peers``: what they say then).
+"""One run as several processes: who they are and where they meet (``distributed``: the rest).
 
 1. Settings, from the first of these that says anything: flags (``--coordinator HOST:PORT
    --num_processes N --process_id I``); a SLURM step; GKE, Cloud TPU and indexed Kubernetes jobs,
@@ -210,7 +210,7 @@ def initialise(flags: Flags, *, heartbeat: int = HEARTBEAT, patience: int = PATI
         f"{patience} s. Start all of them with the same command, check that process 0's host and "
         "port can be reached, or give --num_processes=1 to run one alone."
     )
-    distributed.speak_for_me(apart)  # jax aborts when the time is over
+    distributed.report_if_killed(apart)  # jax aborts when the time is over
     try:
         jax.distributed.initialize(
             found.coordinator,
@@ -222,9 +222,9 @@ def initialise(flags: Flags, *, heartbeat: int = HEARTBEAT, patience: int = PATI
             heartbeat_timeout_seconds=heartbeat,
         )
     except (RuntimeError, ValueError) as error:
-        distributed.never_met()
+        distributed.mark_unconnected()
         raise UserError(f"{apart}\njax says: {str(error).splitlines()[0]}") from error
-    distributed.take_leave()
+    distributed.detach()
     _introduce(found)
 
 
@@ -242,7 +242,7 @@ def _introduce(found: Settings) -> None:
         jax.devices()[0].device_kind,
     )
     if count > 1:
-        distributed.speak_for_me(
+        distributed.report_if_killed(
             f"process {index} of {count} ended abruptly: it was killed, or it could not go on "
             "because another process of the run died (whose own last lines say why). Run the same "
             "command again on all hosts: it goes on from the newest checkpoint."

@@ -26,8 +26,7 @@ from jointseg_jax.data.cached.loader import CachedSource
 from jointseg_jax.data.pipeline import batches
 from jointseg_jax.data.records import BadSample, Source
 from jointseg_jax.perf import programs, report
-from jointseg_jax.training import init_from as starting
-from jointseg_jax.training import pretrained, resume, snapshot
+from jointseg_jax.training import init_from, pretrained, resume, snapshot
 from jointseg_jax.training.checkpoints import Checkpoints, read_meta
 from jointseg_jax.training.digest import describe
 from jointseg_jax.training.program import check_batch
@@ -318,7 +317,7 @@ def _codecs(config: Config, workdir: Path, known: build.Facts, found: Rehearsal)
             if found.attempt(lambda: pretrained.load(Path(cache), config)):
                 found.add(f"codec {name}", f"that of {cache}")
         elif pretrained.copied(workdir, name) is None:
-            if found.attempt(lambda place=place: pretrained.of_run(place, known)):
+            if found.attempt(lambda place=place: pretrained.load_codec(place, known)):
                 found.add(f"codec {name}", f"that of {place.spec['workdir']}")
         elif found.attempt(lambda: pretrained.load(workdir, config)):
             found.add(f"codec {name}", f"the copy in {workdir / 'frozen'}")
@@ -363,9 +362,9 @@ def _arrays(saved: dict[str, Any] | None, state: Any, workdir: Path, found: Rehe
 
 def _start(config: Config, workdir: Path, state: Any, known: build.Facts, found: Rehearsal) -> None:
     spec = config.get("start", {})
-    if starting.is_fresh(spec) or mistakes.has_checkpoint(str(workdir)):
+    if init_from.is_fresh(spec) or mistakes.has_checkpoint(str(workdir)):
         return
-    given = found.attempt(lambda: starting.load(spec, state.params, known))
+    given = found.attempt(lambda: init_from.load(spec, state.params, known))
     if given is not None:
         found.add("start", f"{len(given):,} arrays from {spec.get('workdir') or spec['file']}")
 

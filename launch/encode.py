@@ -82,7 +82,7 @@ def main() -> None:
     cli.start()
     from jointseg_jax.training.encode import encode
     from jointseg_jax.training.encode_options import Encoding
-    from jointseg_jax.training.preemption import Departure
+    from jointseg_jax.training.preemption import ExitOnSigterm
 
     options = Encoding(
         out=Path(OUT.value),
@@ -97,7 +97,7 @@ def main() -> None:
         workers=WORKERS.value,
         threads=THREADS.value,
     )
-    with Departure():
+    with ExitOnSigterm():
         report = encode(CONFIG.value.to_dict(), options, progress=_bar, show=_say)
     if distributed.is_first():
         print(f"to train from it: launch/train.py ... --config.data.cache={OUT.value}")

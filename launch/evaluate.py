@@ -45,11 +45,11 @@ def main() -> None:
     """Evaluates."""
     cli.start()
     from jointseg_jax.evaluation.evaluate import evaluate
-    from jointseg_jax.training.preemption import Departure
+    from jointseg_jax.training.preemption import ExitOnSigterm
 
     size, steps = _size(SIZE.value), _steps(STEPS.value)
     workdir = Path(WORKDIR.value)
-    with Departure():
+    with ExitOnSigterm():
         report = evaluate(
             workdir, num=NUM.value, seed=SEED.value, size=size, steps=steps, refine=REFINE.value
         )

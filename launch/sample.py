@@ -113,7 +113,7 @@ def main() -> None:
     from jointseg_jax.data.given import given_images, given_labels
     from jointseg_jax.generation.filters import Filters
     from jointseg_jax.generation.generate import MORE, sample
-    from jointseg_jax.training.preemption import Departure
+    from jointseg_jax.training.preemption import ExitOnSigterm
     from jointseg_jax.training.workdir import load_facts
 
     kind, folder = _given(GIVEN.value, DIRECTION.value)
@@ -128,7 +128,7 @@ def main() -> None:
         given = given_labels(
             folder, classes, layout=LAYOUT.value, split=SPLIT.value, mode=FIT.value
         )
-    with Departure():
+    with ExitOnSigterm():
         report = sample(
             Path(WORKDIR.value),
             Path(OUT.value),

@@ -86,9 +86,9 @@ def train(config: dict[str, Any], workdir: Path) -> int:
     status = loop.train(config, workdir, ALLOW.value, start_afresh=AFRESH.value)
     if status == 0 and config["finish"]["num"]:
         from jointseg_jax.evaluation.evaluate import evaluate
-        from jointseg_jax.training.preemption import Departure
+        from jointseg_jax.training.preemption import ExitOnSigterm
 
-        with Departure(), goodput.evaluation(workdir, writes=distributed.is_first()):
+        with ExitOnSigterm(), goodput.evaluation(workdir, writes=distributed.is_first()):
             report = evaluate(workdir, num=config["finish"]["num"])
         if distributed.is_first():
             grid = report.get("grid", workdir / "samples")

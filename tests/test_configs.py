@@ -232,11 +232,11 @@ def test_the_image_stage_becomes_the_image_stream(name, data):
     second = argument if name == "pdm_two_stream" else f"{argument},streams=two"
     _, pair = system_of(name, second)
     spec = config(name, second)["start"]
-    starting = make({"start": init_from.Start}, {"name": "start", **spec}, where="start")
+    starting = make({"start": init_from.InitFrom}, {"name": "start", **spec}, where="start")
     given, wanted = (
         {f"params/{p}": leaf for p, leaf in rules.by_path(tree).items()} for tree in (image, pair)
     )
-    found = init_from.arranged(starting, given, wanted)
+    found = init_from.remap(starting, given, wanted)
     assert len(found) == len(given)
     assert {p for p in wanted if "/image_stream/" in p or "/text/" in p} == set(found)
 

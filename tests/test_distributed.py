@@ -164,6 +164,6 @@ def test_a_lone_process_talks_to_itself():
     assert not distributed.several() and distributed.is_first()
     assert distributed.gather("a") == ["a"] and distributed.share("b") == "b"
     assert distributed.from_first(lambda: "c") == "c"
-    assert distributed.is_first_to_say("d") and distributed.is_first_to_say("d")
+    assert distributed.first_to_report("d") and distributed.first_to_report("d")
     assert not distributed.lost_peer(RuntimeError("Gloo AllGather failed"))
     distributed.leave(3)  # does not end the tests

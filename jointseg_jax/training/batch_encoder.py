@@ -13,7 +13,7 @@ import numpy as np
 from jointseg_jax import build, sharding
 from jointseg_jax.rng import sample_keys
 from jointseg_jax.systems.system import Encodable, Input
-from jointseg_jax.training import pretrained as frozen_codecs
+from jointseg_jax.training import pretrained
 from jointseg_jax.types import Array, UserError
 
 
@@ -40,7 +40,7 @@ class Encoder:
         Raises:
           UserError: the config's system has no codecs that stay as they are.
         """
-        specs, params = frozen_codecs.load(folder, config)
+        specs, params = pretrained.load(folder, config)
         system = build.system(config, known, specs)
         if not isinstance(system, Encodable):
             raise UserError(

@@ -19,7 +19,7 @@ from jointseg_jax.data.cached.views import ViewReader, Views
 from jointseg_jax.data.labels import to_content
 from jointseg_jax.data.pipeline import Rows, batches, check_source, make_rows
 from jointseg_jax.data.records import Source
-from jointseg_jax.training import pretrained as frozen_codecs
+from jointseg_jax.training import pretrained
 from jointseg_jax.training.batch_encoder import Encoder
 from jointseg_jax.training.encode_contents import contents
 from jointseg_jax.training.encode_options import Encoding
@@ -82,8 +82,8 @@ class Plan:
 
     def _encoder(self) -> Encoder:
         options, config = self.options, self.config
-        frozen_codecs.check_unchanged(options.out, config, self.known)
-        frozen_codecs.gather(options.out, config, self.known, self._training_batches())
+        pretrained.check_unchanged(options.out, config, self.known)
+        pretrained.import_codecs(options.out, config, self.known, self._training_batches())
         return Encoder.of(options.out, config, self.known, batch=options.batch)
 
     def _training_batches(self) -> Iterator[dict[str, np.ndarray]]:
@@ -151,7 +151,7 @@ class Plan:
     def head(self) -> dict[str, Any]:
         """What the index says before there are rows."""
         digests = {}
-        for name in frozen_codecs.trained_codecs(self.config) if self.train else ():
+        for name in pretrained.trained_codecs(self.config) if self.train else ():
             record = json.loads((self.options.out / "frozen" / f"{name}.json").read_text())
             digests[name] = {k: record[k] for k in ("codec", "sha256")}
         settings = {

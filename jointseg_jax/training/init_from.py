@@ -57,7 +57,7 @@ Leaves = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Start:
+class InitFrom:
     """``config.start``; see the module's table."""
 
     workdir: str = ""
@@ -100,17 +100,17 @@ def load(spec: Mapping[str, Any], fresh: Any, known: build.Facts) -> Leaves:
     Raises:
       UserError: nothing to read, or a leaf that finds no place; see the module docstring.
     """
-    start = make({"start": Start}, {"name": "start", **spec}, where="start")
+    start = make({"start": InitFrom}, {"name": "start", **spec}, where="start")
     if is_fresh(spec):
         return {}
     source, given = _of_run(start, known) if start.workdir else _of_file(start)
     wanted = _by_path(jax.eval_shape(unstack_blocks, fresh))
-    found = arranged(start, given, wanted)
+    found = remap(start, given, wanted)
     log.info("started from %s: %d of %d parameters", source, len(found), len(wanted))
     return {p: np.asarray(x, wanted[p].dtype) for p, x in found.items()}
 
 
-def arranged(start: Start, given: Leaves, wanted: Leaves) -> Leaves:
+def remap(start: InitFrom, given: Leaves, wanted: Leaves) -> Leaves:
     """The given leaves by the path of the parameter that each is for; ``wanted`` has the shapes."""
     moved = _placed(given, start.move, wanted, "start.move", dead="allow")
     copies = (*start.copy, *MAP_STREAM[start.init_map_stream])
@@ -125,7 +125,7 @@ def arranged(start: Start, given: Leaves, wanted: Leaves) -> Leaves:
     return moved | copied
 
 
-def place(fresh: Any, given: Leaves) -> Any:
+def insert(fresh: Any, given: Leaves) -> Any:
     """Fresh parameters with the given leaves in their places."""
     if not given:
         return fresh
@@ -135,7 +135,7 @@ def place(fresh: Any, given: Leaves) -> Any:
     return stack_blocks(rules.nested(leaves)) if scanned else rules.nested(leaves)
 
 
-def _of_run(start: Start, known: build.Facts) -> tuple[str, Leaves]:
+def _of_run(start: InitFrom, known: build.Facts) -> tuple[str, Leaves]:
     run = load_run(start.workdir)
     given = _by_path(unstack_blocks(jax.tree.map(np.asarray, run.params)))
     words = [p for p in given if p.startswith("params/text/")]
@@ -148,7 +148,7 @@ def _of_run(start: Start, known: build.Facts) -> tuple[str, Leaves]:
     return f"{start.workdir}, step {run.step} ({run.digest})", given
 
 
-def _of_file(start: Start) -> tuple[str, Leaves]:
+def _of_file(start: InitFrom) -> tuple[str, Leaves]:
     weights, described = read_safetensors(start.file), dict(start.architecture)
     layout = described.pop("layout", None) or layout_of(weights)
     module = UViT(**uvit_fields(layout, described))

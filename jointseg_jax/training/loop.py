@@ -24,9 +24,7 @@ from jointseg_jax import build, profiling, sharding
 from jointseg_jax.annotations import viz
 from jointseg_jax.data import files
 from jointseg_jax.data.pipeline import batches
-from jointseg_jax.training import init_from as starting
-from jointseg_jax.training import pretrained as frozen_codecs
-from jointseg_jax.training import resume
+from jointseg_jax.training import init_from, pretrained, resume
 from jointseg_jax.training import state as states
 from jointseg_jax.training.checkpoints import Checkpoints
 from jointseg_jax.training.clock import Telemetry
@@ -91,11 +89,11 @@ class _Run:
         self.facts = self._facts()
         self.transforms = build.transforms(config)
         self.tokenizer = build.tokenizer(config, self.facts.vocabulary)
-        if frozen_codecs.trained_codecs(config):
-            frozen_codecs.adopt(workdir, config)
+        if pretrained.trained_codecs(config):
+            pretrained.from_cache(workdir, config)
             with self._batches(0) as host:
-                frozen_codecs.gather(workdir, config, self.facts, host)
-        specs, self.frozen = frozen_codecs.load(workdir, config)
+                pretrained.import_codecs(workdir, config, self.facts, host)
+        specs, self.frozen = pretrained.load(workdir, config)
         self.system = build.system(config, self.facts, specs)
         self.program = make_program(self.system, config, self.mesh)
         self.checkpoints = Checkpoints(
@@ -144,7 +142,7 @@ class _Run:
         )
         self._keep("config.json", _dump(self.config))
         if found is None:
-            given = starting.load(self.config.get("start", {}), self.program.params, self.facts)
+            given = init_from.load(self.config.get("start", {}), self.program.params, self.facts)
             init = jax.jit(self.program.init, out_shardings=self.program.shardings)
             return init(jax.random.key(self.config["seed"]), given)
         restored, _ = found

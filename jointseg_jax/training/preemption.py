@@ -7,7 +7,7 @@
    on a step that all hosts reach; ``requested`` returns True at that step on all of them. Ctrl-C
    is passed on as SIGTERM to this service.
 
-``Departure`` is for what follows or needs no training: evaluation and sampling.
+``ExitOnSigterm`` is for what follows or needs no training: evaluation and sampling.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class Preemption:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-class Departure(Preemption):
+class ExitOnSigterm(Preemption):
     """SIGTERM where nothing has to be saved: a line, and status ``STOPPED`` at once.
 
     For work whose files appear whole, one by one: the same command goes on.

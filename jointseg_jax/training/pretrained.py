@@ -53,7 +53,7 @@ def trained_codecs(config: Mapping[str, Any]) -> dict[str, Place]:
 
 
 def load(workdir: Path, config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Codec specs and parameters by name, as ``gather`` left them in the workdir."""
+    """Codec specs and parameters by name, as ``import_codecs`` left them in the workdir."""
     specs, params = {}, {}
     for name in trained_codecs(config):
         path = workdir / "frozen" / f"{name}.json"
@@ -70,7 +70,7 @@ def load(workdir: Path, config: Mapping[str, Any]) -> tuple[dict[str, Any], dict
     return specs, params
 
 
-def gather(
+def import_codecs(
     workdir: Path,
     config: Mapping[str, Any],
     known: build.Facts,
@@ -85,7 +85,7 @@ def gather(
         target = workdir / "frozen" / f"{name}.json"
         if target.exists():
             continue
-        codec_spec, params = of_run(place, known)
+        codec_spec, params = load_codec(place, known)
         codec_spec |= {k: v for k, v in place.spec.items() if k not in OWN}
         scale = place.spec.get("scale", codec_spec.get("scale"))
         if scale == "fit":
@@ -95,7 +95,7 @@ def gather(
             codec_spec["scale"] = scale
         if jax.process_index() == 0:  # the others would fit the scale to other rows
             _write(target, {"codec": codec_spec, "from": place.spec["workdir"]}, params)
-    multihost_utils.sync_global_devices("frozen.gather")
+    multihost_utils.sync_global_devices("pretrained.import_codecs")
 
 
 def check_unchanged(workdir: Path, config: Mapping[str, Any], known: build.Facts) -> None:
@@ -104,7 +104,7 @@ def check_unchanged(workdir: Path, config: Mapping[str, Any], known: build.Facts
         file, run = workdir / "frozen" / f"{name}.safetensors", Path(place.spec["workdir"])
         if not file.exists() or not (run / "config.json").exists():
             continue
-        ours, theirs = load_file(file), rules.by_path(of_run(place, known)[1])
+        ours, theirs = load_file(file), rules.by_path(load_codec(place, known)[1])
         same = ours.keys() == theirs.keys()
         if not same or any(not np.array_equal(ours[k], theirs[k]) for k in ours):
             raise UserError(
@@ -113,7 +113,7 @@ def check_unchanged(workdir: Path, config: Mapping[str, Any], known: build.Facts
             )
 
 
-def adopt(workdir: Path, config: Mapping[str, Any]) -> None:
+def from_cache(workdir: Path, config: Mapping[str, Any]) -> None:
     """Copies the codecs that ``config.data.cache`` was encoded with into the workdir, once.
 
     Raises:
@@ -129,7 +129,7 @@ def adopt(workdir: Path, config: Mapping[str, Any]) -> None:
             file = made.with_suffix(".safetensors")
             files.write(target.with_suffix(".safetensors"), files.read(file))
             files.write(target, files.read(made))
-        multihost_utils.sync_global_devices("frozen.adopt")
+        multihost_utils.sync_global_devices("pretrained.from_cache")
         ours, theirs = (json.loads(path.read_text()) for path in (target, made))
         if any(ours[k] != theirs[k] for k in ("codec", "sha256")):
             raise UserError(
@@ -152,7 +152,7 @@ def copied(workdir: Path, name: str) -> dict[str, Any] | None:
     return json.loads(path.read_text())["codec"] if path.is_file() else None
 
 
-def of_run(place: Place, known: build.Facts) -> tuple[dict[str, Any], Any]:
+def load_codec(place: Place, known: build.Facts) -> tuple[dict[str, Any], Any]:
     """The spec and the parameters of the codec that another run trained.
 
     Raises:

@@ -13,7 +13,7 @@ import jax
 from jointseg_jax import chips, rules, sharding
 from jointseg_jax.config import make
 from jointseg_jax.systems.system import Objective
-from jointseg_jax.training import init_from as starting
+from jointseg_jax.training import init_from
 from jointseg_jax.training import state as states
 from jointseg_jax.training.optimizer import OPTIMIZERS
 from jointseg_jax.training.step import make_update
@@ -54,7 +54,7 @@ def make_program(system: Objective, config: Mapping[str, Any], mesh: jax.shardin
     transform = optimizer.build(config["steps"])
 
     def init(key: jax.Array, given: Mapping[str, Any]) -> states.TrainState:
-        return states.create(starting.place(system.init(key), given), trainable, transform)
+        return states.create(init_from.insert(system.init(key), given), trainable, transform)
 
     abstract = jax.eval_shape(init, jax.random.key(0), {})
     places = sharding.state_shardings(abstract, config["sharding"], mesh)

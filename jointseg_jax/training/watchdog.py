@@ -28,7 +28,7 @@ class Watchdog:
 
     Args:
       seconds: of silence that are too many; 0: nobody watches.
-      abort: whether the process ends then, with status ``peers.PEER_LOST``.
+      abort: whether the process ends then, with status ``distributed.PEER_LOST``.
       stacks: file for the stacks.
 
     Attributes:

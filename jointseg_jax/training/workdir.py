@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from jointseg_jax import build, rules
-from jointseg_jax.training import pretrained as frozen_codecs
+from jointseg_jax.training import pretrained
 from jointseg_jax.training import state as states
 from jointseg_jax.training.checkpoints import Checkpoints
 from jointseg_jax.types import UserError
@@ -53,7 +53,7 @@ def load_run(workdir: Path | str) -> Run:
     workdir = Path(workdir)
     known = load_facts(workdir)
     config = build.from_plain(json.loads((workdir / "config.json").read_text()))
-    specs, frozen = frozen_codecs.load(workdir, config)
+    specs, frozen = pretrained.load(workdir, config)
     system = build.system(config, known, specs)
     shapes = jax.eval_shape(system.init, jax.random.key(0))
     trainable = rules.match(shapes, config["trainable"], where="trainable", prefix="params/")

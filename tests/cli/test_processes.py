@@ -164,7 +164,7 @@ def test_a_process_that_stands_still_for_a_while_is_waited_for(launch, expected,
 TOY = """
 import sys, time
 from absl import flags
-from jointseg_jax import cli, peers
+from jointseg_jax import cli, distributed
 from jointseg_jax.types import UserError
 
 DO = flags.DEFINE_string("do", "", "what this process does")
@@ -180,13 +180,13 @@ def main():
         raise UserError("this folder is in use")
 
     if DO.value == "refuse":
-        peers.from_first(refused)
+        distributed.from_first(refused)
     if DO.value == "mistake":
         raise UserError("steps = x: give a number")
     if DO.value == "bug":
         raise ZeroDivisionError("a bug")
-    own = "process " + str(not peers.is_first())
-    print(peers.gather(own), peers.gather("again"), peers.share(own), flush=True)
+    own = "process " + str(not distributed.is_first())
+    print(distributed.gather(own), distributed.gather("again"), distributed.share(own), flush=True)
     with Preemption() as preemption:
         step = 0
         while not preemption.requested(step):

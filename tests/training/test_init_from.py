@@ -110,7 +110,7 @@ def test_nothing_to_start_from_is_a_fresh_start():
     for spec in ({}, {"workdir": "", "file": ""}, {"move": MOVE}):
         assert loaded(spec, shapes("pair")) == {}
     fresh = parameters(shapes("pair"), 1)
-    assert init_from.place(fresh, {}) is fresh
+    assert init_from.insert(fresh, {}) is fresh
 
 
 @pytest.mark.parametrize("scan", [False, True])
@@ -118,7 +118,7 @@ def test_averaged_parameters_become_the_image_stream_and_the_rest_stays_fresh(im
     folder, ema = images
     given = loaded(spec(folder), shapes("pair", scan=scan))
     fresh = parameters(shapes("pair", scan=scan), 1)
-    placed = init_from.place(fresh, given)
+    placed = init_from.insert(fresh, given)
     assert jax.tree.structure(placed) == jax.tree.structure(fresh)
     got, fresh = unstack_blocks(placed), unstack_blocks(fresh)
     same(got["denoiser"]["image_stream"], ema["denoiser"])
@@ -130,21 +130,21 @@ def test_averaged_parameters_become_the_image_stream_and_the_rest_stays_fresh(im
 def test_a_scanned_run_starts_an_unrolled_one(tmp_path):
     ema = leave(tmp_path / "image", scan=True)
     given = loaded(spec(tmp_path / "image"), shapes("pair"))
-    placed = init_from.place(parameters(shapes("pair"), 1), given)
+    placed = init_from.insert(parameters(shapes("pair"), 1), given)
     same(placed["denoiser"]["image_stream"], unstack_blocks(ema["denoiser"]))
 
 
 def test_without_rules_everything_goes_where_it_came_from(images):
     folder, ema = images
     given = loaded({"workdir": str(folder)}, shapes("image"))
-    same(init_from.place(parameters(shapes("image"), 1), given), ema)
+    same(init_from.insert(parameters(shapes("image"), 1), given), ema)
 
 
 def test_dropped_leaves_stay_fresh(images):
     folder, ema = images
     move = ((r"/image_out/", None), (r"^params/text/", None), *MOVE)
     fresh = parameters(shapes("pair"), 1)
-    placed = init_from.place(fresh, loaded(spec(folder, move=move), shapes("pair")))
+    placed = init_from.insert(fresh, loaded(spec(folder, move=move), shapes("pair")))
     head = placed["denoiser"]["image_stream"].pop("image_out")
     same(head, fresh["denoiser"]["image_stream"]["image_out"])
     same(placed["text"], fresh["text"])
@@ -156,7 +156,7 @@ def test_the_map_stream_may_begin_as_the_image_stream(images):
     folder, ema = images
     given = loaded(spec(folder, init_map_stream="copy"), shapes("pair"))
     fresh = parameters(shapes("pair"), 1)
-    placed = init_from.place(fresh, given)["denoiser"]
+    placed = init_from.insert(fresh, given)["denoiser"]
     blocks = ("in_blocks", "mid_block", "out_blocks")
     for part in placed["map_stream"]:
         want = ema["denoiser"] if part in blocks else fresh["denoiser"]["map_stream"]
@@ -199,7 +199,7 @@ def test_a_reference_file_becomes_the_image_stream(tmp_path):
     save_file(weights, tmp_path / "uvit.safetensors")
     given = {"file": str(tmp_path / "uvit.safetensors"), "architecture": REFERENCE, "move": MOVE}
     fresh = parameters(shapes("pair"), 1)
-    placed = init_from.place(fresh, loaded(given, shapes("pair")))
+    placed = init_from.insert(fresh, loaded(given, shapes("pair")))
     same(placed["denoiser"]["image_stream"], to_ours(weights, names))
     same(placed["text"], fresh["text"])  # a file has no words
 
@@ -424,7 +424,7 @@ def test_parameters_arrive_where_the_sharding_rules_say(images):
     places = sharding.state_shardings(shapes("pair"), rule, mesh)
 
     def init(given):
-        return init_from.place(
+        return init_from.insert(
             jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes("pair")), given
         )
 

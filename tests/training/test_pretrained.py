@@ -109,14 +109,14 @@ def test_only_trained_codecs_are_gathered(tmp_path, codec):
     assert list(pretrained.trained_codecs(config)) == ["mask"]
     assert pretrained.trained_codecs({"system": {"name": "autoencode"}}) == {}
     streams.pop("mask")
-    pretrained.gather(tmp_path, config, facts(), unread())
+    pretrained.import_codecs(tmp_path, config, facts(), unread())
     assert not list(tmp_path.iterdir())
     assert pretrained.load(tmp_path, config) == ({}, {})
 
 
 def test_the_averaged_parameters_and_the_fields_are_copied(tmp_path):
     ema, config = codec_run(tmp_path / "codec"), joint_config(tmp_path / "codec")
-    pretrained.gather(tmp_path / "joint", config, facts(), unread())
+    pretrained.import_codecs(tmp_path / "joint", config, facts(), unread())
     specs, params = pretrained.load(tmp_path / "joint", config)
     same(params["mask"], ema)
     assert specs == {"mask": build.plain(CODEC)}
@@ -128,11 +128,11 @@ def test_the_averaged_parameters_and_the_fields_are_copied(tmp_path):
 
 def test_codecs_are_gathered_once(tmp_path):
     ema, config = codec_run(tmp_path / "codec"), joint_config(tmp_path / "codec", scale="fit")
-    pretrained.gather(tmp_path / "joint", config, facts(), batches())
+    pretrained.import_codecs(tmp_path / "joint", config, facts(), batches())
     before = (tmp_path / "joint/frozen/mask.json").read_bytes()
     shutil.rmtree(tmp_path / "codec")
     codec_run(tmp_path / "codec", seed=1)  # trained anew meanwhile
-    pretrained.gather(tmp_path / "joint", config, facts(), unread())
+    pretrained.import_codecs(tmp_path / "joint", config, facts(), unread())
     assert (tmp_path / "joint/frozen/mask.json").read_bytes() == before
     same(pretrained.load(tmp_path / "joint", config)[1]["mask"], ema)
 
@@ -145,7 +145,7 @@ def test_the_scale_is_the_codecs_own_unless_another_is_given(tmp_path):
     scales = {}
     for name, changes in {"own": {}, "given": {"scale": 0.3}}.items():
         config = joint_config(tmp_path / "codec", **changes)
-        pretrained.gather(tmp_path / name, config, facts(), unread())
+        pretrained.import_codecs(tmp_path / name, config, facts(), unread())
         scales[name] = pretrained.load(tmp_path / name, config)[0]["mask"]["scale"]
     assert scales == {"own": 0.7, "given": 0.3}
 
@@ -154,7 +154,7 @@ def test_the_scale_is_the_codecs_own_unless_another_is_given(tmp_path):
 def test_a_fitted_scale_makes_latents_of_unit_deviation(tmp_path, latent):
     codec_run(tmp_path / "codec", latent=latent, scale=0.7)
     config = joint_config(tmp_path / "codec", scale="fit")
-    pretrained.gather(tmp_path / "joint", config, facts(), batches())
+    pretrained.import_codecs(tmp_path / "joint", config, facts(), batches())
     specs, params = pretrained.load(tmp_path / "joint", config)
     made = build.codec(specs["mask"], facts(), "mask")
     first = np.concatenate([b["labels"] for b in itertools.islice(batches(), 8)])
@@ -168,7 +168,7 @@ def test_a_fitted_scale_makes_latents_of_unit_deviation(tmp_path, latent):
 def test_a_joint_workdir_works_without_the_codecs(tmp_path):
     ema, config = codec_run(tmp_path / "codec"), joint_config(tmp_path / "codec", scale=0.3)
     joint = tmp_path / "joint"
-    pretrained.gather(joint, config, facts(), unread())
+    pretrained.import_codecs(joint, config, facts(), unread())
     specs, _ = pretrained.load(joint, config)
     system = build.system(config, facts(), specs)
     leave(joint, config, facts(), parameters(system))
@@ -191,7 +191,7 @@ def test_a_joint_workdir_works_without_the_codecs(tmp_path):
 @pytest.fixture
 def gathered(tmp_path, codec):
     config = joint_config(codec)
-    pretrained.gather(tmp_path, config, facts(), unread())
+    pretrained.import_codecs(tmp_path, config, facts(), unread())
     return tmp_path, config
 
 
@@ -235,7 +235,7 @@ def test_a_lost_file_is_named(gathered):
 )
 def test_a_codec_of_other_classes_is_refused(tmp_path, codec, names, said):
     with pytest.raises(UserError) as error:
-        pretrained.gather(tmp_path, joint_config(codec), facts(names), unread())
+        pretrained.import_codecs(tmp_path, joint_config(codec), facts(names), unread())
     assert said in str(error.value)
     assert str(error.value).startswith(f"config.system.streams.mask.codec: {codec} ")
     assert not list(tmp_path.iterdir())
@@ -248,17 +248,17 @@ def test_a_run_that_is_no_codecs_is_refused(tmp_path):
     leave(tmp_path / "joint", config, facts(), parameters(system))
     said = "joint holds a `joint` run of labels; a codec of labels comes from an `auto"
     with pytest.raises(UserError, match=said):
-        pretrained.gather(tmp_path, joint_config(tmp_path / "joint"), facts(), unread())
+        pretrained.import_codecs(tmp_path, joint_config(tmp_path / "joint"), facts(), unread())
 
 
 def test_a_workdir_that_is_none_says_how_to_make_one(tmp_path):
     with pytest.raises(
         UserError, match=r"absent: no trained run here .*Train one: launch/train.py"
     ):
-        pretrained.gather(tmp_path, joint_config(tmp_path / "absent"), facts(), unread())
+        pretrained.import_codecs(tmp_path, joint_config(tmp_path / "absent"), facts(), unread())
 
 
 def test_a_codec_that_saved_nothing_yet_is_refused(tmp_path, codec):
     shutil.copytree(codec, tmp_path / "young", ignore=shutil.ignore_patterns("checkpoints"))
     with pytest.raises(UserError, match="young: the run has no checkpoint yet"):
-        pretrained.gather(tmp_path, joint_config(tmp_path / "young"), facts(), unread())
+        pretrained.import_codecs(tmp_path, joint_config(tmp_path / "young"), facts(), unread())
