@@ -1,7 +1,8 @@
 """From a config to objects. The only place that reads a whole config.
 
-A run's *facts* (class names, vocabulary, a few captions) come from its data at training time and
-are kept in the workdir, so that sampling and evaluation need the workdir alone.
+What a model must know of its data (``DatasetInfo``: class names, vocabulary, a few captions) is
+read from the data at training time and kept in the workdir, so that sampling and evaluation need
+the workdir alone.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ DENOISERS = {"uvit": UViT, "two_stream": TwoStream}
 
 
 @dataclasses.dataclass(frozen=True)
-class Facts:
+class DatasetInfo:
     """What a model must know of the data it was trained on."""
 
     classes: Classes
@@ -91,11 +92,11 @@ class Facts:
     captions: tuple[str, ...]
 
     def dump(self) -> str:
-        """The facts as JSON text."""
+        """The info as JSON text."""
         return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
 
     @staticmethod
-    def load(path: Path) -> Facts:
+    def load(path: Path) -> DatasetInfo:
         """Reads what ``dump`` gave."""
         values = json.loads(path.read_text())
         c = values["classes"]
@@ -106,16 +107,16 @@ class Facts:
             swaps=tuple(map(tuple, c["swaps"])),
             void=c["void"],
         )
-        return Facts(classes, tuple(values["vocabulary"]), tuple(values["captions"]))
+        return DatasetInfo(classes, tuple(values["vocabulary"]), tuple(values["captions"]))
 
 
-def facts(source: Source, *, captions: int = 512) -> Facts:
-    """The facts of a data source; its first captions serve as prompts when none are given."""
+def dataset_info(source: Source, *, captions: int = 512) -> DatasetInfo:
+    """What a model must know of a source; its first captions are the default prompts."""
     found = []
     for i in range(min(captions, len(source))):
         with contextlib.suppress(BadSample):  # the pipeline reports it, by policy
             found += source[i]["captions"][:1]
-    return Facts(source.classes, tuple(source.words()), tuple(found))
+    return DatasetInfo(source.classes, tuple(source.words()), tuple(found))
 
 
 def source(config: Mapping[str, Any], split: str) -> Source:
@@ -243,7 +244,9 @@ def tokenizer(config: Mapping[str, Any], vocabulary: tuple[str, ...]) -> data_te
     return data_text.Words(vocabulary=vocabulary, length=spec["length"])
 
 
-def system(config: Mapping[str, Any], known: Facts, codecs: Mapping[str, Any] | None = None) -> Any:
+def system(
+    config: Mapping[str, Any], info: DatasetInfo, codecs: Mapping[str, Any] | None = None
+) -> Any:
     """The system of a config.
 
     Args:
@@ -254,34 +257,34 @@ def system(config: Mapping[str, Any], known: Facts, codecs: Mapping[str, Any] | 
     name = spec.pop("name", None)
     if name not in SYSTEMS:
         raise UserError(f"config.system.name: {name!r} is unknown; one of: {', '.join(SYSTEMS)}.")
-    return SYSTEMS[name](spec, known, codecs or {})
+    return SYSTEMS[name](spec, info, codecs or {})
 
 
-def codec(spec: Mapping[str, Any], known: Facts, where: str) -> Any:
+def codec(spec: Mapping[str, Any], info: DatasetInfo, where: str) -> Any:
     """One codec and those it is made of; annotation codecs are told the number of classes."""
     parts = {k: v for k, v in spec.items() if isinstance(v, Mapping) and "name" in v}
-    spec = dict(spec) | {k: codec(v, known, f"{where}.{k}") for k, v in parts.items()}
+    spec = dict(spec) | {k: codec(v, info, f"{where}.{k}") for k, v in parts.items()}
     told = ("bits", "panoptic_bits", "label_ae", "palette")
     if spec.get("name") in told and "classes" not in spec:
-        return make(CODECS, spec, where=where, classes=len(known.classes))
+        return make(CODECS, spec, where=where, classes=len(info.classes))
     return make(CODECS, spec, where=where)
 
 
-def autoencode(spec: dict[str, Any], known: Facts, codecs: Mapping[str, Any]) -> Autoencode:
+def autoencode(spec: dict[str, Any], info: DatasetInfo, codecs: Mapping[str, Any]) -> Autoencode:
     """The system that trains one codec."""
     del codecs
     for part in ("codec", "palette"):
         if spec.get(part):
-            spec[part] = codec(spec[part], known, f"system.{part}")
+            spec[part] = codec(spec[part], info, f"system.{part}")
     return make({"autoencode": Autoencode}, {"name": "autoencode", **spec}, where="system")
 
 
-def bridge(spec: dict[str, Any], known: Facts, codecs: Mapping[str, Any]) -> Bridge:
+def bridge(spec: dict[str, Any], info: DatasetInfo, codecs: Mapping[str, Any]) -> Bridge:
     """The bridge system: two ends in the image codec's latents and a denoiser that fits them."""
     size = tuple(spec["size"])
-    image = codec(codecs.get(IMAGE, spec["image"]), known, "system.image")
+    image = codec(codecs.get(IMAGE, spec["image"]), info, "system.image")
     del spec["image"]
-    palette = codec(spec.pop("palette"), known, "system.palette")
+    palette = codec(spec.pop("palette"), info, "system.palette")
     mask = Chain(first=palette, second=image)
     shape = mask.latent_shape(size)
     tokens = {"kind": "patches", "grid": shape[:2], "channels": shape[2]} | spec.pop("tokens")
@@ -301,18 +304,18 @@ def bridge(spec: dict[str, Any], known: Facts, codecs: Mapping[str, Any]) -> Bri
     return make({"bridge": Bridge}, {"name": "bridge", **spec}, where="system")
 
 
-def joint(spec: dict[str, Any], known: Facts, codecs: Mapping[str, Any]) -> Joint:
+def joint(spec: dict[str, Any], info: DatasetInfo, codecs: Mapping[str, Any]) -> Joint:
     """The joint system: streams, text, times, solver, and a denoiser that fits the streams."""
     size = tuple(spec["size"])
     entries = {k: dict(v) for k, v in spec["streams"].items()}
-    text = text_encoder(spec.get("text"), known)
+    text = text_encoder(spec.get("text"), info)
     tokens, streams = {}, {}
     for name, entry in entries.items():
         where = f"system.streams.{name}"
         look = dict(entry.pop("tokens"))
         if name == TEXT_STREAM:
             entry["codec"] = {"name": "latents", "shape": (text.length, text.width)}
-        entry["codec"] = codec(codecs.get(name, entry["codec"]), known, where + ".codec")
+        entry["codec"] = codec(codecs.get(name, entry["codec"]), info, where + ".codec")
         entry["process"] = process(entry["process"], where)
         streams[name] = make({"stream": Stream}, {"name": "stream", **entry}, where=where)
         shape = streams[name].codec.latent_shape(size)
@@ -351,12 +354,12 @@ def times(spec: Mapping[str, Any]) -> Any:
     return make(TIMES, spec, where="system.times")
 
 
-def text_encoder(spec: Mapping[str, Any] | None, known: Facts) -> Any:
+def text_encoder(spec: Mapping[str, Any] | None, info: DatasetInfo) -> Any:
     """The text encoder, told how many words there are; None where text is none."""
     if not spec:
         return None
     if spec.get("name") == "words":
-        size = len(known.vocabulary) + data_text.UNKNOWN + 1
+        size = len(info.vocabulary) + data_text.UNKNOWN + 1
         return make(TEXTS, spec, where="system.text", vocabulary_size=size)
     return make(TEXTS, spec, where="system.text")
 

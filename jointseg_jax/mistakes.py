@@ -239,7 +239,7 @@ def _workdir(workdir: str, found: Mistakes) -> None:
 
 def _system(config: Config, found: Mistakes, workdir: str | None) -> None:
     spec, before = config["system"], len(found)
-    known = build.Facts(_classes(config["data"]["train"], found), ("a",), ())
+    known = build.DatasetInfo(_classes(config["data"]["train"], found), ("a",), ())
     size = tuple(spec["size"])
     if len(size) != 2 or any(type(n) is not int or n < 1 for n in size):
         found.note(f"config.system.size = {size}: give (height, width) in pixels, both above 0.")
@@ -306,7 +306,7 @@ def _codec_of(place: pretrained.Place, run: Config) -> dict[str, Any] | None:
 
 
 def _codecs(
-    spec: Config, codecs: Config, known: build.Facts, size: tuple[int, int], found: Mistakes
+    spec: Config, codecs: Config, info: build.DatasetInfo, size: tuple[int, int], found: Mistakes
 ) -> None:
     """Every codec of a system, and how the tokens of its stream cut its latents."""
     streams = {k: v for k, v in spec.get("streams", {}).items() if k != TEXT_STREAM}
@@ -318,7 +318,7 @@ def _codecs(
         given = codecs.get(name) if given["name"] == "trained" else given
         if given is None:
             continue
-        made = found.attempt(lambda g=given, w=where: build.codec(g, known, w), where)
+        made = found.attempt(lambda g=given, w=where: build.codec(g, info, w), where)
         shape = made and found.attempt(lambda m=made: m.latent_shape(size), where)
         if shape and where in tokens and len(shape) == 3:
             look = {"kind": "patches", "grid": shape[:2], "channels": shape[2], **tokens[where]}

@@ -115,7 +115,7 @@ def rehearse(
     if wrong or source is None or not divides:
         found.add("not looked at", "memory, which takes a config, data and a mesh that go together")
         return found
-    known = build.facts(source, captions=0)
+    known = build.dataset_info(source, captions=0)
     _batch(config, source, known, found)
     _codecs(config, path, known, found)
     state = _memory(config, path, devices, topology, found)
@@ -194,9 +194,9 @@ def described(looked: Report, total: int) -> str:
     return "; ".join(parts) + "."
 
 
-def _batch(config: Config, source: Source, known: build.Facts, found: Rehearsal) -> None:
+def _batch(config: Config, source: Source, info: build.DatasetInfo, found: Rehearsal) -> None:
     """One small batch, made as training makes it."""
-    tokenizer = build.tokenizer(config, known.vocabulary)
+    tokenizer = build.tokenizer(config, info.vocabulary)
 
     def make() -> dict[str, np.ndarray]:
         made = batches(
@@ -310,14 +310,14 @@ def _gathered(config: Config, workdir: Path) -> dict[str, Any] | None:
     return None
 
 
-def _codecs(config: Config, workdir: Path, known: build.Facts, found: Rehearsal) -> None:
+def _codecs(config: Config, workdir: Path, info: build.DatasetInfo, found: Rehearsal) -> None:
     cache = config["data"].get("cache")
     for name, place in pretrained.trained_codecs(config).items():
         if cache and pretrained.copied(workdir, name) is None:
             if found.attempt(lambda: pretrained.load(Path(cache), config)):
                 found.add(f"codec {name}", f"that of {cache}")
         elif pretrained.copied(workdir, name) is None:
-            if found.attempt(lambda place=place: pretrained.load_codec(place, known)):
+            if found.attempt(lambda place=place: pretrained.load_codec(place, info)):
                 found.add(f"codec {name}", f"that of {place.spec['workdir']}")
         elif found.attempt(lambda: pretrained.load(workdir, config)):
             found.add(f"codec {name}", f"the copy in {workdir / 'frozen'}")
@@ -328,8 +328,8 @@ def _checkpoint(
 ) -> dict[str, Any] | None:
     """The meta of the newest checkpoint, whose settings and classes must be this config's."""
     if (workdir / "facts.json").exists():
-        known = build.facts(source, captions=0)
-        found.attempt(lambda: resume.require_facts(known, workdir / "facts.json"))
+        known = build.dataset_info(source, captions=0)
+        found.attempt(lambda: resume.require_info(known, workdir / "facts.json"))
     folder = workdir / "checkpoints"
     steps = Checkpoints(folder, read_only=True).steps() if folder.is_dir() else []
     if not steps:
@@ -360,11 +360,13 @@ def _arrays(saved: dict[str, Any] | None, state: Any, workdir: Path, found: Rehe
         found.add("arrays", f"the checkpoint's {len(kinds):,} fit, by name, shape and dtype")
 
 
-def _start(config: Config, workdir: Path, state: Any, known: build.Facts, found: Rehearsal) -> None:
+def _start(
+    config: Config, workdir: Path, state: Any, info: build.DatasetInfo, found: Rehearsal
+) -> None:
     spec = config.get("start", {})
     if init_from.is_fresh(spec) or mistakes.has_checkpoint(str(workdir)):
         return
-    given = found.attempt(lambda: init_from.load(spec, state.params, known))
+    given = found.attempt(lambda: init_from.load(spec, state.params, info))
     if given is not None:
         found.add("start", f"{len(given):,} arrays from {spec.get('workdir') or spec['file']}")
 

@@ -114,7 +114,7 @@ def main() -> None:
     from jointseg_jax.generation.filters import Filters
     from jointseg_jax.generation.generate import MORE, sample
     from jointseg_jax.training.preemption import ExitOnSigterm
-    from jointseg_jax.training.workdir import load_facts
+    from jointseg_jax.training.workdir import load_info
 
     kind, folder = _given(GIVEN.value, DIRECTION.value)
     more = WRITE.value if WRITE.value is not None else (MORE if kind == "images" else ())
@@ -124,7 +124,7 @@ def main() -> None:
     if kind == "images":
         given = given_images(folder, layout=LAYOUT.value, split=SPLIT.value, mode=FIT.value)
     elif kind == "annotations":
-        classes = load_facts(Path(WORKDIR.value)).classes
+        classes = load_info(Path(WORKDIR.value)).classes
         given = given_labels(
             folder, classes, layout=LAYOUT.value, split=SPLIT.value, mode=FIT.value
         )

@@ -336,13 +336,13 @@ def test_other_classes_than_the_workdir_was_trained_on(tmp_path, names, said):
     else:
         saved = ("sky", "road")
     path = tmp_path / "facts.json"
-    path.write_text(build.Facts(Classes(names=saved), ("a",), ()).dump())
-    resume.require_facts(build.Facts(Classes(names=saved), ("a",), ("another",)), path)
+    path.write_text(build.DatasetInfo(Classes(names=saved), ("a",), ()).dump())
+    resume.require_info(build.DatasetInfo(Classes(names=saved), ("a",), ("another",)), path)
     with pytest.raises(UserError) as error:
-        resume.require_facts(build.Facts(Classes(names=names), ("a",), ()), path)
+        resume.require_info(build.DatasetInfo(Classes(names=names), ("a",), ()), path)
     assert said in str(error.value) and str(path) in str(error.value)
     with pytest.raises(UserError, match="gives now: 1 words, the data has 2"):
-        resume.require_facts(build.Facts(Classes(names=saved), ("a", "b"), ()), path)
+        resume.require_info(build.DatasetInfo(Classes(names=saved), ("a", "b"), ()), path)
 
 
 # ------------------------------------------------------- C11: pickles; C12: what a file holds

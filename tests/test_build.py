@@ -33,7 +33,7 @@ def test_a_panoptic_codec_needs_its_field(wrong):
 
 
 def test_panoptic_codecs_are_told_the_classes():
-    facts = build.Facts(Classes(names=("sky", "ball")), (), ())
+    facts = build.DatasetInfo(Classes(names=("sky", "ball")), (), ())
     spec = {"name": "panoptic_bits", "instance_bits": 4}
     assert build.codec(spec, facts, "here") == PanopticBits(classes=2, instance_bits=4)
     with pytest.raises(UserError, match=r"config\.here: panoptic_bits: .*instance_bits = 16"):

@@ -72,13 +72,13 @@ def config(name, argument=""):
 
 def facts(classes):
     names = tuple(f"class {i}" for i in range(classes))
-    return build.Facts(Classes(names=names), ("a", "bus", "in", "rain"), ("a bus in rain",))
+    return build.DatasetInfo(Classes(names=names), ("a", "bus", "in", "rain"), ("a bus in rain",))
 
 
 def facts_of(given, argument):
     """The facts of data that need no files; else made-up ones with the right number of classes."""
     if given["data"]["train"]["name"] == "scenes":
-        return build.facts(build.source(given, "train"), captions=2)
+        return build.dataset_info(build.source(given, "train"), captions=2)
     named = dict(part.partition("=")[::2] for part in argument.split(","))
     return facts(CLASSES[named["data"]])
 

@@ -74,7 +74,7 @@ def _nested(value: Any) -> bool:
 def _row(
     run: Run, batches: Any, judge: Judge | None, seed: int, steps: int, every: int
 ) -> dict[str, Any]:
-    names = run.facts.classes.names
+    names = run.info.classes.names
     travel = _both_ways(run, steps)
     segmentation = Reconstruction(names)
     differences, unequal, shown, judged = [], [], [], []
@@ -147,7 +147,7 @@ def _both_ways(run: Run, steps: int) -> Callable:
 
 def _grid(run: Run, shown: Sequence[tuple], steps: int) -> Any:
     """A row per pair: image, true labels, labels read, and two images made from the map."""
-    classes, rows = run.facts.classes, []
+    classes, rows = run.info.classes, []
     scale = max(1, round(viz.READABLE / run.system.size[0]))
     for image, labels, made, i in shown:
         maps = [viz.colourise(m, classes) for m in (labels, made["read"][i])]

@@ -121,7 +121,7 @@ def codec_report(
         moments = jnp.mean(latents, per_row), jnp.mean(jnp.square(latents), per_row)
         return codec.decode(params, latents), *moments
 
-    measured = RECONSTRUCTIONS[codec.kind](run.facts.classes)
+    measured = RECONSTRUCTIONS[codec.kind](run.info.classes)
     moments: list[np.ndarray] = []
     params = jax.device_put(params, sharding.replicated(mesh))
     for batch in validation(run, PER_DEVICE * mesh.size, limit, "codec"):
@@ -264,7 +264,7 @@ def references(run: Run, num: int) -> tuple[list[str], np.ndarray | None, np.nda
     prompts, features, real = [], [], []
     for batch in validation(run, PER_DEVICE, max(num, PROMPTS), "captions"):
         valid = batch["valid"]
-        real.append(shares(batch["labels"][valid], len(run.facts.classes)))
+        real.append(shares(batch["labels"][valid], len(run.info.classes)))
         for index in batch["index"][valid]:
             prompts.append(next(iter(source[int(index)]["captions"]), ""))
         if "text" in batch:
@@ -312,7 +312,7 @@ def pairs_report(
       real: class shares of the real masks; pair ``i`` was made from caption ``i mod len(real)``.
       judge: None leaves the alignment fields null.
     """
-    classes = run.facts.classes
+    classes = run.info.classes
     alignment = Alignment(classes.names)
     order = cycle(len(pairs), seed)
     stranger = pairs[int(order[-1])].mask if len(pairs) > 1 else None
@@ -347,7 +347,7 @@ def find_judge(run: Run) -> Judge | None:
         raise UserError(
             f'config.evaluate.judge: {name!r} is unknown; "" or one of: {", ".join(JUDGES)}.'
         )
-    return JUDGES[name](run.facts.classes.names)
+    return JUDGES[name](run.info.classes.names)
 
 
 def oracle(names: Sequence[str]) -> Judge:

@@ -141,7 +141,7 @@ def text_rows(
     text = run.system.text
     if text is None:
         return None
-    tokenizer = build.tokenizer(run.config, run.facts.vocabulary)
+    tokenizer = build.tokenizer(run.config, run.info.vocabulary)
     if tokenizer is not None:
         return np.stack([tokenizer.encode(prompt) for prompt in prompts])
     wanted = (len(prompts), text.length, text.width)
@@ -248,7 +248,7 @@ def sample(
         hint = "On the command line: --given annotations=DIR or --given images=DIR."
         raise UserError(f"{error} {hint}") from error
     num = num or (64 if given is None else len(given))
-    prompts = list(prompts or _captions(given) or run.facts.captions or ("",))
+    prompts = list(prompts or _captions(given) or run.info.captions or ("",))
     settings = {
         "checkpoint_step": run.step,
         "checkpoint_digest": run.digest,
@@ -268,7 +268,7 @@ def sample(
         settings["more"] = sorted(more)
     if filters != Filters():
         settings["filters"] = dataclasses.asdict(filters)
-    writer = RoundWriter(out, run.facts.classes, settings)
+    writer = RoundWriter(out, run.info.classes, settings)
     text = text_rows(run, prompts, features)
     make = generator(run, system, per_device=per_device)
     bar = tqdm(
@@ -293,7 +293,7 @@ def sample(
             for row, index in enumerate(indices.tolist()):
                 pair = cleaned(
                     {k: v[row] for k, v in pairs.items()},
-                    run.facts.classes,
+                    run.info.classes,
                     absorb=absorb,
                     min_instance=min_instance,
                 )
@@ -315,7 +315,7 @@ def sample(
                     facts,
                     pair.get("segments"),
                     name=name,
-                    more={k: MORE[k](pair, run.facts.classes) for k in more},
+                    more={k: MORE[k](pair, run.info.classes) for k in more},
                 )
                 bar.update(listed)
             bar.update(writer.end_round())
@@ -384,7 +384,7 @@ def contact_sheet(out: Path, writer: PairWriter, run: Run, count: int = 32) -> P
             segments.append(decode_segment_ids(path.read_bytes(), str(path)))
     prompts = [line["prompt"] for line in lines]
     sheet = viz.pair_sheet(
-        images, labels, run.facts.classes, captions=prompts, segments=segments or None
+        images, labels, run.info.classes, captions=prompts, segments=segments or None
     )
     with writer.explained(out / "grid.png"):
         viz.save_png(out / "grid.png", sheet)

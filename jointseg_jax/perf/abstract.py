@@ -36,7 +36,7 @@ class Codecs(NamedTuple):
     pretrained: dict[str, Any]
 
 
-def facts(config: Mapping[str, Any], classes: int | None = None) -> build.Facts:
+def dataset_info(config: Mapping[str, Any], classes: int | None = None) -> build.DatasetInfo:
     """The facts of a config's data, without their captions.
 
     Args:
@@ -49,9 +49,9 @@ def facts(config: Mapping[str, Any], classes: int | None = None) -> build.Facts:
     if classes is not None:
         return _without_data(Classes(names=tuple(f"class {i}" for i in range(classes))))
     if index := _index(config):
-        return build.Facts(classes_of(index), tuple(index["words"]), ())
+        return build.DatasetInfo(classes_of(index), tuple(index["words"]), ())
     if "root" not in spec or Path(spec["root"]).is_dir():
-        return build.facts(build.source(config, "train"), captions=0)
+        return build.dataset_info(build.source(config, "train"), captions=0)
     name = spec.get("classes") or LAYOUT_CLASSES.get(spec.get("layout"))
     if name not in CLASS_LISTS:
         raise UserError(
@@ -61,8 +61,8 @@ def facts(config: Mapping[str, Any], classes: int | None = None) -> build.Facts:
     return _without_data(CLASS_LISTS[name])
 
 
-def _without_data(classes: Classes) -> build.Facts:
-    return build.Facts(classes, (), ())
+def _without_data(classes: Classes) -> build.DatasetInfo:
+    return build.DatasetInfo(classes, (), ())
 
 
 def _index(config: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -75,7 +75,7 @@ def _index(config: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def codecs(
-    config: Mapping[str, Any], known: build.Facts, other: Mapping[str, Any] | None = None
+    config: Mapping[str, Any], info: build.DatasetInfo, other: Mapping[str, Any] | None = None
 ) -> Codecs:
     """The codecs that a config takes from other runs.
 
@@ -88,7 +88,7 @@ def codecs(
     specs, shapes = {}, {}
     for name, place in pretrained.trained_codecs(config).items():
         if held := _held(config, name):
-            specs[name], shapes[name] = held, _shapes(held, known, place)
+            specs[name], shapes[name] = held, _shapes(held, info, place)
             continue
         spec = _system_of(place, other)
         if spec["name"] != "autoencode" or spec.get("field", "labels") != place.field:
@@ -101,7 +101,7 @@ def codecs(
         scale = place.spec.get("scale", codec.get("scale"))
         if scale is not None:
             codec["scale"] = 1.0 if scale == "fit" else scale  # a fitted number changes no shape
-        specs[name], shapes[name] = codec, _shapes(codec, known, place)
+        specs[name], shapes[name] = codec, _shapes(codec, info, place)
     return Codecs(specs, shapes)
 
 
@@ -112,8 +112,8 @@ def _held(config: Mapping[str, Any], name: str) -> dict[str, Any] | None:
     return None if held is None else build.from_plain(held)
 
 
-def _shapes(spec: Mapping[str, Any], known: build.Facts, place: pretrained.Place) -> Any:
-    return jax.eval_shape(build.codec(spec, known, place.where).init, jax.random.key(0))
+def _shapes(spec: Mapping[str, Any], info: build.DatasetInfo, place: pretrained.Place) -> Any:
+    return jax.eval_shape(build.codec(spec, info, place.where).init, jax.random.key(0))
 
 
 def _system_of(place: pretrained.Place, other: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -41,7 +41,7 @@ class _Input:
         config["batch"] = self.batch = request.batch or config["batch"]
         self.source = build.source(config, "train")
         self.encoded = isinstance(self.source, CachedSource)
-        known = build.facts(self.source, captions=0)
+        known = build.dataset_info(self.source, captions=0)
         self.config, self.step = config, request.step_ms / 1e3
         self.mesh = sharding.make_mesh((-1, 1, 1))
         tokenizer = build.tokenizer(config, known.vocabulary)

@@ -171,7 +171,7 @@ def lower_sampling(
 
 def _system(config: Config, absent: Absent) -> tuple[Any, dict[str, Any], tuple[str, ...]]:
     """The system, the shapes of its frozen parameters, and what was made up."""
-    known = abstract.facts(config, absent.classes)
+    known = abstract.dataset_info(config, absent.classes)
     found = abstract.codecs(config, known, absent.codec)
     words = f"{len(known.vocabulary)} words" if known.vocabulary else "no words"
     notes = (f"{len(known.classes)} classes, {words}",)

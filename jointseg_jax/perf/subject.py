@@ -33,7 +33,7 @@ class Subject(NamedTuple):
     """
 
     config: Mapping[str, Any]
-    known: build.Facts
+    known: build.DatasetInfo
     system: Any
     params: Any
     frozen: dict[str, Any]
@@ -49,9 +49,9 @@ def subject(request: Request) -> Subject:
     if request.workdir:
         run = load_run(request.workdir)
         note = f"trained: {request.workdir}, step {run.step}"
-        return Subject(run.config, run.facts, run.system, run.params, run.frozen, (note,))
+        return Subject(run.config, run.info, run.system, run.params, run.frozen, (note,))
     config = request.config
-    known = abstract.facts(config, request.classes or None)
+    known = abstract.dataset_info(config, request.classes or None)
     specs = abstract.codecs(config, known, request.codec or None).specs
     frozen = {
         name: build.codec(spec, known, name).init(jax.random.key(n))

@@ -34,14 +34,16 @@ class Encoder:
         self._compiled: dict[str, Callable[..., Array]] = {}
 
     @staticmethod
-    def of(folder: Path, config: Mapping[str, Any], known: build.Facts, *, batch: int) -> Encoder:
+    def of(
+        folder: Path, config: Mapping[str, Any], info: build.DatasetInfo, *, batch: int
+    ) -> Encoder:
         """The encoder of a config whose trained codecs were gathered in a folder.
 
         Raises:
           UserError: the config's system has no codecs that stay as they are.
         """
         specs, params = pretrained.load(folder, config)
-        system = build.system(config, known, specs)
+        system = build.system(config, info, specs)
         if not isinstance(system, Encodable):
             raise UserError(
                 f"ERROR [encode] config.system.name: a system `{config['system']['name']}` trains "

@@ -52,7 +52,11 @@ class Contents:
 
 
 def contents(
-    options: Encoding, known: build.Facts, encoder: Encoder | None, row: Row, length: int | None
+    options: Encoding,
+    info: build.DatasetInfo,
+    encoder: Encoder | None,
+    row: Row,
+    length: int | None,
 ) -> Contents:
     """Decides by the first row of the data.
 
@@ -81,7 +85,7 @@ def contents(
                 f"{', '.join(row)}. Check config.data and --keep."
             )
         field = Field(
-            name=name, dtype=_dtype(options, known, name, row[name]), shape=row[name].shape
+            name=name, dtype=_dtype(options, info, name, row[name]), shape=row[name].shape
         )
         if name == TEXT_STREAM:
             text = field
@@ -120,8 +124,8 @@ def _latents(options: Encoding, encoder: Encoder, row: Row) -> tuple[str, ...]:
     return tuple(k for k in wanted if k not in drawn)
 
 
-def _dtype(options: Encoding, known: build.Facts, name: str, values: Any) -> str:
+def _dtype(options: Encoding, info: build.DatasetInfo, name: str, values: Any) -> str:
     if np.issubdtype(values.dtype, np.floating):
         return options.dtype
-    small = name == "labels" and len(known.classes) <= np.iinfo(np.int8).max + 1
+    small = name == "labels" and len(info.classes) <= np.iinfo(np.int8).max + 1
     return "int8" if small else values.dtype.name

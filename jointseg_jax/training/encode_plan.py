@@ -44,7 +44,7 @@ class Plan:
         self.source: Source = build.source(config, options.split)
         check_source(self.source)
         self.records = min(options.limit or len(self.source), len(self.source))
-        self.known = build.facts(self.source, captions=0)
+        self.known = build.dataset_info(self.source, captions=0)
         self.tokenizer = build.tokenizer(config, self.known.vocabulary)
         rows = self._rows()
         self.views = Views(

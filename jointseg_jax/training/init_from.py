@@ -89,7 +89,7 @@ def is_fresh(spec: Mapping[str, Any]) -> bool:
     return not (spec.get("workdir") or spec.get("file"))
 
 
-def load(spec: Mapping[str, Any], fresh: Any, known: build.Facts) -> Leaves:
+def load(spec: Mapping[str, Any], fresh: Any, info: build.DatasetInfo) -> Leaves:
     """The leaves to start from, by the path of the parameter they are for; ``{}`` when fresh.
 
     Args:
@@ -103,7 +103,7 @@ def load(spec: Mapping[str, Any], fresh: Any, known: build.Facts) -> Leaves:
     start = make({"start": InitFrom}, {"name": "start", **spec}, where="start")
     if is_fresh(spec):
         return {}
-    source, given = _of_run(start, known) if start.workdir else _of_file(start)
+    source, given = _of_run(start, info) if start.workdir else _of_file(start)
     wanted = _by_path(jax.eval_shape(unstack_blocks, fresh))
     found = remap(start, given, wanted)
     log.info("started from %s: %d of %d parameters", source, len(found), len(wanted))
@@ -135,14 +135,14 @@ def insert(fresh: Any, given: Leaves) -> Any:
     return stack_blocks(rules.nested(leaves)) if scanned else rules.nested(leaves)
 
 
-def _of_run(start: InitFrom, known: build.Facts) -> tuple[str, Leaves]:
+def _of_run(start: InitFrom, info: build.DatasetInfo) -> tuple[str, Leaves]:
     run = load_run(start.workdir)
     given = _by_path(unstack_blocks(jax.tree.map(np.asarray, run.params)))
     words = [p for p in given if p.startswith("params/text/")]
-    if words and run.facts.vocabulary != known.vocabulary:
+    if words and run.info.vocabulary != info.vocabulary:
         raise UserError(
-            f"config.start.workdir: {start.workdir} was trained on {len(run.facts.vocabulary)} "
-            f"words, config.data has {len(known.vocabulary)}, and they are not the same in the "
+            f"config.start.workdir: {start.workdir} was trained on {len(run.info.vocabulary)} "
+            f"words, config.data has {len(info.vocabulary)}, and they are not the same in the "
             "same order, so its word embeddings say nothing here. Start from a run on this data."
         )
     return f"{start.workdir}, step {run.step} ({run.digest})", given

@@ -86,15 +86,15 @@ class _Run:
         check_batch(config, self.mesh)
         self.faults = Faults(**config.get("nan", {}))
         self.source = build.source(config, "train")
-        self.facts = self._facts()
+        self.info = self._facts()
         self.transforms = build.transforms(config)
-        self.tokenizer = build.tokenizer(config, self.facts.vocabulary)
+        self.tokenizer = build.tokenizer(config, self.info.vocabulary)
         if pretrained.trained_codecs(config):
             pretrained.from_cache(workdir, config)
             with self._batches(0) as host:
-                pretrained.import_codecs(workdir, config, self.facts, host)
+                pretrained.import_codecs(workdir, config, self.info, host)
         specs, self.frozen = pretrained.load(workdir, config)
-        self.system = build.system(config, self.facts, specs)
+        self.system = build.system(config, self.info, specs)
         self.program = make_program(self.system, config, self.mesh)
         self.checkpoints = Checkpoints(
             workdir / "checkpoints",
@@ -103,10 +103,10 @@ class _Run:
 
     # ------------------------------------------------------------------- set-up
 
-    def _facts(self) -> build.Facts:
-        known, path = build.facts(self.source), self.workdir / "facts.json"
+    def _facts(self) -> build.DatasetInfo:
+        known, path = build.dataset_info(self.source), self.workdir / "facts.json"
         if path.exists():
-            resume.require_facts(known, path)
+            resume.require_info(known, path)
         else:
             self._keep("facts.json", known.dump())
         return known
@@ -142,7 +142,7 @@ class _Run:
         )
         self._keep("config.json", _dump(self.config))
         if found is None:
-            given = init_from.load(self.config.get("start", {}), self.program.params, self.facts)
+            given = init_from.load(self.config.get("start", {}), self.program.params, self.info)
             init = jax.jit(self.program.init, out_shardings=self.program.shardings)
             return init(jax.random.key(self.config["seed"]), given)
         restored, _ = found
@@ -157,7 +157,7 @@ class _Run:
 
     def _previewer(self) -> Callable[[int, states.TrainState], None]:
         draw = previewer(
-            self.system, self.config, self.facts, self.mesh, self.transforms, self.tokenizer
+            self.system, self.config, self.info, self.mesh, self.transforms, self.tokenizer
         )
 
         def write(step: int, state: states.TrainState) -> None:

@@ -73,7 +73,7 @@ def load(workdir: Path, config: Mapping[str, Any]) -> tuple[dict[str, Any], dict
 def import_codecs(
     workdir: Path,
     config: Mapping[str, Any],
-    known: build.Facts,
+    info: build.DatasetInfo,
     batches: Iterable[Mapping[str, np.ndarray]],
 ) -> None:
     """Copies trained codecs into the workdir, once; every process calls it.
@@ -85,11 +85,11 @@ def import_codecs(
         target = workdir / "frozen" / f"{name}.json"
         if target.exists():
             continue
-        codec_spec, params = load_codec(place, known)
+        codec_spec, params = load_codec(place, info)
         codec_spec |= {k: v for k, v in place.spec.items() if k not in OWN}
         scale = place.spec.get("scale", codec_spec.get("scale"))
         if scale == "fit":
-            codec = build.codec({**codec_spec, "scale": 1.0}, known, place.where)
+            codec = build.codec({**codec_spec, "scale": 1.0}, info, place.where)
             scale = _fit(codec, params, place.field, batches)
         if scale is not None:
             codec_spec["scale"] = scale
@@ -98,13 +98,13 @@ def import_codecs(
     multihost_utils.sync_global_devices("pretrained.import_codecs")
 
 
-def check_unchanged(workdir: Path, config: Mapping[str, Any], known: build.Facts) -> None:
+def check_unchanged(workdir: Path, config: Mapping[str, Any], info: build.DatasetInfo) -> None:
     """Refuses (UserError) a copied codec whose own run, if it is still there, went on since."""
     for name, place in trained_codecs(config).items():
         file, run = workdir / "frozen" / f"{name}.safetensors", Path(place.spec["workdir"])
         if not file.exists() or not (run / "config.json").exists():
             continue
-        ours, theirs = load_file(file), rules.by_path(load_codec(place, known)[1])
+        ours, theirs = load_file(file), rules.by_path(load_codec(place, info)[1])
         same = ours.keys() == theirs.keys()
         if not same or any(not np.array_equal(ours[k], theirs[k]) for k in ours):
             raise UserError(
@@ -152,7 +152,7 @@ def copied(workdir: Path, name: str) -> dict[str, Any] | None:
     return json.loads(path.read_text())["codec"] if path.is_file() else None
 
 
-def load_codec(place: Place, known: build.Facts) -> tuple[dict[str, Any], Any]:
+def load_codec(place: Place, info: build.DatasetInfo) -> tuple[dict[str, Any], Any]:
     """The spec and the parameters of the codec that another run trained.
 
     Raises:
@@ -170,10 +170,10 @@ def load_codec(place: Place, known: build.Facts) -> tuple[dict[str, Any], Any]:
             "run of that field."
         )
     labels = place.field != "image"
-    if labels and run.facts.classes.names != known.classes.names:
+    if labels and run.info.classes.names != info.classes.names:
         raise UserError(
             f"{place.where}: {workdir} was trained on "
-            f"{classes_apart(run.facts.classes.names, known.classes.names)}. "
+            f"{classes_apart(run.info.classes.names, info.classes.names)}. "
             "Train the codec on this data."
         )
     return dict(spec["codec"]), run.params

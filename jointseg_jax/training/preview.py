@@ -23,7 +23,7 @@ Draw = Callable[[states.TrainState, Any], np.ndarray]
 def previewer(
     system: Any,
     config: Mapping[str, Any],
-    facts: build.Facts,
+    info: build.DatasetInfo,
     mesh: jax.sharding.Mesh,
     transforms: tuple[Any, ...],
     tokenizer: Any,
@@ -53,12 +53,14 @@ def previewer(
         if jax.process_count() > 1:
             made = multihost_utils.process_allgather(made, tiled=True)
         made = jax.tree.map(np.asarray, made)
-        return sheet(made, facts)
+        return sheet(made, info)
 
     return draw
 
 
-def sheet(made: Mapping[str, np.ndarray], facts: build.Facts, *, columns: int = 8) -> np.ndarray:
+def sheet(
+    made: Mapping[str, np.ndarray], info: build.DatasetInfo, *, columns: int = 8
+) -> np.ndarray:
     """What was made as one picture: pairs, or only the half that there is.
 
     Raises:
@@ -70,7 +72,7 @@ def sheet(made: Mapping[str, np.ndarray], facts: build.Facts, *, columns: int = 
         return viz.pair_sheet(
             made.get("image", unseen),
             made["labels"],
-            facts.classes,
+            info.classes,
             segments=made.get("segments"),
         )
     if "image" not in made:

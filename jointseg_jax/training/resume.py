@@ -45,13 +45,13 @@ def require_settings(
     require_same(meta["config"], current, (*MAY_CHANGE, *allow), where=where, remedy=remedy)
 
 
-def require_facts(known: build.Facts, path: Path) -> None:
+def require_info(info: build.DatasetInfo, path: Path) -> None:
     """Refuses data with other classes or words than the workdir's ``facts.json`` says."""
-    saved = build.Facts.load(path)
-    apart = classes_apart(saved.classes.names, known.classes.names)
-    if not apart and saved.vocabulary == known.vocabulary:
+    saved = build.DatasetInfo.load(path)
+    apart = classes_apart(saved.classes.names, info.classes.names)
+    if not apart and saved.vocabulary == info.vocabulary:
         return
-    words = f"{len(saved.vocabulary)} words, the data has {len(known.vocabulary)}"
+    words = f"{len(saved.vocabulary)} words, the data has {len(info.vocabulary)}"
     raise UserError(
         f"{path}: this workdir was trained on other classes or words than config.data.train gives "
         f"now: {apart or words}. Use the same data, or another --workdir."

@@ -22,7 +22,7 @@ class Run:
 
     workdir: Path
     config: dict[str, Any]
-    facts: build.Facts
+    info: build.DatasetInfo
     system: Any
     params: Any
     frozen: dict[str, Any]
@@ -30,7 +30,7 @@ class Run:
     digest: str
 
 
-def load_facts(workdir: Path) -> build.Facts:
+def load_info(workdir: Path) -> build.DatasetInfo:
     """What a run knows of its data.
 
     Raises:
@@ -41,7 +41,7 @@ def load_facts(workdir: Path) -> build.Facts:
             f"{workdir}: no trained run here (config.json is missing). "
             f"Train one: launch/train.py --config configs/quickstart.py --workdir {workdir}"
         )
-    return build.Facts.load(workdir / "facts.json")
+    return build.DatasetInfo.load(workdir / "facts.json")
 
 
 def load_run(workdir: Path | str) -> Run:
@@ -51,7 +51,7 @@ def load_run(workdir: Path | str) -> Run:
       UserError: the folder is no workdir, or holds no usable checkpoint.
     """
     workdir = Path(workdir)
-    known = load_facts(workdir)
+    known = load_info(workdir)
     config = build.from_plain(json.loads((workdir / "config.json").read_text()))
     specs, frozen = pretrained.load(workdir, config)
     system = build.system(config, known, specs)

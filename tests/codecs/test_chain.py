@@ -92,7 +92,7 @@ def test_a_rows_perturbation_is_its_own_and_both_parts_have_keys_of_their_own():
 
 
 def test_a_config_names_the_parts():
-    known = build.Facts(Classes(names=("a", "b", "c")), (), ())
+    known = build.DatasetInfo(Classes(names=("a", "b", "c")), (), ())
     spec = {
         "name": "chain",
         "first": {"name": "palette", "void": "masked"},

@@ -35,7 +35,7 @@ def run(tmp_path):
         "mask": SimpleNamespace(field="labels", codec=CODEC),
     }
     system = SimpleNamespace(streams=streams)
-    facts = build.facts(SCENES, captions=1)
+    facts = build.dataset_info(SCENES, captions=1)
     return Run(tmp_path, config, facts, system, {}, {}, 7, "digest")
 
 

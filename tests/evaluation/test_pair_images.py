@@ -57,7 +57,14 @@ def run_of(system, params):
         "evaluate": {"judge": "", "transforms": {}},
     }
     return Run(
-        Path("nowhere"), config, build.facts(SCENES, captions=1), system, params, {}, 7, "digest"
+        Path("nowhere"),
+        config,
+        build.dataset_info(SCENES, captions=1),
+        system,
+        params,
+        {},
+        7,
+        "digest",
     )
 
 

@@ -20,7 +20,7 @@ def system():
     config["system"] |= {"size": (4, 4), "text": {"name": "words", "width": 8, "length": 6}}
     for stream in config["system"]["streams"].values():
         stream["tokens"]["patch"] = 4
-    return build.system(config, build.Facts(Classes(names=("sky", "road", "car")), (), ()))
+    return build.system(config, build.DatasetInfo(Classes(names=("sky", "road", "car")), (), ()))
 
 
 def distinct(rows):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jointseg_jax import sharding
-from jointseg_jax.build import DISTRIBUTIONS, SOLVERS, TIMES, Facts
+from jointseg_jax.build import DISTRIBUTIONS, SOLVERS, TIMES, DatasetInfo
 from jointseg_jax.codecs.bits import Bits
 from jointseg_jax.codecs.pixels import Pixels
 from jointseg_jax.data.classes import Classes
@@ -56,7 +56,7 @@ def test_a_short_last_batch_compiles_nothing(system, tmp_path, monkeypatch, comp
     one = functools.partial(sharding.make_mesh, (-1, 1, 1), jax.devices()[:1])
     monkeypatch.setattr(sharding, "own_mesh", one)
     params = jax.jit(system.init)(jax.random.key(0))
-    known = Facts(Classes(names=("a", "b", "c")), (), ())
+    known = DatasetInfo(Classes(names=("a", "b", "c")), (), ())
     run = Run(tmp_path, {}, known, system, params, frozen={}, step=0, digest="")
     make = generator(run, system, per_device=ROWS)
     text = np.ones((3, WORDS, 4), np.float32)

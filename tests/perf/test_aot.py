@@ -264,7 +264,7 @@ def test_scores_in_memory_are_seen_and_those_inside_a_kernel_are_none():
 )
 def test_a_batch_has_the_fields_that_the_pipeline_makes(name, argument):
     given = config(name, argument)
-    known = abstract.facts(given)
+    known = abstract.dataset_info(given)
     system = build.system(given, known)
     tokenizer = build.tokenizer(given, known.vocabulary) if system.text else None
     with batches(
@@ -284,7 +284,7 @@ def test_a_batch_has_the_fields_that_the_pipeline_makes(name, argument):
 
 def test_precomputed_features_have_the_shapes_that_streams_and_text_read():
     given = config("jodiffusion", "data=voc")
-    known = abstract.facts(given)
+    known = abstract.dataset_info(given)
     assert len(known.classes) == 21 and known.vocabulary == ()
     codec = config("jodiffusion_codec", "data=voc")
     found = abstract.codecs(given, known, codec)
@@ -304,13 +304,13 @@ def test_what_cannot_be_known_must_be_told():
     given = config("pdm", "data=folders")
     given["data"]["train"]["root"] = "nowhere"
     with pytest.raises(UserError, match=r"root = nowhere: not on this machine.*--classes=N"):
-        abstract.facts(given)
-    assert len(abstract.facts(given, classes=11).classes) == 11
+        abstract.dataset_info(given)
+    assert len(abstract.dataset_info(given, classes=11).classes) == 11
     given = config("jodiffusion", "data=voc")
     with pytest.raises(UserError, match=r"runs/codec is not on this machine.*jodiffusion_codec"):
-        abstract.codecs(given, abstract.facts(given))
+        abstract.codecs(given, abstract.dataset_info(given))
     with pytest.raises(UserError, match=r"a codec of labels is needed.*of image"):
-        abstract.codecs(given, abstract.facts(given), config("image_codec"))
+        abstract.codecs(given, abstract.dataset_info(given), config("image_codec"))
     with pytest.raises(UserError, match=r"--remat: these change the denoiser.*autoencode"):
         abstract.with_denoiser(config("image_codec"), remat="full", scan=None)
 
@@ -332,7 +332,7 @@ def small():
 
 
 def parameters(given):
-    system = build.system(given, abstract.facts(given))
+    system = build.system(given, abstract.dataset_info(given))
     shapes = jax.eval_shape(system.init, jax.random.key(0))
     return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
@@ -393,7 +393,7 @@ def test_a_frozen_codec_is_part_of_the_program():
 def test_ideal_collectives_by_the_places_of_parameters(preset, mesh, per_number):
     given = abstract.with_denoiser(small(), width=512, heads=2)
     given |= {"sharding": preset, "mesh": mesh}
-    system = build.system(given, abstract.facts(given))
+    system = build.system(given, abstract.dataset_info(given))
     made = program.make_program(system, given, sharding.make_mesh(mesh))
     leaves = rules.by_path(made.state.params)
     ways = r"_(in|out)/" if preset == "fsdp" else "none"  # which fsdp leaves whole

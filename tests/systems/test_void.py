@@ -18,7 +18,7 @@ def test_a_batch_of_void_has_a_finite_loss_and_gradient():
     config["system"]["denoiser"] |= {"width": 8, "depth": 1, "heads": 1}
     for stream in config["system"]["streams"].values():
         stream["tokens"]["patch"] = 8
-    known = build.Facts(Classes(names=("sky", "road", "car")), ("a",), ())
+    known = build.DatasetInfo(Classes(names=("sky", "road", "car")), ("a",), ())
     system = build.system(config, known)
     rows = {
         "image": np.zeros((ROWS, SIZE, SIZE, 3), np.uint8),

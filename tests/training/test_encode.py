@@ -47,7 +47,7 @@ def codec(tmp_path_factory):
 def codec_run(workdir, seed=0):
     workdir.mkdir()
     system = {"name": "autoencode", "size": SIZE, "codec": CODEC}
-    known = build.Facts(Scenes().classes, (), ())
+    known = build.DatasetInfo(Scenes().classes, (), ())
     rng = np.random.default_rng(seed)
     shapes = jax.eval_shape(build.system({"system": system}, known).init, jax.random.key(0))
     params = jax.tree.map(lambda s: jnp.asarray(0.3 * rng.normal(size=s.shape), s.dtype), shapes)
@@ -180,7 +180,7 @@ def test_a_batch_is_the_codecs_own_encoding_of_the_same_records(config, made):
     batch = read(config, out)
     assert set(batch) == {LATENTS + "mask", "image", "text", "index"}
     specs, params = pretrained.load(out, config)
-    system = build.system(config, build.facts(build.source(config, "train")), specs)
+    system = build.system(config, build.dataset_info(build.source(config, "train")), specs)
     keys = jax.random.split(jax.random.key(1), 8)
     batch, plain = jax.device_put((batch, raw(config, batch)))
     got, want = (system.encode({}, params, b, keys) for b in (batch, plain))
@@ -229,7 +229,7 @@ def test_other_settings_are_refused_by_name(config, made):
 
 
 def test_a_codec_that_was_trained_on_is_refused(config, made, codec, tmp_path):
-    known = build.facts(build.source(config, "train"), captions=0)
+    known = build.dataset_info(build.source(config, "train"), captions=0)
     pretrained.check_unchanged(made[0], config, known)
     other = json.loads(json.dumps(config))
     other["system"]["streams"]["mask"]["codec"]["workdir"] = str(codec_run(tmp_path / "on", seed=1))
@@ -243,8 +243,8 @@ def test_the_step_that_reads_latents_is_known_by_the_index_alone(config, made, t
         shutil.copy(made[0] / name, tmp_path / name)
     here = build.from_plain(json.loads(json.dumps(cached(config, tmp_path))))
     here["system"]["streams"]["mask"]["codec"] |= {"workdir": str(tmp_path / "nowhere")}
-    known = abstract.facts(here)
-    assert known == build.facts(build.source(cached(config, made[0]), "train"), captions=0)
+    known = abstract.info(here)
+    assert known == build.dataset_info(build.source(cached(config, made[0]), "train"), captions=0)
     found = abstract.codecs(here, known)
     system = build.system(here, known, found.specs)
     real = sharding.global_batch(read(config, made[0]), sharding.make_mesh((8, 1, 1)))
@@ -257,7 +257,7 @@ def test_the_step_that_reads_latents_is_known_by_the_index_alone(config, made, t
     planned = abstract.training_shapes(unmade, system, 8, found.frozen)
     assert {k: v.shape for k, v in planned.items()} == {k: v.shape for k, v in expected.items()}
     with pytest.raises(UserError, match=r"1 field:\n  size: \[8, 8\] -> \[16, 16\]"):
-        abstract.facts(here | {"system": here["system"] | {"size": (16, 16)}})
+        abstract.info(here | {"system": here["system"] | {"size": (16, 16)}})
 
 
 def test_the_input_benchmark_reads_the_cache(config, made):

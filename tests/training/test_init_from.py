@@ -30,7 +30,7 @@ from jointseg_jax.weights.architectures import uvit_fields
 from jointseg_jax.weights.convert import to_ours, unstack_blocks
 from jointseg_jax.weights.tables import table
 
-KNOWN = build.Facts(Classes(names=("sky", "road", "car")), ("a", "bus", "in", "rain"), ())
+KNOWN = build.DatasetInfo(Classes(names=("sky", "road", "car")), ("a", "bus", "in", "rain"), ())
 MOVE = presets.FROM_IMAGES["move"]
 SIZE = (16, 16)
 
@@ -269,7 +269,7 @@ def test_other_sizes_do_not_fit(images):
 
 
 def test_words_in_another_order_are_refused(images):
-    other = build.Facts(KNOWN.classes, ("bus", "a", "in", "rain"), ())
+    other = build.DatasetInfo(KNOWN.classes, ("bus", "a", "in", "rain"), ())
     with pytest.raises(
         UserError, match=r"was trained on 4 words, config\.data has 4, and they are"
     ):

@@ -31,7 +31,7 @@ NOISE = {"predicts": "noise", "schedule": {"name": "cosine"}}
 
 
 def facts(names=NAMES):
-    return build.Facts(Classes(names=names), (), ())
+    return build.DatasetInfo(Classes(names=names), (), ())
 
 
 def leave(workdir, config, known, params, ema=None):
@@ -178,7 +178,7 @@ def test_a_joint_workdir_works_without_the_codecs(tmp_path):
     same(run.frozen["mask"], ema)
     assert run.system.streams["mask"].codec == system.streams["mask"].codec
     assert run.system.streams["mask"].codec.scale == 0.3
-    assert (run.step, run.facts) == (1, facts())
+    assert (run.step, run.info) == (1, facts())
     rows = next(batches())
     keys = jax.random.split(jax.random.key(0), 4)
     loss, _ = jax.jit(run.system.loss)(run.params, run.frozen, rows, keys)

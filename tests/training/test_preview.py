@@ -9,7 +9,7 @@ from jointseg_jax.data.classes import Classes
 from jointseg_jax.training.preview import sheet
 from jointseg_jax.types import UserError
 
-FACTS = build.Facts(Classes(names=("sky", "road", "car")), (), ())
+FACTS = build.DatasetInfo(Classes(names=("sky", "road", "car")), (), ())
 RNG = np.random.default_rng(0)
 IMAGES = list(RNG.integers(0, 256, (10, 64, 64, 3), dtype=np.uint8))
 LABELS = list(RNG.integers(-1, 3, (10, 64, 64), dtype=np.int32))

@@ -84,12 +84,12 @@ def test_what_does_not_touch_the_result_may_change(saved, path, value):
 
 def test_other_classes_or_words_are_refused(tmp_path):
     """The first class that differs is told (C6)."""
-    known = build.Facts(Classes(names=("sky", "road", "car")), ("a", "car"), ())
+    known = build.DatasetInfo(Classes(names=("sky", "road", "car")), ("a", "car"), ())
     (tmp_path / "facts.json").write_text(known.dump())
-    resume.require_facts(known, tmp_path / "facts.json")
-    other = build.Facts(Classes(names=("sky", "street", "car")), ("a", "car"), ())
+    resume.require_info(known, tmp_path / "facts.json")
+    other = build.DatasetInfo(Classes(names=("sky", "street", "car")), ("a", "car"), ())
     with pytest.raises(UserError, match="street"):
-        resume.require_facts(other, tmp_path / "facts.json")
-    words = build.Facts(known.classes, ("a",), ())
+        resume.require_info(other, tmp_path / "facts.json")
+    words = build.DatasetInfo(known.classes, ("a",), ())
     with pytest.raises(UserError, match="2 words, the data has 1"):
-        resume.require_facts(words, tmp_path / "facts.json")
+        resume.require_info(words, tmp_path / "facts.json")
