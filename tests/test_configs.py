@@ -1,9 +1,10 @@
 """Every config under every argument: it can be built, and the published networks have their size.
 
-``JOINTSEG_REFRESH_GOLDEN=1 python -m pytest tests/test_configs.py`` writes tests/golden anew; read
+``JOINTSEG_REFRESH_GOLDEN=1 python -m pytest tests/test_configs.py`` writes tests/golden again; read
 the difference before committing it: a renamed parameter makes old checkpoints unreadable.
 """
 
+import ast
 import difflib
 import functools
 import importlib.util
@@ -19,10 +20,12 @@ from ml_collections import ConfigDict
 from jointseg_jax import build, rules, sharding
 from jointseg_jax.config import make
 from jointseg_jax.data.classes import Classes
+from jointseg_jax.models.uvit import UViT
 from jointseg_jax.training import init_from
 from jointseg_jax.training import state as states
 from jointseg_jax.training.faults import Faults
 from jointseg_jax.training.optimizer import OPTIMIZERS
+from jointseg_jax.transport.schedules import ScaledLinear
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests/golden"
@@ -170,9 +173,24 @@ def test_a_mistaken_argument_is_named(name):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_docstring_tells_the_command(name):
+def test_a_docstring_has_the_command_the_hardware_and_what_to_expect(name):
     text = module(name).__doc__
     assert f"python launch/train.py --config configs/{name}.py --workdir runs/" in text
+    assert "Expected" in text and "hardware" in text.lower()
+
+
+RUN = "presets.run"
+SETTINGS = ("seed", "steps", "batch", "ema", "data", "system", "optimizer")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_run_of_a_config_is_written_out_in_its_own_file(name):
+    """No number of an experiment is a default of presets.run."""
+    tree = ast.parse((ROOT / f"configs/{name}.py").read_text())
+    runs = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and ast.unparse(n.func) == RUN]
+    assert runs
+    for call in runs:
+        assert set(SETTINGS) <= {keyword.arg for keyword in call.keywords}
 
 
 def documented():
@@ -188,6 +206,59 @@ def test_documented_arguments_work(name, argument):
 
 
 # ---------------------------------------------------------------------- published sizes
+
+
+@pytest.mark.parametrize(
+    ("data", "predicts", "schedule"),
+    [
+        ("coco_panoptic", "noise", {"name": "scaled_linear", "time_offset": 1}),  # as published
+        ("scenes", "velocity", {"name": "cosine"}),  # in pixels
+        ("folders", "velocity", {"name": "cosine"}),
+    ],
+)
+@pytest.mark.parametrize("name", ["pdm", "pdm_two_stream", "pdm_given_maps"])
+def test_bit_pairs_share_one_time_and_schedule(name, data, predicts, schedule):
+    """The map predicts its bits and its noise has deviation 2, whatever the image predicts."""
+    made = config(name, f"data={data}")["system"]
+    image, mask = (s["process"] for s in made["streams"].values())
+    assert (image["predicts"], image.get("scale", 1.0)) == (predicts, 1.0)
+    assert (mask["predicts"], mask["scale"]) == ("data", 2.0)
+    assert image["schedule"] == mask["schedule"] and schedule.items() <= image["schedule"].items()
+    assert made["times"]["distribution"] == {"name": "uniform", "steps": 1000}
+    assert made["text_drop"] == 0.1 and made["solver"]["final"] == "evaluate"
+
+
+@pytest.mark.parametrize(("name", "data"), [("pdm", "coco_panoptic"), ("jodiffusion", "voc")])
+def test_the_schedule_of_stable_diffusion_is_the_default_one(name, data):
+    schedule = config(name, f"data={data}")["system"]["streams"]["image"]["process"]["schedule"]
+    offset = {"pdm": 1, "jodiffusion": 0}[name]  # U-ViT numbers from 1, diffusers from 0
+    assert schedule.pop("time_offset") == offset and schedule.pop("name") == "scaled_linear"
+    assert ScaledLinear(**schedule) == ScaledLinear()
+
+
+def size_of(name, data, streams, **fields):
+    """Parameters of a config's network with other streams, on 32 x 32 patches of 2."""
+    denoiser = config(name, f"data={data}")["system"]["denoiser"]
+    fields = {k: v for k, v in denoiser.items() if k != "name"} | fields
+    patches = {"kind": "patches", "grid": (32, 32), "patch": 2}
+    streams = {k: patches | v if "channels" in v else v for k, v in streams.items()}
+    network = UViT(**fields, streams=streams, scan=True)
+    return count(
+        jax.eval_shape(network.init, jax.random.key(0), **network.input_shapes())["params"]
+    )
+
+
+def test_the_networks_of_the_image_stream_and_of_unidiffuser_have_their_published_size():
+    """UniDiffuser's without the 26,112 that its diffusers port never uses."""
+    image = {"channels": 4, "conv": True}
+    context = {"kind": "tokens", "count": 77, "width": 768}
+    assert size_of("pdm", "coco_panoptic", {"image": image}, context=context) == 44_692_644
+    streams = {
+        "text": {"kind": "tokens", "count": 77, "width": 64},
+        "clip": {"kind": "tokens", "count": 1, "width": 512},
+        "image": {"grid": (64, 64), "channels": 4},
+    }
+    assert size_of("jodiffusion", "voc", streams) == 952_509_520
 
 
 @pytest.mark.parametrize("data", ["voc", "coco_panoptic", "ade20k"])

@@ -1,14 +1,18 @@
 """G9: no two samples begin with the same noise, whichever process makes them."""
 
+import runpy
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
 
-from jointseg_jax import build, presets
+from jointseg_jax import build
 from jointseg_jax.data.classes import Classes
 from jointseg_jax.generation import generate
 from jointseg_jax.rng import row_keys, sample_keys
 
+PDM = Path(__file__).parents[2] / "configs/pdm.py"
 COUNT = 100_000
 CHUNK = 10_000
 
@@ -16,7 +20,7 @@ CHUNK = 10_000
 @pytest.fixture(scope="module")
 def system():
     """Two streams, with as little noise as they can have."""
-    config = presets.shrunk(presets.bit_pairs("scenes"))
+    config = runpy.run_path(str(PDM))["get_config"]("smoke").to_dict()
     config["system"] |= {"size": (4, 4), "text": {"name": "words", "width": 8, "length": 6}}
     for stream in config["system"]["streams"].values():
         stream["tokens"]["patch"] = 4

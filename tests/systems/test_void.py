@@ -1,19 +1,23 @@
 """D20: a map that is void all over costs no more than finite, and teaches nothing that is not."""
 
+import runpy
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jointseg_jax import build, presets
+from jointseg_jax import build
 from jointseg_jax.data.classes import Classes
 from jointseg_jax.rng import row_keys
 from jointseg_jax.types import VOID
 
+PDM = Path(__file__).parents[2] / "configs/pdm.py"
 SIZE, ROWS = 8, 2
 
 
 def test_a_batch_of_void_has_a_finite_loss_and_gradient():
-    config = presets.shrunk(presets.bit_pairs("scenes"))
+    config = runpy.run_path(str(PDM))["get_config"]("smoke").to_dict()
     config["system"] |= {"size": (SIZE, SIZE), "text": {"name": "words", "width": 8, "length": 4}}
     config["system"]["denoiser"] |= {"width": 8, "depth": 1, "heads": 1}
     for stream in config["system"]["streams"].values():

@@ -4,7 +4,9 @@ import functools
 import json
 import logging
 import re
+import runpy
 import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -31,13 +33,17 @@ from jointseg_jax.weights.convert import to_ours, unstack_blocks
 from jointseg_jax.weights.tables import table
 
 KNOWN = build.DatasetInfo(Classes(names=("sky", "road", "car")), ("a", "bus", "in", "rain"), ())
-MOVE = presets.FROM_IMAGES["move"]
+PDM, TWO_STREAM = (
+    runpy.run_path(str(Path(__file__).parents[2] / f"configs/{name}.py"))
+    for name in ("pdm", "pdm_two_stream")
+)
+MOVE = TWO_STREAM["FROM_IMAGES"]["move"]
 SIZE = (16, 16)
 
 
 def config(stage, **denoiser):
     """A run of one stage, as small as can be."""
-    found = presets.shrunk(presets.bit_pairs("scenes"))
+    found = PDM["get_config"]("smoke").to_dict()
     found |= {"data": presets.scenes(SIZE[0]), "steps": 2, "preview": {"every": 0, "count": 8}}
     found |= {"checkpoint": {"every": 2, "keep": 1}, "log": {"every": 1}, "finish": {"num": 0}}
     found["optimizer"] = {
@@ -53,7 +59,7 @@ def config(stage, **denoiser):
         del system["streams"]["mask"]
     else:
         system["denoiser"]["name"] = "two_stream"
-        found["trainable"] = presets.FROZEN_IMAGE_STREAM
+        found["trainable"] = TWO_STREAM["FROZEN_IMAGE_STREAM"]
     system["denoiser"] |= denoiser
     return found
 
