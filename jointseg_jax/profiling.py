@@ -62,7 +62,7 @@ def sampling_flops(system: Any, given: Container[str] = ()) -> float | None:
     processes = {k: s.process for k, s in streams.items()} or {"state": system.process}
     free = [s for k, s in streams.items() if k not in system.known] if streams else []
     guided = system.text is not None and any(s.guidance != 1 for s in free)
-    return float(forward * len(table(processes).times) * (2 if guided else 1))
+    return float(forward * len(table(processes).t_network) * (2 if guided else 1))
 
 
 def step_flops(system: Any, compiled: Any, batch: int) -> float | None:

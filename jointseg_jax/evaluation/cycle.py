@@ -127,7 +127,7 @@ def _both_ways(run: Run, steps: int) -> Callable:
         first, second = (sample_keys(seed, indices) for seed in seeds)
 
         def go(keys: Array, **given: Array) -> Any:
-            return system.generate(params, frozen, None, keys, given=given)
+            return system.generate(params, frozen, None, keys, condition=given)
 
         image = go(first, labels=real["labels"])["image"]
         return {

@@ -83,7 +83,7 @@ def sampler(system: Any, mesh: jax.sharding.Mesh) -> Any:
     def pairs(
         params: Any, frozen: Any, text: Any, given: Any, seed: jax.Array, indices: jax.Array
     ) -> Any:
-        made = system.generate(params, frozen, text, sample_keys(seed, indices), given=given)
+        made = system.generate(params, frozen, text, sample_keys(seed, indices), condition=given)
         return jax.lax.with_sharding_constraint(made, sharding.batch_sharding(mesh))
 
     return jax.jit(pairs, compiler_options=chips.compiler_options(mesh))
@@ -243,7 +243,7 @@ def sample(
     run, filters = load_run(workdir), filters or Filters()
     system = with_options(run.system, steps=steps, guidance=guidance)
     try:
-        system.check_given({} if given is None else {FIELDS[given.kind]: None})
+        system.check_condition({} if given is None else {FIELDS[given.kind]: None})
     except ValueError as error:
         hint = "On the command line: --given annotations=DIR or --given images=DIR."
         raise UserError(f"{error} {hint}") from error

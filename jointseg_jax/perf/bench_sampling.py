@@ -51,7 +51,7 @@ class _Sampling:
         rows = subject.random_rows(self.subject, self.batch, 0)
         self.known = {request.given: rows[request.given]} if request.given else {}
         try:
-            self.system.check_given(self.known)
+            self.system.check_condition(self.known)
         except ValueError as error:
             raise UserError(f"{error} On the command line: --given=labels or image.") from error
         self.text = rows["text"] if self.system.text is not None else None

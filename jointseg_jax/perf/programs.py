@@ -142,7 +142,7 @@ def lower_sampling(
     fields = abstract.batch_shapes(config, system, batch)
     known = {given: fields[given]} if given else {}
     try:
-        system.check_given(known)
+        system.check_condition(known)
     except ValueError as error:
         raise UserError(f"{error} On the command line: --given=labels or --given=image.") from error
     params = jax.eval_shape(

@@ -111,18 +111,18 @@ class Bridge:
         if LATENTS + IMAGE in batch:
             image = batch[LATENTS + IMAGE].astype(jnp.float32)
         else:
-            image = self.image_end(frozen, batch["image"], fold(keys, "encode/image"))
-        mask = self.mask_end(frozen, batch["labels"], fold(keys, "encode/mask"))
+            image = self.encode_image(frozen, batch["image"], fold(keys, "encode/image"))
+        mask = self.encode_mask(frozen, batch["labels"], fold(keys, "encode/mask"))
         t = self.times.draw(fold(keys, "time"), (STATE,))[STATE]
-        x = self.process.at(image, mask, t)
+        x = self.process.interpolate(image, mask, t)
         velocity = self.velocity(params, x, t)
         target = self.process.target(image, mask, t)
         if self.correction:
             remaining = (1 - t).reshape(-1, 1, 1, 1)
             guess = jax.lax.stop_gradient(x + remaining * velocity)
-            target = target + self.correction * self.pull(guess, batch["labels"])
+            target = target + self.correction * self.class_correction(guess, batch["labels"])
         errors = jnp.square(velocity - target).mean(-1)
-        counted = self.counted(batch["labels"], errors.shape[1:])
+        counted = self.valid_cells(batch["labels"], errors.shape[1:])
         total = jnp.where(counted, errors, 0.0).sum() / jnp.maximum(counted.sum(), 1)
         return total, {"loss": total}
 
@@ -130,12 +130,12 @@ class Bridge:
         """The image with its codec, and the labels: their colours are perturbed anew each time."""
         return {IMAGE: Input("image", self.mask.second), "labels": Input("labels")}
 
-    def image_end(self, frozen: Params, image: Array, keys: Array | None = None) -> Array:
+    def encode_image(self, frozen: Params, image: Array, keys: Array | None = None) -> Array:
         """Latents of images; without keys nothing is drawn."""
         latents = self.mask.second.encode(frozen.get(IMAGE, {}), image, keys=keys)
         return jax.lax.stop_gradient(latents.astype(jnp.float32))
 
-    def mask_end(self, frozen: Params, labels: Array, keys: Array | None = None) -> Array:
+    def encode_mask(self, frozen: Params, labels: Array, keys: Array | None = None) -> Array:
         """Latents of label maps, perturbed where keys are given."""
         latents = self.mask.encode(frozen.get(IMAGE, {}), labels, keys=keys)
         return jax.lax.stop_gradient(latents.astype(jnp.float32))
@@ -147,7 +147,7 @@ class Bridge:
         outputs, _ = self.denoiser.apply(variables, {STATE: x}, {STATE: label})
         return outputs[STATE].astype(jnp.float32)
 
-    def pull(
+    def class_correction(
         self, guess: Float[Array, "batch height width 3"], labels: Int[Array, "batch height width"]
     ) -> Float[Array, "batch height width 3"]:
         """The module's line 6; 0 at VOID pixels."""
@@ -160,7 +160,7 @@ class Bridge:
         mean = jnp.einsum("bhwk,kn->bhwn", jax.nn.softmax(scores, axis=-1), colours)
         return jnp.where((labels == VOID)[..., None], 0.0, inverse * (own - mean))
 
-    def counted(self, labels: Array, grid: tuple[int, int]) -> Array:
+    def valid_cells(self, labels: Array, grid: tuple[int, int]) -> Array:
         """Cells whose error is in the loss: all, or those without a VOID pixel."""
         if self.mask.first.void != "masked":
             return jnp.ones((labels.shape[0], *grid), bool)
@@ -171,8 +171,8 @@ class Bridge:
 
     def preview(self, params: Params, frozen: Params, batch: Batch, keys: Array) -> Pairs:
         """Images made from the batch's maps, beside the labels read off its images."""
-        made = self.generate(params, frozen, None, keys, given={"labels": batch["labels"]})
-        read = self.generate(params, frozen, None, keys, given={"image": batch["image"]})
+        made = self.generate(params, frozen, None, keys, condition={"labels": batch["labels"]})
+        read = self.generate(params, frozen, None, keys, condition={"image": batch["image"]})
         return made | {k: read[k] for k in ("labels", "confidence")}
 
     def generate(
@@ -182,7 +182,7 @@ class Bridge:
         text: Array | None,
         keys: Array,
         *,
-        given: Pairs | None = None,
+        condition: Pairs | None = None,
     ) -> Pairs:
         """The other end of what is given: ``{"image": ...}`` or ``{"labels": ...}``.
 
@@ -190,35 +190,35 @@ class Bridge:
           ValueError: none or both of them are given.
         """
         del text  # a bridge has none
-        self.check_given(given or {})
+        self.check_condition(condition or {})
         directions = {"image": self.segment, "labels": self.synthesize}
-        ((field, values),) = given.items()
+        ((field, values),) = condition.items()
         return directions[field](params, frozen, values, keys)
 
-    def check_given(self, given: Pairs) -> None:
+    def check_condition(self, condition: Pairs) -> None:
         """Refuses anything but one end."""
-        if set(given) not in ({"image"}, {"labels"}):
+        if set(condition) not in ({"image"}, {"labels"}):
             raise ValueError(
-                f"bridge: given has {sorted(given)}; a bridge leads from an image to its labels or "
-                "from labels to an image: give exactly one of `image` and `labels`."
+                f"bridge: given has {sorted(condition)}; a bridge leads from an image to its "
+                "labels or from labels to an image: give exactly one of `image` and `labels`."
             )
 
     def segment(self, params: Params, frozen: Params, image: Array, keys: Array) -> Pairs:
         """Labels of images; the keys play no part."""
         del keys
-        reached = self.travel(params, self.image_end(frozen, image), 0.0, 1.0)
+        reached = self.integrate(params, self.encode_image(frozen, image), 0.0, 1.0)
         labels, confidence = self.mask.decode_with_confidence(frozen.get(IMAGE, {}), reached)
         return {"image": image, "labels": labels, "confidence": confidence}
 
     def synthesize(self, params: Params, frozen: Params, labels: Array, keys: Array) -> Pairs:
         """Images of label maps; each key perturbs its map's colours anew."""
-        start = self.mask_end(frozen, labels, fold(keys, "encode/mask"))
-        reached = self.travel(params, start, 1.0, 0.0)
+        start = self.encode_mask(frozen, labels, fold(keys, "encode/mask"))
+        reached = self.integrate(params, start, 1.0, 0.0)
         image = quantise(self.mask.second.decode(frozen.get(IMAGE, {}), reached))
         sure = jnp.ones(labels.shape, jnp.float32)
         return {"image": image, "labels": labels.astype(jnp.int32), "confidence": sure}
 
-    def travel(self, params: Params, x: Array, start: float, end: float) -> Array:
+    def integrate(self, params: Params, x: Array, start: float, end: float) -> Array:
         """The state at time ``end`` of one that is ``x`` at ``start``."""
 
         def predict(states: Any, times: Any, step: Array) -> Any:

@@ -119,7 +119,7 @@ class Joint:
                 noised[name], times[name] = clean[name], jnp.zeros_like(times[name])
                 continue
             noise = self.source(name, keys)
-            noised[name] = stream.process.at(clean[name], noise, times[name])
+            noised[name] = stream.process.interpolate(clean[name], noise, times[name])
             targets[name] = stream.process.target(clean[name], noise, times[name])
         outputs = self.denoise(params, noised, times, context)
         errors = {k: jnp.mean(jnp.square(outputs[k] - targets[k])) for k in targets}
@@ -151,8 +151,8 @@ class Joint:
     def preview(self, params: Params, frozen: Params, batch: Batch, keys: Array) -> Pairs:
         """Pairs generated from the batch's text, and from its maps where the network needs them."""
         needed = [self.streams[k].field for k in self.known if k != TEXT_STREAM]
-        given = {field: batch[field] for field in needed}
-        return self.generate(params, frozen, batch.get("text"), keys, given=given)
+        condition = {field: batch[field] for field in needed}
+        return self.generate(params, frozen, batch.get("text"), keys, condition=condition)
 
     # ---------------------------------------------------------------- generation
 
@@ -163,40 +163,40 @@ class Joint:
         text: Array | None,
         keys: Array,
         *,
-        given: Pairs | None = None,
+        condition: Pairs | None = None,
     ) -> Pairs:
         """Generates one pair per key.
 
         Args:
           text: token ids or features, one row per key; None is the empty prompt.
-          given: batch fields that are known (``{"labels": ...}``): their streams stay as they are.
+          condition: batch fields (``{"labels": ...}``) whose streams stay as they are.
 
         Raises:
           ValueError: a given field that is no stream's, or one of ``known`` that is not given.
         """
         batch = keys.shape[0]
-        known = self._known(params, frozen, text, batch, given or {}, keys)
+        known = self._known(params, frozen, text, batch, condition or {}, keys)
         free = [k for k in self.streams if k not in known]
         start = {k: self.source(k, keys) for k in free}
         predict = self._guided(params, text, keys, free)
         processes = {k: s.process for k, s in self.streams.items()}
-        latents = self.solver(predict, processes, start, keys=fold(keys, "solver"), given=known)
+        latents = self.solver(predict, processes, start, keys=fold(keys, "solver"), condition=known)
         return self.decode(frozen, latents)
 
-    def check_given(self, given: Pairs) -> None:
+    def check_condition(self, condition: Pairs) -> None:
         """Refuses fields that are no stream's, and the lack of one that the network must see."""
         fields = {k: s.field for k, s in self.streams.items() if k != TEXT_STREAM}
-        strangers = sorted(set(given) - set(fields.values()))
+        strangers = sorted(set(condition) - set(fields.values()))
         if strangers:
             raise ValueError(
                 f"joint: given has {', '.join(strangers)} and the streams' fields are "
                 f"{', '.join(fields.values())}; change `given`."
             )
-        missing = [fields[k] for k in self.known if k in fields and fields[k] not in given]
+        missing = [fields[k] for k in self.known if k in fields and fields[k] not in condition]
         if missing:
             raise ValueError(
                 f"joint: the network was trained to see {', '.join(missing)}, and given has "
-                f"{', '.join(given) or 'nothing'}; add them to `given`."
+                f"{', '.join(condition) or 'nothing'}; add them to `given`."
             )
 
     def decode(self, frozen: Params, latents: Streams) -> Pairs:
@@ -232,19 +232,19 @@ class Joint:
     # ------------------------------------------------------------------- details
 
     def _known(
-        self, params: Params, frozen: Params, text: Any, batch: int, given: Pairs, keys: Array
+        self, params: Params, frozen: Params, text: Any, batch: int, condition: Pairs, keys: Array
     ) -> Streams:
         """Clean latents of the streams that are not generated."""
-        self.check_given(given)
+        self.check_condition(condition)
         known = {}
         for name, stream in self.streams.items():
             if name == TEXT_STREAM:
                 ids = self.text.empty(batch) if text is None else text
                 known[name] = self.text.features(params.get("text", {}), ids)
-            elif stream.field in given:
+            elif stream.field in condition:
                 key = fold(keys, "encode/" + name)
                 known[name] = stream.codec.encode(
-                    frozen.get(name, {}), given[stream.field], keys=key
+                    frozen.get(name, {}), condition[stream.field], keys=key
                 )
         return known
 

@@ -59,7 +59,7 @@ class Generator(Protocol):
     streams: Mapping[str, Any]
     text: Any
 
-    def check_given(self, given: Pairs) -> None:
+    def check_condition(self, condition: Pairs) -> None:
         """Refuses (ValueError) batch fields that it cannot start from, or that it needs."""
         ...
 
@@ -70,7 +70,7 @@ class Generator(Protocol):
         text: Array | None,
         keys: Array,
         *,
-        given: Pairs | None,
+        condition: Pairs | None,
     ) -> Pairs:
         """``image`` uint8, ``labels`` int32 and ``confidence`` float32, one row per key."""
         ...

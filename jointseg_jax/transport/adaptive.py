@@ -62,7 +62,7 @@ class Dopri5:
         x: Streams,
         *,
         keys: Keys | None = None,
-        given: Streams | None = None,
+        condition: Streams | None = None,
         trajectory: bool = False,
         noise: Noise | None = None,
     ) -> dict[str, Array]:
@@ -73,7 +73,7 @@ class Dopri5:
           UserError: diffrax is not installed.
         """
         clipped = [k for k in x if processes[k].clip is not None]
-        if given or trajectory or noise is not None or keys is not None or clipped:
+        if condition or trajectory or noise is not None or keys is not None or clipped:
             raise ValueError(
                 "dopri5: integrates a velocity from its state alone; given streams, keys, noise, "
                 f"trajectories and clipped processes (here: {clipped}) need one of the fixed-step "

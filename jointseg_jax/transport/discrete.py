@@ -209,9 +209,9 @@ class MultistepDPM(Discrete):
     def rows(self, schedule: Schedule, t_max: float) -> list[Row]:
         """One row per step."""
         chosen = self.knots(schedule, skip_last=True)
-        times, seen = [knot(schedule, n) for n in chosen], [None] * self.steps
+        times, t_network = [knot(schedule, n) for n in chosen], [None] * self.steps
         if self.karras:
-            times, seen = karras_times(schedule, self.steps)
+            times, t_network = karras_times(schedule, self.steps)
         end = 0.0 if self.final_sigmas == "zero" else knot(schedule, 0)
         points = [point(schedule, t) for t in (*times, end)]
         reading = "data" if self.algorithm == "dpmsolver++" else "noise"
@@ -220,8 +220,8 @@ class MultistepDPM(Discrete):
         for i, (at, to) in enumerate(itertools.pairwise(points)):
             past = points[i + 1 - self._order(i) : i + 1][::-1]
             use = multistep(reading, variant, past, to)
-            keep = span(reading, at, to).keep
-            rows.append(Row(at.time, to.time, keep, use, reading=reading, seen=seen[i]))
+            keep = span(reading, at, to).x_coef
+            rows.append(Row(at.time, to.time, keep, use, reading=reading, t_network=t_network[i]))
         return rows
 
     def _order(self, i: int) -> int:

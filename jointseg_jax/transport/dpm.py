@@ -129,7 +129,7 @@ class DPMSolverPP(Continuous):
                 order = 1
             past = grid[i + 1 - order : i + 1][::-1]
             use = multistep(self.reading, self.variant, past, to, self.curvature)
-            rows.append(Row(at.time, to.time, span(self.reading, at, to).keep, use))
+            rows.append(Row(at.time, to.time, span(self.reading, at, to).x_coef, use))
         return [row._replace(reading=self.reading) for row in rows]
 
     def _refuse_singular(self, schedule: Schedule, points: list[Point], order: int) -> None:

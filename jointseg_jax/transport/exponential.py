@@ -59,16 +59,16 @@ def point(schedule: Schedule, t: float) -> Point:
 class Span(NamedTuple):
     """The way from s to t in one reading: equations 1-3."""
 
-    keep: float
+    x_coef: float
     gain: float
     width: float  # the signed u; infinite at the ends of a schedule
-    began: float  # what ``gain`` is at s
+    gain_start: float  # what ``gain`` is at s
 
     @property
     def first(self) -> float:
         """Weight of D0, exact where u is infinite.  Source: equation 5."""
         if np.isinf(self.width):
-            return self.gain - self.keep * self.began
+            return self.gain - self.x_coef * self.gain_start
         return -self.gain * np.expm1(self.width)
 
     @property
@@ -115,7 +115,7 @@ def singlestep(reading: str, variant: str, points: Sequence[Point]) -> list[Row]
             use = (way.second / shares[1], 0.0, way.first - way.second / shares[1])
         else:
             use = _curved(way, *shares)
-        rows.append(Row(points[i].time, to.time, way.keep, use, 0.0, to is end, reading))
+        rows.append(Row(points[i].time, to.time, way.x_coef, use, 0.0, to is end, reading))
     return rows
 
 

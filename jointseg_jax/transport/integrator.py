@@ -5,8 +5,8 @@
    process clips its data.
 2. It then moves on from the last committed state y, with the readings of the latest rows:
    ``x = keep y + use_0 r + use_1 r' + use_2 r'' + noise n``, n standard normal.
-3. A row that commits makes this its new y; one that does not is an inner stage (Heun, singlestep
-   DPM-Solver).
+3. A row that ends a step makes this its new y; one that does not is an inner stage (Heun,
+   singlestep DPM-Solver).
 
 The numbers of a row come from schedules alone, so they are computed on the host in float64 and
 only then cast to the state's dtype. Streams may follow different schedules: each has its own
@@ -50,23 +50,23 @@ class Row(NamedTuple):
       seen: the time shown to the network, where that is not ``time``.
     """
 
-    time: float
-    to: float
-    keep: float
-    use: tuple[float, ...]
-    noise: float = 0.0
-    commit: bool = True
+    t: float
+    t_next: float
+    x_coef: float
+    coefs: tuple[float, ...]
+    noise_coef: float = 0.0
+    is_step_end: bool = True
     reading: str = "data"
-    seen: float | None = None
+    t_network: float | None = None
 
 
 class Columns(NamedTuple):
     """One stream's numbers, one entry per row."""
 
-    read: np.ndarray  # [rows, 2] weights of (x, output)
-    keep: np.ndarray  # [rows]
-    use: np.ndarray  # [rows, depth]
-    noise: np.ndarray  # [rows]
+    reading_coefs: np.ndarray  # [rows, 2] weights of (x, output)
+    x_coef: np.ndarray  # [rows]
+    coefs: np.ndarray  # [rows, depth]
+    noise_coef: np.ndarray  # [rows]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,15 +80,15 @@ class Table:
       streams: the numbers of each stream.
     """
 
-    times: np.ndarray
-    reached: np.ndarray
-    commit: np.ndarray
+    t_network: np.ndarray
+    t_next: np.ndarray
+    is_step_end: np.ndarray
     streams: Mapping[str, Columns]
 
     @property
     def noisy(self) -> bool:
         """Whether any row adds noise."""
-        return any(np.any(c.noise != 0) for c in self.streams.values())
+        return any(np.any(c.noise_coef != 0) for c in self.streams.values())
 
 
 def tabulate(rows: Mapping[str, Sequence[Row]], processes: Mapping[str, Process]) -> Table:
@@ -107,30 +107,30 @@ def tabulate(rows: Mapping[str, Sequence[Row]], processes: Mapping[str, Process]
                 "method='fast' or 'multistep'), or one schedule for all streams."
             )
     return Table(
-        times=np.array([r.time if r.seen is None else r.seen for r in first]),
-        reached=np.array([r.to for r in first]),
-        commit=np.array([r.commit for r in first]),
+        t_network=np.array([r.t if r.t_network is None else r.t_network for r in first]),
+        t_next=np.array([r.t_next for r in first]),
+        is_step_end=np.array([r.is_step_end for r in first]),
         streams={name: _columns(name, rows[name], processes[name]) for name in rows},
     )
 
 
 def _columns(name: str, rows: Sequence[Row], process: Process) -> Columns:
-    depth = max(len(r.use) for r in rows)
+    depth = max(len(r.coefs) for r in rows)
     with np.errstate(divide="ignore", invalid="ignore"):
-        read = [process.reading_weights(r.reading, r.time) for r in rows]
+        read = [process.reading_weights(r.reading, r.t) for r in rows]
     columns = Columns(
-        read=np.array(read, np.float64),
-        keep=np.array([r.keep for r in rows]),
-        use=np.array([r.use + (0.0,) * (depth - len(r.use)) for r in rows]),
-        noise=np.array([r.noise for r in rows]),
+        reading_coefs=np.array(read, np.float64),
+        x_coef=np.array([r.x_coef for r in rows]),
+        coefs=np.array([r.coefs + (0.0,) * (depth - len(r.coefs)) for r in rows]),
+        noise_coef=np.array([r.noise_coef for r in rows]),
     )
     for i, row in enumerate(rows):
         if not all(np.all(np.isfinite(column[i])) for column in columns):
             raise ValueError(
-                f"solver: stream {name!r}, step from t={row.time:g} to t={row.to:g}: a "
+                f"solver: stream {name!r}, step from t={row.t:g} to t={row.t_next:g}: a "
                 f"{row.reading} reading of a network that predicts {process.predicts} is not "
-                f"finite there ({process.schedule}: alpha={process.schedule.alpha(row.time):g}, "
-                f"sigma={process.schedule.sigma(row.time):g}); move the solver's `start` or `end` "
+                f"finite there ({process.schedule}: alpha={process.schedule.alpha(row.t):g}, "
+                f"sigma={process.schedule.sigma(row.t):g}); move the solver's `start` or `end` "
                 "off that end of the schedule, or change what the stream's process predicts."
             )
         if process.clip is not None and row.reading != "data":
@@ -149,7 +149,7 @@ def integrate(
     x: Streams,
     *,
     keys: Keys | None = None,
-    given: Streams | None = None,
+    condition: Streams | None = None,
     trajectory: bool = False,
     noise: Noise | None = None,
 ) -> dict[str, Array] | tuple[dict[str, Array], dict[str, Array]]:
@@ -158,20 +158,20 @@ def integrate(
     Args:
       predict: called once per row, in one place of the program.
       keys: one per row of the batch; needed where the table adds noise.
-      given: clean latents that stay as they are; the network sees them at time 0.
-      trajectory: whether to return, second, ``{name: [1 + commits, batch, ...]}``, the start first.
+      condition: clean latents that stay as they are; the network sees them at time 0.
+      trajectory: return, second, ``{name: [1 + steps, batch, ...]}``, the start first.
       noise: takes the place of the draws from ``keys``.
     """
-    given = dict(given or {})
+    condition = dict(condition or {})
     if table.noisy and noise is None:
         noise = _draws(keys)
-    step = _step(table, predict, processes, given, noise if table.noisy else None, trajectory)
-    past = {k: (jnp.zeros_like(v),) * (table.streams[k].use.shape[1] - 1) for k, v in x.items()}
+    step = _step(table, predict, processes, condition, noise if table.noisy else None, trajectory)
+    past = {k: (jnp.zeros_like(v),) * (table.streams[k].coefs.shape[1] - 1) for k, v in x.items()}
     (last, _, _), states = jax.lax.scan(step, (x, x, past), _scanned(table, x))
-    result = {**last, **given}
+    result = {**last, **condition}
     if not trajectory:
         return result
-    kept = np.flatnonzero(table.commit)
+    kept = np.flatnonzero(table.is_step_end)
     return result, {k: jnp.concatenate([x[k][None], v[kept]]) for k, v in states.items()}
 
 
@@ -179,9 +179,9 @@ def _scanned(table: Table, x: Streams) -> dict[str, Any]:
     """The table as arrays, each stream's columns in the dtype of its state."""
     time_dtype = jnp.result_type(jnp.float32, *x.values())
     return {
-        "row": jnp.arange(len(table.times), dtype=jnp.int32),
-        "time": jnp.asarray(table.times, time_dtype),
-        "commit": jnp.asarray(table.commit),
+        "row": jnp.arange(len(table.t_network), dtype=jnp.int32),
+        "time": jnp.asarray(table.t_network, time_dtype),
+        "is_step_end": jnp.asarray(table.is_step_end),
         "streams": {
             name: Columns(*(jnp.asarray(column, x[name].dtype) for column in columns))
             for name, columns in table.streams.items()
@@ -201,17 +201,17 @@ def _step(
     table: Table,
     predict: Predict,
     processes: Mapping[str, Process],
-    given: Streams,
+    condition: Streams,
     noise: Noise | None,
     trajectory: bool,
 ) -> Callable[[Any, Any], tuple[Any, Any]]:
     """The body of the loop, over (states, committed states, earlier readings)."""
-    steady = bool(np.all(table.commit))
+    steady = bool(np.all(table.is_step_end))
 
     def step(carry: Any, row: Any) -> tuple[Any, Any]:
         x, kept, past = carry
-        times = {**dict.fromkeys(x, row["time"]), **dict.fromkeys(given, 0 * row["time"])}
-        outputs = predict({**x, **given}, times, row["row"])
+        times = {**dict.fromkeys(x, row["time"]), **dict.fromkeys(condition, 0 * row["time"])}
+        outputs = predict({**x, **condition}, times, row["row"])
         drawn = noise(row["row"], x) if noise else {}
         new, readings = {}, {}
         for name, columns in row["streams"].items():
@@ -221,7 +221,7 @@ def _step(
         if steady:
             kept = new
         else:
-            kept = {k: jnp.where(row["commit"], v, kept[k]) for k, v in new.items()}
+            kept = {k: jnp.where(row["is_step_end"], v, kept[k]) for k, v in new.items()}
         past = {name: r[:-1] for name, r in readings.items()}
         return (new, kept, past), new if trajectory else None
 
@@ -240,13 +240,13 @@ def _output(outputs: Streams, name: str, x: Streams) -> Array:
 
 def _reading(process: Process, columns: Columns, x: Array, output: Array) -> Array:
     """Source: the module's 1."""
-    reading = columns.read[0] * x + columns.read[1] * output
+    reading = columns.reading_coefs[0] * x + columns.reading_coefs[1] * output
     return reading if process.clip is None else jnp.clip(reading, -process.clip, process.clip)
 
 
 def _update(columns: Columns, kept: Array, readings: Sequence[Array], drawn: Array | None) -> Array:
     """Source: the module's 2."""
-    new = columns.keep * kept
-    for weight, reading in zip(columns.use, readings):
+    new = columns.x_coef * kept
+    for weight, reading in zip(columns.coefs, readings):
         new = new + weight * reading
-    return new if drawn is None else new + columns.noise * drawn
+    return new if drawn is None else new + columns.noise_coef * drawn

@@ -1,8 +1,8 @@
 """How one stream moves between its data end and its source end, and what the network says of it.
 
-1. ``x_t = alpha data + sigma source`` (``at``); the source is ``scale`` times a normal draw, or the
-   other data end of a bridge.
-2. WRITE: a training target is a weighted sum of (data, source):
+1. ``x_t = alpha data + sigma source`` (``interpolate``); the source is ``scale`` times a normal
+   draw, or the other data end of a bridge.
+2. TARGET: a training target is a weighted sum of (data, source):
 
    | predicts | target |
    |---|---|
@@ -10,7 +10,7 @@
    | data | data |
    | velocity | d_data data + d_source source |
 
-3. READ: (data, source) are weighted sums of (x, output), the inverse of 1 and 2 together:
+3. INVERSE: (data, source) are weighted sums of (x, output), the inverse of 1 and 2 together:
 
    | predicts | data | source |
    |---|---|---|
@@ -43,45 +43,45 @@ Pair = tuple[Numbers, Numbers]
 Latent = Float[Array, "batch ..."]
 
 
-def _write_noise(process: Process, t: Numbers) -> Pair:
+def _target_noise(process: Process, t: Numbers) -> Pair:
     return 0.0, 1.0 / process.scale
 
 
-def _write_data(process: Process, t: Numbers) -> Pair:
+def _target_data(process: Process, t: Numbers) -> Pair:
     return 1.0, 0.0
 
 
-def _write_velocity(process: Process, t: Numbers) -> Pair:
+def _target_velocity(process: Process, t: Numbers) -> Pair:
     return process.schedule.velocity_weights(t)
 
 
-def _read_noise(process: Process, t: Numbers) -> tuple[Pair, Pair]:
+def _inverse_noise(process: Process, t: Numbers) -> tuple[Pair, Pair]:
     alpha, sigma = process.schedule.alpha(t), process.schedule.sigma(t)
     return (1.0 / alpha, -sigma * process.scale / alpha), (0.0, process.scale)
 
 
-def _read_data(process: Process, t: Numbers) -> tuple[Pair, Pair]:
+def _inverse_data(process: Process, t: Numbers) -> tuple[Pair, Pair]:
     alpha, sigma = process.schedule.alpha(t), process.schedule.sigma(t)
     return (0.0, 1.0), (1.0 / sigma, -alpha / sigma)
 
 
-def _read_velocity(process: Process, t: Numbers) -> tuple[Pair, Pair]:
+def _inverse_velocity(process: Process, t: Numbers) -> tuple[Pair, Pair]:
     alpha, sigma = process.schedule.alpha(t), process.schedule.sigma(t)
     d_data, d_source = process.schedule.velocity_weights(t)
     return (d_source, -sigma), (-d_data, alpha)
 
 
-WRITE: dict[str, Callable[[Process, Numbers], Pair]] = {
-    "noise": _write_noise,
-    "data": _write_data,
-    "velocity": _write_velocity,
+TARGET: dict[str, Callable[[Process, Numbers], Pair]] = {
+    "noise": _target_noise,
+    "data": _target_data,
+    "velocity": _target_velocity,
 }
 """Weights of (data, source) in a target."""
 
-READ: dict[str, Callable[[Process, Numbers], tuple[Pair, Pair]]] = {
-    "noise": _read_noise,
-    "data": _read_data,
-    "velocity": _read_velocity,
+INVERSE: dict[str, Callable[[Process, Numbers], tuple[Pair, Pair]]] = {
+    "noise": _inverse_noise,
+    "data": _inverse_data,
+    "velocity": _inverse_velocity,
 }
 """Weights of (x, output) in data, and in source."""
 
@@ -108,9 +108,9 @@ class Process:
                 f"process: schedule={self.schedule!r} is not a schedule; give one of "
                 "transport.schedules.SCHEDULES, built, in the stream's `schedule`."
             )
-        if self.predicts not in READ:
+        if self.predicts not in INVERSE:
             raise ValueError(
-                f"process: predicts={self.predicts!r}: must be one of {', '.join(READ)}; change "
+                f"process: predicts={self.predicts!r}: must be one of {', '.join(INVERSE)}; change "
                 "`predicts` of the stream's process."
             )
         if not (self.scale > 0 and math.isfinite(self.scale)):
@@ -135,22 +135,22 @@ class Process:
         """Normal draws of standard deviation ``scale``, row i from ``keys[i]`` alone."""
         return self.scale * row_keys.normal(keys, like)
 
-    def at(self, data: Latent, source: Latent, t: Numbers) -> Latent:
+    def interpolate(self, data: Latent, source: Latent, t: Numbers) -> Latent:
         """The state at time t.  Source: equation 1."""
         return combine((self.schedule.alpha(t), self.schedule.sigma(t)), data, source)
 
     def target(self, data: Latent, source: Latent, t: Numbers) -> Latent:
         """What the network should say at time t.  Source: table 2."""
-        return combine(WRITE[self.predicts](self, t), data, source)
+        return combine(TARGET[self.predicts](self, t), data, source)
 
-    def read(self, output: Latent, x: Latent, t: Numbers) -> tuple[Latent, Latent]:
+    def to_data_source(self, output: Latent, x: Latent, t: Numbers) -> tuple[Latent, Latent]:
         """(data, source) as the network's output at (x, t) implies them.  Source: table 3."""
-        data, source = READ[self.predicts](self, t)
+        data, source = INVERSE[self.predicts](self, t)
         return combine(data, x, output), combine(source, x, output)
 
     def data(self, output: Latent, x: Latent, t: Numbers) -> Latent:
         """The data reading alone; finite at t = 0."""
-        return combine(READ[self.predicts](self, t)[0], x, output)
+        return combine(INVERSE[self.predicts](self, t)[0], x, output)
 
     def velocity(self, output: Latent, x: Latent, t: Numbers) -> Latent:
         """dx/dt along the flow.  Source: equation 4."""
@@ -158,7 +158,7 @@ class Process:
 
     def reading_weights(self, reading: str, t: Numbers) -> Pair:
         """Weights of (x, output) in ``"data"``, ``"noise"`` (the source) or ``"velocity"``."""
-        data, source = READ[self.predicts](self, t)
+        data, source = INVERSE[self.predicts](self, t)
         if reading != "velocity":
             return {"data": data, "noise": source}[reading]
         d_alpha, d_sigma = self.schedule.derivative(t)

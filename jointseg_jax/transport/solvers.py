@@ -55,7 +55,7 @@ class Solver(abc.ABC):
         t_max = min(p.schedule.t_max for p in processes.values())
         rows = {name: self.rows(p.schedule, t_max) for name, p in processes.items()}
         if self.final == "evaluate":
-            rows = {k: [*r, Row(r[-1].to, r[-1].to, 0.0, (1.0,))] for k, r in rows.items()}
+            rows = {k: [*r, Row(r[-1].t_next, r[-1].t_next, 0.0, (1.0,))] for k, r in rows.items()}
         return tabulate(rows, processes)
 
     def __call__(
@@ -65,26 +65,33 @@ class Solver(abc.ABC):
         x: Streams,
         *,
         keys: Keys | None = None,
-        given: Streams | None = None,
+        condition: Streams | None = None,
         trajectory: bool = False,
         noise: Noise | None = None,
     ) -> dict[str, Array] | tuple[dict[str, Array], dict[str, Array]]:
         """Integrates ``x``; the arguments are those of ``integrate``.
 
         Raises:
-          ValueError: no state, a state without a process, or one that is also ``given``.
+          ValueError: no state, a state without a process, or one that is also ``condition``.
         """
-        missing, twice = sorted(set(x) - set(processes)), sorted(set(x) & set(given or {}))
+        missing, twice = sorted(set(x) - set(processes)), sorted(set(x) & set(condition or {}))
         if not x or missing or twice:
             raise ValueError(
-                f"solver: got states {sorted(x)}, processes {sorted(processes)}, given "
-                f"{sorted(given or {})}; every state needs a process (lacking: {missing}) and "
-                f"must not also be given (both: {twice})."
+                f"solver: got states {sorted(x)}, processes {sorted(processes)}, condition "
+                f"{sorted(condition or {})}; every state needs a process (lacking: {missing}) and "
+                f"must not also be condition (both: {twice})."
             )
         processes = {name: processes[name] for name in x}
         table = self.table(processes)
         return integrate(
-            table, predict, processes, x, keys=keys, given=given, trajectory=trajectory, noise=noise
+            table,
+            predict,
+            processes,
+            x,
+            keys=keys,
+            condition=condition,
+            trajectory=trajectory,
+            noise=noise,
         )
 
 
@@ -151,6 +158,6 @@ class Heun(Continuous):
         grid = np.linspace(*self.span(t_max), self.steps + 1)
         rows = []
         for t, u in itertools.pairwise(grid):
-            rows.append(Row(t, u, 1.0, (u - t,), commit=False, reading="velocity"))
+            rows.append(Row(t, u, 1.0, (u - t,), is_step_end=False, reading="velocity"))
             rows.append(Row(u, u, 1.0, ((u - t) / 2,) * 2, reading="velocity"))
         return rows

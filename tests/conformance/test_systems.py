@@ -105,12 +105,14 @@ class Traced:
     first: Any = None
     states: Any = None
 
-    def __call__(self, predict, processes, x, *, keys=None, given=None):
-        self.processes, self.predict, given = processes, predict, given or {}
-        t = jnp.float32(self.table.times[0])
-        times = dict.fromkeys(x, t) | dict.fromkeys(given, jnp.float32(0))
-        self.first = predict({**x, **given}, times, jnp.int32(0))
-        final, states = self.solver(predict, processes, x, keys=keys, given=given, trajectory=True)
+    def __call__(self, predict, processes, x, *, keys=None, condition=None):
+        self.processes, self.predict, condition = processes, predict, condition or {}
+        t = jnp.float32(self.table.t_network[0])
+        times = dict.fromkeys(x, t) | dict.fromkeys(condition, jnp.float32(0))
+        self.first = predict({**x, **condition}, times, jnp.int32(0))
+        final, states = self.solver(
+            predict, processes, x, keys=keys, condition=condition, trajectory=True
+        )
         self.states = {name: state[1:] for name, state in states.items()}  # [0] is the start
         return final
 
@@ -218,7 +220,7 @@ def test_uvit_sampling_and_loss(case):
     check_all(
         case,
         {"xs": xs, "final": xs[-1], **answers}
-        | {"t_to": times.reached[times.commit], "model_call_t": times.times}
+        | {"t_to": times.t_next[times.is_step_end], "model_call_t": times.t_network}
         | {"loss_per_sample": np.concatenate(losses)}
         | {"xn": reference_layout("image", np.concatenate(noised))},
     )
@@ -286,7 +288,7 @@ def report(mode, times, first, states, names):
     return finals | {
         f"{mode}_first_noise_pred": flat(first, names),
         f"{mode}_xs": flat(states, names, leading=2),
-        f"{mode}_timesteps": ScaledLinear(time_offset=0).label(times.times),
+        f"{mode}_timesteps": ScaledLinear(time_offset=0).label(times.t_network),
     }
 
 

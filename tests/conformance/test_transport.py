@@ -100,11 +100,11 @@ def dpm_process(spec):
 
 def check_times(case, name, table):
     """When the network was called, and from where to where each step went."""
-    ends = table.reached[table.commit]
+    ends = table.t_next[table.is_step_end]
     case.check(f"{name}__t_to", ends)
-    case.check(f"{name}__t_from", np.concatenate([table.times[:1], ends[:-1]]))
+    case.check(f"{name}__t_from", np.concatenate([table.t_network[:1], ends[:-1]]))
     if f"{name}__model_call_t" in case.outputs:
-        case.check(f"{name}__model_call_t", table.times)
+        case.check(f"{name}__model_call_t", table.t_network)
 
 
 @pytest.mark.cases("dpm_solver_pp")
@@ -191,7 +191,9 @@ def test_semflow_sampler(case):
             table = Euler(steps=len(labels), start=ends[0], end=ends[1]).table({"x": process})
             if LABELS % steps == 0:
                 # Euler's own times are the reference's integer labels
-                np.testing.assert_allclose(process.schedule.label(table.times), labels, atol=1e-9)
+                np.testing.assert_allclose(
+                    process.schedule.label(table.t_network), labels, atol=1e-9
+                )
             # where steps does not divide 1000 the reference shows the network rounded labels
             table = dataclasses.replace(table, times=labels / LABELS)
             start = {"x": inputs["x_init"]}
@@ -200,7 +202,7 @@ def test_semflow_sampler(case):
             case.check(f"{name}__final", final["x"])
             checked += 1
     data, source = inputs["x_init"], inputs["z1"]
-    case.check("interpolated", process.at(data, source, inputs["t"]))
+    case.check("interpolated", process.interpolate(data, source, inputs["t"]))
     case.check("velocity_target", process.target(data, source, inputs["t"]))
     report(case, checked)
 
@@ -232,7 +234,7 @@ def check_run(case, name, solver, prediction, inputs):
     )
     table = solver.table({"x": process})
     np.testing.assert_allclose(
-        process.schedule.label(table.times),
+        process.schedule.label(table.t_network),
         case.outputs[f"{name}__timesteps"],
         atol=1e-9,  # whole numbers up to 999, through a division by 1000
     )
@@ -255,7 +257,7 @@ def test_ddpm_steps(case):
         after = integrate(table, predict, {"x": process}, start, noise=noise)
         case.check(f"{name}__prev", after["x"])
         output = model(inputs, inputs["x_t"], float(spec["t"]))
-        case.check(f"{name}__x0", process.data(output, inputs["x_t"], row.time))
+        case.check(f"{name}__x0", process.data(output, inputs["x_t"], row.t))
         assert case.outputs[f"{name}__prev_t"] == previous
     report(case, len(case.config["ddpm"]))
 
@@ -292,7 +294,7 @@ def test_multistep_dpm(case):
         solver = MultistepDPM(steps=spec["n"], **{DIFFUSERS_NAMES[k]: v for k, v in knobs.items()})
         process, table = check_run(case, spec["name"], solver, prediction, inputs)
         rows = solver.rows(process.schedule, 1.0)
-        times = np.array([rows[0].time, *table.reached])
+        times = np.array([rows[0].t, *table.t_next])
         ratio = process.schedule.sigma(times) / process.schedule.alpha(times)
         case.check(f"{spec['name']}__sigmas", ratio)
     report(case, len(case.config["dpm"]))
@@ -305,6 +307,6 @@ def test_add_noise_and_velocity(case):
     data, source = inputs["x_init"], inputs["noise"][1]
     for spec in case.config["add_noise"]:
         t = process.schedule.time(spec["t"])
-        case.check(f"add_noise_{spec['t']}", process.at(data, source, t))
+        case.check(f"add_noise_{spec['t']}", process.interpolate(data, source, t))
         case.check(f"velocity_{spec['t']}", process.target(data, source, t))
     report(case, len(case.config["add_noise"]))

@@ -65,7 +65,7 @@ def maps(count=3, void=False):
 
 def coupled(labels, system):
     """The float image of the coupling."""
-    return 0.5 * system.mask_end({}, labels)
+    return 0.5 * system.encode_mask({}, labels)
 
 
 def keys(count=3, seed=0):
@@ -102,9 +102,9 @@ def test_masked_void_pixels_do_not_count():
 def test_a_cell_counts_if_none_of_its_pixels_is_void():
     labels = np.zeros((1, 8, 8), np.int32)
     labels[0, 3, 5] = VOID
-    counted = bridge(void="masked").counted(jnp.asarray(labels), (2, 2))
+    counted = bridge(void="masked").valid_cells(jnp.asarray(labels), (2, 2))
     np.testing.assert_array_equal(counted[0], [[True, False], [True, True]])
-    assert bridge().counted(jnp.asarray(labels), (2, 2)).all()
+    assert bridge().valid_cells(jnp.asarray(labels), (2, 2)).all()
 
 
 # Euler on dx/dt = x / (1 + t) is exact: x is linear in t along the flow
@@ -113,10 +113,10 @@ def test_both_directions_are_read_off_one_network(solver):
     system, labels = bridge(solver=solver), maps()
     params = system.init(jax.random.key(0))
     image = coupled(labels, system)
-    read = system.generate(params, {}, None, keys(), given={"image": image})
+    read = system.generate(params, {}, None, keys(), condition={"image": image})
     np.testing.assert_array_equal(read["labels"], labels)
     assert read["confidence"].min() > 0.99  # 1 at a colour, less float32 rounding
-    made = system.generate(params, {}, None, keys(), given={"labels": labels})
+    made = system.generate(params, {}, None, keys(), condition={"labels": labels})
     wanted = np.round(127.5 * (1 + np.asarray(image)))
     assert np.abs(made["image"].astype(int) - wanted).max() <= 1  # rounding to uint8
     np.testing.assert_array_equal(made["labels"], labels)
@@ -129,8 +129,8 @@ def test_segmentation_is_determined_and_synthesis_is_not():
     reads, mades = [], []
     for seed in (0, 1):
         k = keys(seed=seed)
-        reads.append(system.generate(params, {}, None, k, given={"image": image})["labels"])
-        mades.append(system.generate(params, {}, None, k, given={"labels": labels})["image"])
+        reads.append(system.generate(params, {}, None, k, condition={"image": image})["labels"])
+        mades.append(system.generate(params, {}, None, k, condition={"labels": labels})["image"])
     np.testing.assert_array_equal(*reads)
     assert (np.asarray(mades[0]) != np.asarray(mades[1])).mean() > 0.5
 
@@ -139,8 +139,8 @@ def test_a_row_does_not_depend_on_those_beside_it():
     for solver in (Euler(steps=3), Dopri5()):
         system, labels = bridge(perturbation=20.0, solver=solver), maps()
         params = system.init(jax.random.key(0))
-        whole = system.generate(params, {}, None, keys(), given={"labels": labels})["image"]
-        alone = system.generate(params, {}, None, keys()[1:2], given={"labels": labels[1:2]})
+        whole = system.generate(params, {}, None, keys(), condition={"labels": labels})["image"]
+        alone = system.generate(params, {}, None, keys()[1:2], condition={"labels": labels[1:2]})
         np.testing.assert_array_equal(whole[1:2], alone["image"])
 
 
@@ -156,7 +156,7 @@ def test_pull_is_the_gradient_of_the_log_posterior():
 
     wanted = jax.grad(log_posterior)(guess)
     # float32: terms of order |z|/temperature^2 = 30 cancel
-    np.testing.assert_allclose(system.pull(guess, labels), wanted, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(system.class_correction(guess, labels), wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_the_correction_is_held_constant_and_vanishes_at_the_colours():
@@ -169,15 +169,15 @@ def test_the_correction_is_held_constant_and_vanishes_at_the_colours():
     assert bridge(correction=0.5, temperature=0.2).loss(params, {}, batch, keys())[0] < 1e-4
     off = jax.tree.map(lambda p: 0.7 * p, params)
     assert pulled.loss(off, {}, batch, keys())[0] != plain.loss(off, {}, batch, keys())[0]
-    assert (pulled.pull(image, labels)[:, :2, :3] == 0).all()
+    assert (pulled.class_correction(image, labels)[:, :2, :3] == 0).all()
 
     def by_hand(p):
         """The squared error from the target that the guess of ``off`` gives."""
         t = pulled.times.draw(fold(keys(), "time"), (STATE,))[STATE]
-        z1 = pulled.mask_end({}, labels)
-        x = pulled.process.at(image, z1, t)
+        z1 = pulled.encode_mask({}, labels)
+        x = pulled.process.interpolate(image, z1, t)
         guess = x + (1 - t).reshape(-1, 1, 1, 1) * pulled.velocity(off, x, t)
-        target = z1 - image + 0.5 * pulled.pull(guess, labels)
+        target = z1 - image + 0.5 * pulled.class_correction(guess, labels)
         return jnp.square(pulled.velocity(p, x, t) - target).mean()
 
     gradient = jax.grad(lambda p: pulled.loss(p, {}, batch, keys())[0])(off)
@@ -226,7 +226,7 @@ def test_image_latents_are_drawn_in_training_and_the_mode_otherwise():
     params = system.init(jax.random.key(0))
     # the known velocity has no loss on the mode; drawn latents of unit variance have
     assert system.loss(params, {}, batch, keys())[0] > 0.1
-    read = system.generate(params, {}, None, keys(), given={"image": image})
+    read = system.generate(params, {}, None, keys(), condition={"image": image})
     np.testing.assert_array_equal(read["labels"], labels)
 
 
@@ -244,7 +244,7 @@ def test_one_end_must_be_given(given, names):
     system = bridge()
     given = given and {k: jnp.zeros((1, *SIZE), jnp.int32) for k in given}
     with pytest.raises(ValueError, match=f"bridge: given has .*{names}.*exactly one of"):
-        system.generate(system.init(jax.random.key(0)), {}, None, keys(1), given=given)
+        system.generate(system.init(jax.random.key(0)), {}, None, keys(1), condition=given)
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,7 @@ def test_the_loss_is_the_images_and_everything_but_the_maps_head_learns(network)
 @pytest.mark.parametrize("network", NETWORKS)
 def test_made_images_depend_on_the_given_maps_which_come_back(network):
     def generate(given):
-        return system(network).generate(params(network), {}, None, keys(), given=given)
+        return system(network).generate(params(network), {}, None, keys(), condition=given)
 
     run = jax.jit(generate, compiler_options=quick)
     first, second = (run({"labels": batch(seed)["labels"]}) for seed in (0, 1))

@@ -71,11 +71,11 @@ class Asks:
     start: Any = None
     answers: list = dataclasses.field(default_factory=list)
 
-    def __call__(self, predict, processes, x, *, keys, given):
+    def __call__(self, predict, processes, x, *, keys, condition):
         self.start = x
-        times = dict.fromkeys(x, jnp.float32(0.5)) | dict.fromkeys(given, jnp.float32(0))
-        self.answers += [predict({**x, **given}, times, jnp.int32(i)) for i in self.steps]
-        return {**x, **given}
+        times = dict.fromkeys(x, jnp.float32(0.5)) | dict.fromkeys(condition, jnp.float32(0))
+        self.answers += [predict({**x, **condition}, times, jnp.int32(i)) for i in self.steps]
+        return {**x, **condition}
 
 
 def context(*, image=(), mask=(), **changes):
@@ -286,7 +286,7 @@ def test_given_labels_come_back_and_are_seen_clean_at_time_zero():
     joint = context(image={"process": process}, denoiser=Echo(), solver=solver)
     params = {"denoiser": {"unused": jnp.zeros(1)}, "text": params_of("context")["text"]}
     given = {"labels": batch()["labels"]}
-    out = jax.jit(joint.generate)(params, {}, batch()["text"], keys(), given=given)
+    out = jax.jit(joint.generate)(params, {}, batch()["text"], keys(), condition=given)
     np.testing.assert_array_equal(out["labels"], given["labels"])
     corners = joint.streams["mask"].codec.encode({}, given["labels"])
     np.testing.assert_array_equal(out["image"], np.where(corners > 0, 255, 0))
@@ -295,7 +295,7 @@ def test_given_labels_come_back_and_are_seen_clean_at_time_zero():
 def test_given_must_name_fields_and_hold_what_training_held():
     generate = functools.partial(context().generate, params_of("context"), {}, None, keys())
     with pytest.raises(ValueError, match="given has masks and the streams' fields are image, lab"):
-        generate(given={"masks": batch()["labels"]})
+        generate(condition={"masks": batch()["labels"]})
     joint = context(known=("mask",))
     with pytest.raises(ValueError, match="trained to see labels, and given has nothing"):
         joint.generate(params_of("context"), {}, None, keys())
@@ -314,7 +314,7 @@ def test_the_network_is_asked_twice_only_where_a_free_stream_is_guided(image, ma
         image={"guidance": image}, mask={"guidance": mask}, denoiser=Mixer(log=seen.append)
     )
     given = {"labels": batch()["labels"]} if given else None
-    call = functools.partial(joint.generate, given=given)
+    call = functools.partial(joint.generate, condition=given)
     jax.eval_shape(call, params_of("context"), {}, batch()["text"], keys())
     assert {z.shape[0] for latents, _, _ in seen for z in latents.values()} == {rows}
 

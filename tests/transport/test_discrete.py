@@ -36,8 +36,8 @@ def test_a_step_keeps_the_marginals(kind, label, previous):
     else:
         row = ddpm_row(SD, label, previous, kind)
     tight = dict(rel=1e-10, abs=1e-12)  # float64; sigma(label 0) = 0.03 amplifies
-    assert row.keep * at.alpha + row.use[0] == pytest.approx(to.alpha, **tight)
-    variance = (row.keep * at.sigma) ** 2 + row.noise**2
+    assert row.x_coef * at.alpha + row.coefs[0] == pytest.approx(to.alpha, **tight)
+    variance = (row.x_coef * at.sigma) ** 2 + row.noise_coef**2
     if kind != "fixed_large":
         assert variance == pytest.approx(to.sigma**2, **tight)
     elif label:
@@ -48,20 +48,22 @@ def test_a_step_keeps_the_marginals(kind, label, previous):
 def test_noisy_ddim_is_ddpm(label, previous):
     at, to = point(SD, knot(SD, label)), point(SD, knot(SD, previous))
     ddim, ddpm = ddim_row(at, to, 1.0), ddpm_row(SD, label, previous, "fixed_small")
-    got = (ddim.keep, *ddim.use, ddim.noise)
-    np.testing.assert_allclose(got, (ddpm.keep, *ddpm.use, ddpm.noise), rtol=1e-9, atol=1e-12)
+    got = (ddim.x_coef, *ddim.coefs, ddim.noise_coef)
+    np.testing.assert_allclose(
+        got, (ddpm.x_coef, *ddpm.coefs, ddpm.noise_coef), rtol=1e-9, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize(("label", "previous"), PAIRS)
 def test_plain_ddim_is_first_order_dpm_solver_pp(label, previous):
     at, to = point(SD, knot(SD, label)), point(SD, knot(SD, previous))
     ddim, (dpm,) = ddim_row(at, to, 0.0), singlestep("data", "dpm_solver", [at, to])
-    np.testing.assert_allclose((ddim.keep, *ddim.use), (dpm.keep, *dpm.use), rtol=1e-9)
+    np.testing.assert_allclose((ddim.x_coef, *ddim.coefs), (dpm.x_coef, *dpm.coefs), rtol=1e-9)
 
 
 def test_labels_of_the_spacings():
     def seen(solver):
-        return np.round(SD.label(solver.table(PROCESS).times)).astype(int).tolist()
+        return np.round(SD.label(solver.table(PROCESS).t_network)).astype(int).tolist()
 
     assert seen(DDIM(steps=4, spacing="leading", steps_offset=1)) == [751, 501, 251, 1]
     assert seen(DDIM(steps=4, spacing="trailing")) == [999, 749, 499, 249]
@@ -73,26 +75,26 @@ def test_labels_of_the_spacings():
 
 
 def test_where_the_last_step_goes():
-    assert DDIM(steps=4).table(PROCESS).reached[-1] == 0
-    assert DDIM(steps=4, set_alpha_to_one=False).table(PROCESS).reached[-1] == 1e-3
-    assert MultistepDPM(steps=4).table(PROCESS).reached[-1] == 0
-    assert MultistepDPM(steps=4, final_sigmas="sigma_min").table(PROCESS).reached[-1] == 1e-3
+    assert DDIM(steps=4).table(PROCESS).t_next[-1] == 0
+    assert DDIM(steps=4, set_alpha_to_one=False).table(PROCESS).t_next[-1] == 1e-3
+    assert MultistepDPM(steps=4).table(PROCESS).t_next[-1] == 0
+    assert MultistepDPM(steps=4, final_sigmas="sigma_min").table(PROCESS).t_next[-1] == 1e-3
 
 
 def test_karras_steps_are_equal_in_the_seventh_root_of_sigma():
     solver = MultistepDPM(steps=12, karras=True)
-    times = np.array([row.time for row in solver.rows(SD, 1.0)])
+    times = np.array([row.t for row in solver.rows(SD, 1.0)])
     roots = (SD.sigma(times) / SD.alpha(times)) ** (1 / 7)
     np.testing.assert_allclose(np.diff(roots), (roots[-1] - roots[0]) / 11, rtol=1e-9)
     np.testing.assert_allclose(times[[0, -1]], [1.0, 1e-3], rtol=1e-9)
-    labels = SD.label(solver.table(PROCESS).times)
+    labels = SD.label(solver.table(PROCESS).t_network)
     np.testing.assert_allclose(labels, np.round(labels), atol=1e-9)  # the network sees knots
     assert np.abs(labels - SD.label(times)).max() <= 0.5
 
 
 def orders(**knobs):
     rows = MultistepDPM(**knobs).rows(SD, 1.0)
-    return [len(row.use) for row in rows]
+    return [len(row.coefs) for row in rows]
 
 
 def test_orders_rise_and_fall():
@@ -120,7 +122,7 @@ def test_streams_draw_different_noise_and_steps_are_numbered():
     processes = dict.fromkeys(names, PROCESS["x"])
     zeros = {name: jnp.zeros((2, 500)) for name in names}
     still = lambda x, t, step: zeros  # noqa: E731
-    pure = tabulate({k: [Row(0.5, 0.5, 0.0, (0.0,), noise=1.0)] for k in names}, processes)
+    pure = tabulate({k: [Row(0.5, 0.5, 0.0, (0.0,), noise_coef=1.0)] for k in names}, processes)
     state = integrate(pure, still, processes, zeros, keys=row_keys(rows=2))
     samples = np.concatenate([state[name] for name in names])  # four rows, all unrelated
     off_diagonal = np.corrcoef(samples)[~np.eye(4, dtype=bool)]
@@ -132,7 +134,7 @@ def test_streams_draw_different_noise_and_steps_are_numbered():
 
 
 def test_steps_draw_different_noise():
-    still = Row(0.5, 0.5, 1.0, (0.0,), noise=1.0)
+    still = Row(0.5, 0.5, 1.0, (0.0,), noise_coef=1.0)
     table = tabulate({"x": [still] * 4}, PROCESS)
     end = integrate(table, tanh, PROCESS, {"x": jnp.zeros((2, 4000))}, keys=row_keys(rows=2))
     # four independent draws have deviation 2, equal ones 4; the standard error is 0.016

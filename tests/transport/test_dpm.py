@@ -111,10 +111,10 @@ def test_the_deviation_exposes_a_wrong_sign_in_the_inner_update(gaussian, grid, 
     """A map update that adds where it must subtract would fail the tests above by far."""
     flow = standard(gaussian, kappa)
     table = DPMSolverPP(steps=50, order=order, grid=grid).table({"x": flow.process})
-    inner = ~table.commit & np.r_[True, table.commit[:-1]]  # the first stage of each step
+    inner = ~table.is_step_end & np.r_[True, table.is_step_end[:-1]]  # the first stage of each step
     columns = table.streams["x"]
-    use = np.where(inner[:, None], -columns.use, columns.use)
-    wrong = dataclasses.replace(table, streams={"x": columns._replace(use=use)})
+    use = np.where(inner[:, None], -columns.coefs, columns.coefs)
+    wrong = dataclasses.replace(table, streams={"x": columns._replace(coefs=use)})
     assert abs(deviation(flow, wrong) - 1) > 10 * WITHIN[grid, order]
 
 
@@ -230,8 +230,8 @@ def test_noise_readings_need_data_in_the_state():
 def test_every_schedule_starts_at_its_own_end():
     for schedule in (SD, BetaLinear(), Cosine()):
         table = DPMSolverPP(steps=6).table({"x": Process(schedule=schedule)})
-        assert table.times[0] == schedule.t_max
-        assert table.reached[-1] == pytest.approx(1e-3)
+        assert table.t_network[0] == schedule.t_max
+        assert table.t_next[-1] == pytest.approx(1e-3)
 
 
 @pytest.mark.parametrize("steps", range(1, 13))
@@ -247,7 +247,7 @@ def test_fast_orders_spend_all_calls(steps, order):
 @pytest.mark.parametrize("method", ["fast", "singlestep", "multistep"])
 def test_as_many_calls_as_steps(method):
     table = DPMSolverPP(steps=12, order=3, method=method).table({"x": Process(schedule=SD)})
-    assert len(table.times) == 12
+    assert len(table.t_network) == 12
 
 
 def test_lower_order_final_ends_with_orders_two_and_one():
@@ -256,7 +256,7 @@ def test_lower_order_final_ends_with_orders_two_and_one():
         DPMSolverPP(steps=6, method="multistep", lower_order_final=low)
         .table(process)
         .streams["x"]
-        .use
+        .coefs
         for low in (False, True)
     ]
     orders = [[int(np.count_nonzero(row)) for row in u] for u in use]

@@ -143,7 +143,7 @@ def test_a_solver_runs_a_guided_network_beside_a_given_stream():
     predict = guided(denoise, Branch(), [(unconditional, {"image": 2.0})])
     given = {"mask": X["mask"]}
     got = Euler(steps=1)(
-        predict, {"image": process, "mask": process}, {"image": X["image"]}, given=given
+        predict, {"image": process, "mask": process}, {"image": X["image"]}, condition=given
     )
     one, zero = jnp.float32(1), jnp.float32(0)
     cond = separately(X, {"image": one, "mask": zero}, None)["image"]

@@ -87,10 +87,10 @@ def flow_of(table, kappa):
 
 def flipped(table):
     """The table with the sign of the map's inner updates turned; the image's are untouched."""
-    inner = ~table.commit & np.r_[True, table.commit[:-1]]  # the first stage of each step
+    inner = ~table.is_step_end & np.r_[True, table.is_step_end[:-1]]  # the first stage of each step
     columns = table.streams["map"]
-    use = np.where(inner[:, None], -columns.use, columns.use)
-    streams = table.streams | {"map": columns._replace(use=use)}
+    use = np.where(inner[:, None], -columns.coefs, columns.coefs)
+    streams = table.streams | {"map": columns._replace(coefs=use)}
     return dataclasses.replace(table, streams=streams)
 
 
@@ -141,8 +141,8 @@ def test_a_wrong_sign_in_the_inner_map_update_fails_by_far(kappa, order):
 @pytest.mark.parametrize("kappa", [1.0, 2.0])
 def test_first_order_has_no_inner_update(kappa):
     table = table_of(kappa, 1)
-    assert table.commit.all()
-    np.testing.assert_array_equal(flipped(table).streams["map"].use, table.streams["map"].use)
+    assert table.is_step_end.all()
+    np.testing.assert_array_equal(flipped(table).streams["map"].coefs, table.streams["map"].coefs)
 
 
 def test_a_start_of_the_wrong_deviation_is_seen_in_the_covariance():

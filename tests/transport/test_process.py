@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jointseg_jax.transport.process import READ, Process
+from jointseg_jax.transport.process import INVERSE, Process
 from jointseg_jax.transport.schedules import SCHEDULES, Linear, ScaledLinear
 
 SHAPE = (3, 2, 2, 4)
-CASES = list(itertools.product(SCHEDULES, READ, [1.0, 2.0]))
+CASES = list(itertools.product(SCHEDULES, INVERSE, [1.0, 2.0]))
 
 
 def make(schedule, predicts, scale=1.0):
@@ -32,8 +32,8 @@ def test_reading_a_target_gives_back_data_and_source(schedule, predicts, scale, 
     with jax.enable_x64(True):
         process, t = make(schedule, predicts, scale), jnp.asarray(t)
         data, source = ends(process)
-        x = process.at(data, source, t)
-        got = process.read(process.target(data, source, t), x, t)
+        x = process.interpolate(data, source, t)
+        got = process.to_data_source(process.target(data, source, t), x, t)
         # float64 rounding, amplified by 1/alpha or 1/sigma, at most 200 here
         np.testing.assert_allclose(got[0], data, rtol=1e-10, atol=1e-12)
         np.testing.assert_allclose(got[1], source, rtol=1e-10, atol=1e-12)
@@ -45,7 +45,7 @@ def test_velocity_is_the_time_derivative_of_at(schedule, predicts, scale):
     with jax.enable_x64(True):
         process, t = make(schedule, predicts, scale), jnp.asarray([0.0213, 0.4017, 0.9701])
         data, source = ends(process)
-        x, want = jax.jvp(lambda t: process.at(data, source, t), (t,), (jnp.ones_like(t),))
+        x, want = jax.jvp(lambda t: process.interpolate(data, source, t), (t,), (jnp.ones_like(t),))
         got = process.velocity(process.target(data, source, t), x, t)
         # as above; beta_linear has derivatives of size 20
         np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-11)
@@ -54,8 +54,8 @@ def test_velocity_is_the_time_derivative_of_at(schedule, predicts, scale):
 def test_ends_of_at():
     process = Process(schedule=Linear(), predicts="velocity")
     data, source = ends(process)
-    assert np.array_equal(process.at(data, source, 0.0), data)
-    assert np.array_equal(process.at(data, source, 1.0), source)
+    assert np.array_equal(process.interpolate(data, source, 0.0), data)
+    assert np.array_equal(process.interpolate(data, source, 1.0), source)
 
 
 def test_source_has_its_scale_and_rows_depend_on_their_own_key():
@@ -76,7 +76,7 @@ def test_noise_target_has_unit_variance_whatever_the_scale():
 
 
 def test_data_reading_is_finite_at_time_zero():
-    for predicts in READ:
+    for predicts in INVERSE:
         process = Process(schedule=ScaledLinear(), predicts=predicts)
         x = jnp.ones(SHAPE)
         want = 2 * x if predicts == "data" else x  # the state is the data; the network is not asked

@@ -80,13 +80,13 @@ def test_given_streams_stay_bit_for_bit_and_are_seen_at_time_zero():
     processes = {"image": FLOW, "map": FLOW}
     solver = Euler(steps=4)
     with jax.disable_jit():  # so that the times are numbers
-        result = solver(predict, processes, {"image": X}, given=given)
+        result = solver(predict, processes, {"image": X}, condition=given)
     assert [float(t) for _, t, _ in seen] == [0.0] * 4
     assert [float(t) for *_, t in seen] == [1.0, 0.75, 0.5, 0.25]
     assert all(names == {"image", "map"} for names, *_ in seen)
     assert result["map"] is given["map"]
     np.testing.assert_allclose(result["image"][2], X[2] - X[2], atol=1e-6)  # velocity is the map
-    _, states = solver(predict, processes, {"image": X}, given=given, trajectory=True)
+    _, states = solver(predict, processes, {"image": X}, condition=given, trajectory=True)
     assert set(states) == {"image"}
 
 
@@ -95,7 +95,7 @@ def test_trajectory_starts_with_the_start_and_ends_with_the_result(solver):
     process = FLOW if isinstance(solver, Euler | Heun) else NOISE
     result, states = solver(squash, {"x": process}, {"x": X}, trajectory=True)
     table = solver.table({"x": process})
-    assert states["x"].shape == (1 + table.commit.sum(), *X.shape)
+    assert states["x"].shape == (1 + table.is_step_end.sum(), *X.shape)
     assert np.array_equal(states["x"][0], X)
     assert np.array_equal(states["x"][-1], result["x"])
     alone = solver(squash, {"x": process}, {"x": X})
@@ -189,7 +189,7 @@ def test_the_counter_counts():
         (lambda: Euler(steps=3, final="last"), "final='last'"),
         (lambda: Euler(steps=3)(squash, {}, {"x": X}), "lacking: ['x']"),
         (lambda: Euler(steps=3)(squash, {"x": FLOW}, {}), "got states []"),
-        (lambda: Euler(steps=3)(squash, {"x": FLOW}, {"x": X}, given={"x": X}), "both: ['x']"),
+        (lambda: Euler(steps=3)(squash, {"x": FLOW}, {"x": X}, condition={"x": X}), "both: ['x']"),
         (
             lambda: Euler(steps=3, start=1.0)(
                 squash, {"x": Process(schedule=Cosine(), predicts="velocity")}, {"x": X}
