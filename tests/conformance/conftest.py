@@ -1,6 +1,7 @@
 """Every conformance test runs over the fixture folders whose names match its pattern.
 
-A test marks itself with ``@pytest.mark.cases("uvit_*")`` and takes ``case``.
+A test marks itself with ``@pytest.mark.cases("uvit_*")`` and takes ``case``; a pattern that begins
+with "!" leaves out what matches the rest of it.
 """
 
 import dataclasses
@@ -89,12 +90,19 @@ def pytest_generate_tests(metafunc):
         skip = pytest.param(None, id="no-fixtures", marks=pytest.mark.skip(reason=reason))
         metafunc.parametrize("case", [skip])
         return
-    found = sorted(
-        d for d in folder.iterdir() if any(fnmatch.fnmatch(d.name, p) for p in marker.args)
-    )
-    if not found:
+    folders = sorted(d for d in folder.iterdir() if selects(marker.args, d.name))
+    if not folders:
         raise pytest.UsageError(f"no fixture in {folder} matches {marker.args}")
-    metafunc.parametrize("case", [pytest.param(Case(d), id=d.name) for d in found])
+    metafunc.parametrize("case", [pytest.param(Case(d), id=d.name) for d in folders])
+
+
+def selects(patterns, name):
+    """True if one of the patterns matches, and none of those with "!"."""
+    wanted = [p for p in patterns if not p.startswith("!")]
+    unwanted = [p.removeprefix("!") for p in patterns if p.startswith("!")]
+    return any(fnmatch.fnmatch(name, p) for p in wanted) and not any(
+        fnmatch.fnmatch(name, p) for p in unwanted
+    )
 
 
 def pytest_terminal_summary(terminalreporter):

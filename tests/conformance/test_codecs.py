@@ -1,5 +1,7 @@
 """Analog bits and the label autoencoder against the reference numbers, of any configuration."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,20 +14,30 @@ from jointseg_jax.types import FILE_VOID, VOID
 from jointseg_jax.weights.label_ae import from_reference, to_reference
 
 HIGHEST = jax.default_matmul_precision("highest")
+PROB_THRESHOLD = 0.5
+"""Of every label autoencoder fixture: in its notes, not in its config."""
 
 
 @pytest.mark.cases("analog_bits*")
 def test_integers_to_analog_bits_and_back(case):
-    inputs, outputs, config = case.inputs, case.outputs, case.config
-    scale, n = config["b_scale"], config["n2"]
-    codec = Bits(classes=2**n, bits=n, void="forbid", scale=scale)
+    inputs, outputs, scale = case.inputs, case.outputs, float(case.config["b_scale"])
+
+    def codec_of(words):
+        # The number of bits is an array's own: the list of values and the map may differ in it.
+        bits = words.shape[-1]
+        return Bits(classes=2**bits, bits=bits, void="forbid", scale=scale)
+
     values = inputs["values"].reshape(1, 1, -1)
-    encoded = codec.encode({}, values)
-    (bits,) = [k for k in outputs if k.startswith("bits")]
-    (analog,) = [k for k in outputs if k.startswith("analog")]
-    case.check(bits, (encoded[0, 0] > 0).astype(jnp.float32))
-    case.check(analog, encoded[0, 0])
-    np.testing.assert_array_equal(codec.decode({}, encoded)[0, 0], outputs["roundtrip"])
+    analog = [k for k in outputs if k.startswith("analog")]
+    assert analog
+    for name in analog:
+        codec, bits = codec_of(outputs[name]), name.replace("analog", "bits")
+        encoded = codec.encode({}, values)
+        case.check(bits, (encoded[0, 0] > 0).astype(jnp.float32))
+        case.check(name, encoded[0, 0])
+        np.testing.assert_array_equal(codec.decode({}, encoded)[0, 0], outputs["roundtrip"])
+
+    codec = codec_of(outputs["noisy_analog_2d"])
     noisy = codec.encode({}, inputs["values_2d"][None])[0] + inputs["analog_noise"]
     case.check("noisy_analog_2d", noisy)
     np.testing.assert_array_equal(
@@ -36,18 +48,20 @@ def test_integers_to_analog_bits_and_back(case):
 @pytest.mark.cases("analog_bits*")
 def test_plain_min_pooling_of_raw_id_maps(case):
     inputs, outputs = case.inputs, case.outputs
-    for i in range(len(case.config["maps"])):
-        raw = inputs[f"map_{i}"]
-        for pool in case.config["factors"]:
-            codec = Bits(classes=int(raw.max()) + 1, order="msb", pool=pool, pooling="parity_min")
-            there_and_back = jax.jit(lambda x, c=codec: c.decode({}, c.encode({}, x)))
-            got = there_and_back(raw[None] - 1)[0, ::pool, ::pool] + 1  # raw id 0 is void
-            np.testing.assert_array_equal(got, outputs[f"minpool{pool}_{i}"])
+    pooled = [re.fullmatch(r"minpool(\d+)_(\d+)", name) for name in outputs]
+    pooled = [match for match in pooled if match]
+    assert pooled
+    for match in pooled:
+        raw, pool = inputs[f"map_{match[2]}"], int(match[1])
+        codec = Bits(classes=int(raw.max()) + 1, order="msb", pool=pool, pooling="parity_min")
+        there_and_back = jax.jit(lambda x, c=codec: c.decode({}, c.encode({}, x)))
+        got = there_and_back(raw[None] - 1)[0, ::pool, ::pool] + 1  # raw id 0 is void
+        np.testing.assert_array_equal(got, outputs[match[0]])
 
 
 def autoencoder(case) -> LabelAE:
     model = dict(case.config["model"])
-    assert model.pop("num_latents") == 2
+    assert model.pop("num_latents") == 2  # mean and log variance
     return LabelAE(
         classes=model.pop("out_channels"),
         bits=model.pop("in_channels"),
@@ -60,8 +74,8 @@ def autoencoder(case) -> LabelAE:
         latent_channels=model.pop("latent_channels"),
         groups=model.pop("norm_num_groups"),
         latent="sample",
-        scale=model.pop("scaling_factor", 0.2),
-        prob_threshold=0.5,
+        scale=float(model.pop("scaling_factor", 0.2)),
+        prob_threshold=PROB_THRESHOLD,
         **model,
     )
 
@@ -137,7 +151,7 @@ def test_losses(case):
     if "loss_ce" in outputs:
         case.check("loss_ce", cross_entropy(logits, labels))
 
-    loss = PointLoss(points=case.config["num_points"], void="negative")
+    loss = point_loss_of(case)
     _, present = objects(labels, codec.classes, codec.classes)
     present = np.asarray(present)
 
@@ -180,6 +194,17 @@ def test_losses(case):
     case.check("loss_mask_dice", dice)
     case.check("loss_point_mask", bce + dice)
     case.check("loss_seg_total", point_ce + bce + dice)
+
+
+def point_loss_of(case) -> PointLoss:
+    """The loss whose draws the fixture holds: their counts say how many points of which kind."""
+    points = case.outputs["ce_point_labels"].shape[1]
+    candidates, fresh = (case.inputs[f"draw_ce_{k}"].shape[1] for k in ("candidates", "random"))
+    # half a point more than are kept by uncertainty, so that rounding down finds their number
+    importance = min((points - fresh + 0.5) / points, 1.0)
+    return PointLoss(
+        points=points, oversample=candidates // points, importance=importance, void="negative"
+    )
 
 
 def same_points(case, want_logits, logits, want_labels, labels, kept):

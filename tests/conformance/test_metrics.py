@@ -10,7 +10,7 @@ from jointseg_jax.evaluation.counts import mcd
 @pytest.mark.cases("metric_miou*")
 def test_confusion(case):
     gt, pred, outputs = case.inputs["gt"], case.inputs["pred"], case.outputs
-    confusion = Confusion(case.config["classes"])
+    confusion = Confusion(len(outputs["confusion"]))
     for one, other in zip(gt, pred):
         confusion.add(one, other)
     np.testing.assert_array_equal(confusion.matrix, outputs["confusion"])
@@ -36,7 +36,9 @@ def test_confusion(case):
 @pytest.mark.cases("analog_bits*")
 def test_mean_count_difference(case):
     inputs = case.inputs
-    for i in range(len(case.config["maps"])):
+    numbers = [name.removeprefix("map_") for name in inputs if name.startswith("map_")]
+    assert numbers
+    for i in numbers:
         raw, made = inputs[f"map_{i}"], inputs[f"gen_{i}"]
         classes = int(max(raw.max(), made.max())) + 1
         case.check(f"mcd_{i}", mcd(raw, made, classes))

@@ -190,7 +190,7 @@ def test_uvit_sampling_and_loss(case):
     schedule, given, params = ScaledLinear(), arrays(case), params_of(case)
     context = given["context"]
     text = Prompts(width=context.shape[2], length=context.shape[1], nothing=given["empty_context"])
-    steps, scale = case.config["steps"], case.config["scale"] + 1
+    steps, scale = case.config["steps"], float(case.config["scale"]) + 1
     solver = Traced(DPMSolverPP(steps=steps, order=3, method="fast", end=1e-3))
     build = functools.partial(system, case, schedule, text=text, text_drop=0.0)
 
@@ -231,7 +231,7 @@ def test_uvit_sampling_and_loss(case):
 
 @pytest.mark.cases("unidiffuser_guidance*")
 def test_unidiffuser_guidance(case):
-    schedule, given, scale = ScaledLinear(), arrays(case), case.config["scale"] + 1
+    schedule, given, scale = ScaledLinear(), arrays(case), float(case.config["scale"]) + 1
     joint, params = system(case, schedule), params_of(case)
     state = {"image": given["z"], "clip": given["clip_img"], "text": given["text"]}
     noise = {n: given[f"{k}_noise"] for n, k in NAMES.items()}

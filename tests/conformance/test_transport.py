@@ -107,7 +107,7 @@ def check_times(case, name, table):
         case.check(f"{name}__model_call_t", table.t_network)
 
 
-@pytest.mark.cases("dpm_solver_pp")
+@pytest.mark.cases("dpm_solver_pp*", "!dpm_solver_pp_joint*")
 def test_dpm_solver(case):
     inputs = {k: jnp.asarray(v) for k, v in case.inputs.items()}
     models = {"eps": eps_model, "x0": data_model}
@@ -141,11 +141,11 @@ def joint_processes(case, spec):
     schedule = dpm_process(spec).schedule
     return {
         "image": Process(schedule=schedule, predicts="noise"),
-        "map": Process(schedule=schedule, predicts="data", scale=case.config["map_std"]),
+        "map": Process(schedule=schedule, predicts="data", scale=float(case.config["map_std"])),
     }
 
 
-@pytest.mark.cases("dpm_solver_pp_joint")
+@pytest.mark.cases("dpm_solver_pp_joint*")
 def test_joint_dpm_solver(case):
     start, predict = joint_start_and_network(case, jnp.float64)
     for spec in case.config["cases"]:
@@ -158,10 +158,12 @@ def test_joint_dpm_solver(case):
     report(case, len(case.config["cases"]))
 
 
-@pytest.mark.cases("dpm_solver_pp_joint")
+@pytest.mark.cases("dpm_solver_pp_joint*")
 def test_joint_dpm_solver_in_float32(case):
     start, predict = joint_start_and_network(case, jnp.float32)
     cases = [spec for spec in case.config["cases"] if spec["method"] == "fast"]
+    if not cases:
+        pytest.skip(f"{case.name} lists no case of the method that is run in float32")
     for spec in cases:
         final = dpm_solver(spec)(predict, joint_processes(case, spec), start)
         for stream, got in final.items():
@@ -175,7 +177,7 @@ def test_joint_dpm_solver_in_float32(case):
 # ---------------------------------------------------------------------------- rectified flow
 
 
-@pytest.mark.cases("semflow_sampler")
+@pytest.mark.cases("semflow_sampler*")
 def test_semflow_sampler(case):
     inputs = {k: jnp.asarray(v) for k, v in case.inputs.items()}
     process = Process(schedule=Linear(), predicts="velocity")
@@ -189,7 +191,7 @@ def test_semflow_sampler(case):
             name = f"{direction}_{steps}"
             labels = case.outputs[f"{name}__timesteps"]
             table = Euler(steps=len(labels), start=ends[0], end=ends[1]).table({"x": process})
-            if LABELS % steps == 0:
+            if LABELS % steps == 0 and len(labels) == steps:
                 # Euler's own times are the reference's integer labels
                 np.testing.assert_allclose(
                     process.schedule.label(table.t_network), labels, atol=1e-9
@@ -243,7 +245,7 @@ def check_run(case, name, solver, prediction, inputs):
     return process, table
 
 
-@pytest.mark.cases("diffusers_samplers")
+@pytest.mark.cases("diffusers_samplers*")
 def test_ddpm_steps(case):
     inputs = {k: jnp.asarray(v) for k, v in case.inputs.items()}
     for spec in case.config["ddpm"]:
@@ -262,7 +264,7 @@ def test_ddpm_steps(case):
     report(case, len(case.config["ddpm"]))
 
 
-@pytest.mark.cases("diffusers_samplers")
+@pytest.mark.cases("diffusers_samplers*")
 def test_ddim(case):
     inputs = {k: jnp.asarray(v) for k, v in case.inputs.items()}
     for spec in case.config["ddim"]:
@@ -285,7 +287,7 @@ DIFFUSERS_NAMES = {
 }
 
 
-@pytest.mark.cases("diffusers_samplers")
+@pytest.mark.cases("diffusers_samplers*")
 def test_multistep_dpm(case):
     inputs = {k: jnp.asarray(v) for k, v in case.inputs.items()}
     for spec in case.config["dpm"]:
@@ -300,7 +302,7 @@ def test_multistep_dpm(case):
     report(case, len(case.config["dpm"]))
 
 
-@pytest.mark.cases("diffusers_samplers")
+@pytest.mark.cases("diffusers_samplers*")
 def test_add_noise_and_velocity(case):
     inputs = {k: jnp.asarray(v) for k, v in case.inputs.items()}
     process, _ = diffusers_process("v_prediction")
