@@ -23,8 +23,10 @@ Conventions:
 """
 
 from collections.abc import Collection, Mapping
+from typing import Any, TypeVar
 
 import jax
+import numpy as np
 
 VOID = -1
 """Label of a pixel without annotation, inside the package (int16 / int32)."""
@@ -33,10 +35,16 @@ FILE_VOID = 255
 """Value that stands for ``VOID`` in 8-bit label files."""
 
 Array = jax.Array
+AnyArray = jax.Array | np.ndarray
+"""What functions take that convert to a JAX array themselves."""
+
+ArrayT = TypeVar("ArrayT", jax.Array, np.ndarray)
+"""Of functions that compute in the library their argument is from: numpy in, numpy out."""
+
 Streams = Mapping[str, jax.Array]
 """Arrays keyed by stream name, for example ``{"image": ..., "mask": ...}``."""
 
-Params = Mapping[str, object]
+Params = Mapping[str, Any]
 """A (possibly empty) nested mapping of parameter arrays."""
 
 

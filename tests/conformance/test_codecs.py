@@ -11,7 +11,7 @@ from jointseg_jax.codecs.bits import Bits
 from jointseg_jax.codecs.label_ae import LabelAE, cross_entropy
 from jointseg_jax.codecs.point_loss import Draws, PointLoss, class_loss, mask_losses, objects
 from jointseg_jax.types import FILE_VOID, VOID
-from jointseg_jax.weights.label_ae import from_reference, to_reference
+from jointseg_jax.weights.label_vae import from_reference, to_reference
 
 HIGHEST = jax.default_matmul_precision("highest")
 PROB_THRESHOLD = 0.5

@@ -6,7 +6,7 @@ import pytest
 
 from jointseg_jax.codecs.image_tiny import ImageTiny, scaled, unscaled
 from jointseg_jax.weights.convert import to_ours, to_theirs
-from jointseg_jax.weights.image_tiny import fields, table
+from jointseg_jax.weights.taesd import fields, table
 
 
 def channels_last(x):

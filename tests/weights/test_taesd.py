@@ -10,7 +10,7 @@ import pytest
 from jointseg_jax.codecs.image_tiny import ImageTiny
 from jointseg_jax.types import UserError
 from jointseg_jax.weights.convert import to_ours, to_theirs
-from jointseg_jax.weights.image_tiny import fields, table
+from jointseg_jax.weights.taesd import fields, table
 
 SMALL = ImageTiny(widths=(4, 4), blocks=(1, 2), up_widths=(4, 4), up_blocks=(2, 0))
 

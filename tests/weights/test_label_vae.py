@@ -8,7 +8,7 @@ import pytest
 
 from jointseg_jax.codecs.label_ae import LabelAE
 from jointseg_jax.types import UserError
-from jointseg_jax.weights.label_ae import from_reference, table, to_reference
+from jointseg_jax.weights.label_vae import from_reference, table, to_reference
 
 
 @functools.lru_cache
