@@ -36,7 +36,7 @@ Captions = dict[str, tuple[str, ...]]
 def clean(text: object, where: str) -> str:
     """Returns the caption without control characters and with single blanks."""
     if not isinstance(text, str):
-        raise BadSample(where, f"a caption of type {type(text).__name__}", "text", "Mend the file.")
+        raise BadSample(where, f"a caption of type {type(text).__name__}", "text", "Fix the file.")
     kept = "".join(" " if unicodedata.category(c) == "Cc" else c for c in text)
     words = " ".join(unicodedata.normalize("NFC", kept).split())
     if not words:
@@ -57,7 +57,7 @@ def read_mapping(path: Path) -> tuple[Captions, list[BadSample]]:
     """Reads a ``.json`` file of captions by id."""
     content = files.read_json(path)
     if not isinstance(content, dict):
-        raise BadSample(str(path), f"a {type(content).__name__}", "{id: caption}", "Mend the file.")
+        raise BadSample(str(path), f"a {type(content).__name__}", "{id: caption}", "Fix the file.")
     pairs = ((k, t) for k, v in content.items() for t in (v if isinstance(v, list) else [v]))
     return gather((key, text, f"{path}: {key}") for key, text in pairs)
 
@@ -102,7 +102,7 @@ def _line(path: Path, number: int, data: bytes) -> tuple[str, object, str] | Bad
         found = f"not JSON ({error.msg})"
     except (KeyError, TypeError):
         found = "no 'id' or no 'caption' in it"
-    return BadSample(where, found, 'lines are {"id": ..., "caption": ...} in UTF-8', "Mend it.")
+    return BadSample(where, found, 'lines are {"id": ..., "caption": ...} in UTF-8', "Fix it.")
 
 
 def describe(labels: Int16[np.ndarray, "height width"], classes: Classes) -> str:

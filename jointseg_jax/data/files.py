@@ -1,8 +1,14 @@
 """Files of a data set folder: found inside their root, opened only when regular.
 
-Names in lists and manifests come from strangers. A name that is absolute, climbs with ``..`` or
-follows a link out of the root is refused before it is opened, and so is anything that is not a
-regular file (a FIFO would block the run, a device could do worse).
+Lists and manifests are not trusted. A name that is absolute, climbs with ``..`` or follows a link
+out of the root is refused before it is opened, and so is anything that is not a regular file (a
+FIFO would block the run, a device could do worse).
+
+A file may have rotted into another valid picture, which no decoder can tell. Where the folder has a
+list of SHA-256 sums, as ``sha256sum`` writes them, every file in it is compared with it when it is
+read; others are taken as they are. To make one:
+
+  cd ROOT && find images annotations -type f -exec sha256sum {} + > SHA256SUMS
 """
 
 from __future__ import annotations
@@ -16,6 +22,7 @@ import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypedDict
 
 from jointseg_jax.data.records import BadSample
 from jointseg_jax.types import UserError
@@ -23,16 +30,84 @@ from jointseg_jax.types import UserError
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 """File name endings of images, in lower case."""
 
+SUMS = "SHA256SUMS"
+LINE = re.compile(r"([0-9a-fA-F]{64}) [ *](?:\./)?(.+)")
+"""A line of ``sha256sum``: the sum, and the name after a blank (text) or a star (binary)."""
+
+
+class SizeAndSum(TypedDict):
+    """What tells a file from others, as manifests keep it."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Files:
+    """Reads files from inside a folder only, and compares them with the folder's SHA-256 sums."""
+
+    root: Path
+    sums: Mapping[str, str] = field(default_factory=dict, repr=False)  # by name, in lower case
+
+    @classmethod
+    def of(cls, root: Path) -> Files:
+        """Returns the files of a folder, with its list of sums if it has one.
+
+        Raises:
+          BadSample: a line of the list that is not a sum.
+        """
+        path = inside(root, SUMS)
+        return cls(root, read_sums(path) if path.exists() else {})
+
+    def path(self, name: str) -> Path:
+        """Returns the path of a file, which need not exist."""
+        return inside(self.root, name)
+
+    def read(self, name: str) -> tuple[Path, bytes]:
+        """Returns the path and the bytes of a file.
+
+        Raises:
+          BadSample: it cannot be read, or is not what the list says.
+        """
+        path = self.path(name)
+        data = read(path)
+        wanted = self.sums.get(name)
+        if wanted is not None and (actual := hashlib.sha256(data).hexdigest()) != wanted:
+            raise BadSample(
+                str(path),
+                f"the contents have changed (SHA-256 {actual[:12]}...)",
+                f"{SUMS} says {wanted[:12]}...",
+                f"Copy the file again from its source, or fix its line in {SUMS}.",
+            )
+        return path, data
+
+
+def read_sums(path: Path) -> dict[str, str]:
+    """Returns the sum of each name in a list that ``sha256sum`` wrote."""
+    sums = {}
+    for number, line in enumerate(read_text(path).splitlines(), 1):
+        if not line.strip():
+            continue
+        match = LINE.fullmatch(line)
+        if match is None:
+            raise BadSample(
+                f"{path}:{number}",
+                f"{line[:60]!r} is no sum of a file",
+                "lines are 64 hexadecimal digits, two spaces and a name",
+                "Write the list again with sha256sum, or remove it.",
+            )
+        sums[match[2]] = match[1].lower()
+    return sums
+
 
 def check_name(root: Path, name: str) -> None:
-    """Raises BadSample for a name that is absolute or climbs out."""
-    parts = name.split("/")
-    if not name or name.startswith("/") or ".." in parts or "\0" in name:
+    """Raises BadSample for a name that is absolute or climbs out of ``root``."""
+    if not name or name.startswith("/") or ".." in name.split("/") or "\0" in name:
         raise BadSample(
             f"{root}: {name!r}",
             "the name leaves the data set folder",
             "names are relative, without '..'",
-            "Mend the list or manifest that holds it.",
+            "Fix the list or manifest that holds it.",
         )
 
 
@@ -44,6 +119,7 @@ def inside(root: Path, name: str) -> Path:
     """
     check_name(root, name)
     path = f"{root}/{name}"
+    # Links are followed to their end: a link within the folder is fine, one out of it is not.
     real = os.path.realpath(path)
     if real != _real(root) and not real.startswith(_real(root) + os.sep):
         raise BadSample(
@@ -55,6 +131,11 @@ def inside(root: Path, name: str) -> Path:
     return Path(path)
 
 
+@functools.cache
+def _real(root: Path) -> str:
+    return os.path.realpath(root)
+
+
 def require_sizes(
     root: Path, written: Iterable[tuple[Path, int]], *, what: str, remedy: str
 ) -> None:
@@ -62,8 +143,8 @@ def require_sizes(
 
     Args:
       written: files and their bytes.
-      what: they are, in the message.
-      remedy: what the user can do, as its last sentences.
+      what: the plural noun for them in the message.
+      remedy: what the user can do, as the last sentences of the message.
 
     Raises:
       UserError: all of them, in one block.
@@ -73,8 +154,8 @@ def require_sizes(
         count += 1
         size = path.stat().st_size if path.is_file() else None
         if size != wanted:
-            found = "missing" if size is None else f"{size} bytes"
-            problems.append(f"ERROR [data] {path}: {found}; {wanted} bytes were written.")
+            actual = "missing" if size is None else f"{size} bytes"
+            problems.append(f"ERROR [data] {path}: {actual}; {wanted} bytes were written.")
     if problems:
         listed = "\n".join(problems)
         raise UserError(
@@ -84,18 +165,13 @@ def require_sizes(
 
 
 def sha256(path: Path) -> str:
-    """The SHA-256 of a file."""
+    """Returns the SHA-256 of a file, in hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-@functools.cache
-def _real(root: Path) -> str:
-    return os.path.realpath(root)
-
-
 def read(path: Path) -> bytes:
-    """Returns the bytes of a regular file."""
+    """Returns the bytes of a regular file, or raises BadSample."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise BadSample(
@@ -114,7 +190,7 @@ def read(path: Path) -> bytes:
 
 
 def unreadable(path: str, *, file: bool = False) -> str:
-    """Why a folder (or file) cannot be read; empty where it can."""
+    """Returns why a folder (or file) cannot be read; empty if it can."""
     if "://" in path:
         return (
             "is in a bucket, and data are read from folders of this machine. Mount it (gcsfuse), "
@@ -134,7 +210,7 @@ def unreadable(path: str, *, file: bool = False) -> str:
 
 
 def missing(path: Path, what: str = "file") -> BadSample:
-    """Returns the complaint that ``path`` is not there."""
+    """Returns the problem that ``path`` does not exist."""
     return BadSample(
         str(path),
         f"the {what} is missing",
@@ -164,19 +240,33 @@ def read_json(path: Path) -> object:
         return json.loads(read_text(path))
     except json.JSONDecodeError as error:
         raise BadSample(
-            f"{path}:{error.lineno}", f"not JSON ({error.msg})", "a JSON file", "Mend the line."
+            f"{path}:{error.lineno}", f"not JSON ({error.msg})", "a JSON file", "Fix the line."
         ) from None
+
+
+def temporary(path: Path) -> Path:
+    """Returns the name under which ``path`` is written until ``publish`` renames it."""
+    return path.with_name(path.name + ".tmp")
+
+
+def publish(path: Path) -> None:
+    """Gives the written ``temporary(path)`` its name, durably."""
+    # Synced before the rename: after a power cut the name must not stand for half a file.
+    with open(temporary(path), "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary(path), path)
+    sync_folder(path.parent)
+
+
+def size_and_sum(path: Path) -> SizeAndSum:
+    """Returns the size in bytes and the SHA-256 of a file."""
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
 def write(path: Path, data: bytes) -> None:
     """Writes a file whole or not at all: temporary file, fsync, rename."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_folder(path.parent)
+    temporary(path).write_bytes(data)
+    publish(path)
 
 
 def sync_folder(folder: Path) -> None:
@@ -186,70 +276,3 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-SUMS = "SHA256SUMS"
-LINE = re.compile(r"([0-9a-fA-F]{64}) [ *](?:\./)?(.+)")
-
-
-@dataclass(frozen=True)
-class Files:
-    """Reads files from inside a folder only.
-
-    Args:
-      root: the folder.
-      sums: SHA-256 by the name of the file, in lower case.
-    """
-
-    root: Path
-    sums: Mapping[str, str] = field(default_factory=dict, repr=False)
-
-    @classmethod
-    def of(cls, root: Path) -> Files:
-        """The store of a folder, with its list if it has one.
-
-        Raises:
-          BadSample: a line of the list that is none.
-        """
-        path = inside(root, SUMS)
-        return cls(root, read_sums(path) if path.exists() else {})
-
-    def path(self, name: str) -> Path:
-        """The path of a file, which need not be there."""
-        return inside(self.root, name)
-
-    def read(self, name: str) -> tuple[Path, bytes]:
-        """The path and the bytes of a file.
-
-        Raises:
-          BadSample: it cannot be read, or is not what the list says.
-        """
-        path = self.path(name)
-        data = read(path)
-        wanted = self.sums.get(name)
-        if wanted is not None and (found := hashlib.sha256(data).hexdigest()) != wanted:
-            raise BadSample(
-                str(path),
-                f"the contents have changed (SHA-256 {found[:12]}...)",
-                f"{SUMS} says {wanted[:12]}...",
-                f"Copy the file again from its source, or mend its line in {SUMS}.",
-            )
-        return path, data
-
-
-def read_sums(path: Path) -> dict[str, str]:
-    """Reads a list as ``sha256sum`` writes it."""
-    sums = {}
-    for number, line in enumerate(read_text(path).splitlines(), 1):
-        if not line.strip():
-            continue
-        found = LINE.fullmatch(line)
-        if found is None:
-            raise BadSample(
-                f"{path}:{number}",
-                f"{line[:60]!r} is no sum of a file",
-                "lines are 64 hexadecimal digits, two spaces and a name",
-                "Write the list again with sha256sum, or remove it.",
-            )
-        sums[found[2]] = found[1].lower()
-    return sums

@@ -192,7 +192,7 @@ def listing_of(
     except (UserError, BadSample) as problem:
         raise UserError(
             f"{problem}\nERROR [given] {root}: no {kind} can be listed in the layout {layout!r}. "
-            "Mend the folder, or give another folder, layout or split."
+            "Fix the folder, or give another folder, layout or split."
         ) from None
 
 
@@ -238,7 +238,7 @@ def checked(
         hint = f" A data set folder needs its layout ({', '.join(LAYOUTS)}) and split."
         raise UserError(
             f"{lines}{more}\nERROR [given] {root}: problems: {len(problems)}, {given.kind} found: "
-            f"{len(listing.entries)}. Mend or remove them.{hint if layout == PLAIN else ''}"
+            f"{len(listing.entries)}. Fix or remove them.{hint if layout == PLAIN else ''}"
         )
     rows = repr((given.ids, seen, given.rule)).encode()
     return dataclasses.replace(given, digest=hashlib.sha256(rows).hexdigest())

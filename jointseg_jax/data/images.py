@@ -328,7 +328,7 @@ def paint_to_values(
             path,
             f"colours {', '.join(unknown[:5])}{more} are not in the colour map",
             f"the map has {len(colours)} colours",
-            "Mend the labels, or add the colours to the map.",
+            "Fix the labels, or add the colours to the map.",
         )
     values = np.array([colours[name] for name in names], np.int32)
     return values[inverse].reshape(codes.shape)

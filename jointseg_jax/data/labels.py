@@ -6,15 +6,26 @@
 3. Everything else is out of range and refused, with the values as they stand in the file.
 
 The range is checked on the file's own values, before the cast to int16 in which 65535 would be -1.
+
+A ``classes.json`` says this, and the classes, of a data set folder:
+
+| key | meaning |
+|---|---|
+| classes | names in index order, or ``{"name": ..., "isthing": ..., "colour": [r, g, b]}`` |
+| ignore_label | file value, or list of values, of pixels without annotation; 255 when absent |
+| swaps | pairs of names that a left/right flip exchanges |
+| first_label | file value of the first class; 0 when absent |
+| label_map | ``{file value: class name or null}``, instead of first_label |
+| colours | ``{"r,g,b": file value}``, for labels painted in colours |
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 from jaxtyping import Int16, Int32
@@ -22,28 +33,25 @@ from jaxtyping import Int16, Int32
 from jointseg_jax.data import files
 from jointseg_jax.data.classes import Classes, Colour
 from jointseg_jax.data.images import PIXEL_LIMIT, decode_labels, encode_png
-from jointseg_jax.data.records import BadSample
+from jointseg_jax.data.records import BadSample, counted
 from jointseg_jax.types import FILE_VOID, VOID, UserError
 
-_OUTSIDE = np.int16(-2)
+KEYS = ("classes", "ignore_label", "swaps", "first_label", "label_map", "colours")
+
+_OUTSIDE = np.int16(-2)  # neither a class nor VOID: the value stands for nothing
 _FILE_VOID_16 = 65535
 
 
 @dataclass(frozen=True, kw_only=True)
 class LabelRule:
-    """The label convention of a data set's files.
+    """The label convention of a data set's files."""
 
-    Args:
-      void: file values of pixels without annotation.
-      shift: file value of class 0 (1 where 0 means "other", as in ADE20K).
-      table: pairs (file value, class), instead of ``shift``; class -1 is void.
-      colours: pairs (RGB colour, file value), for labels painted in colours.
-    """
-
-    void: tuple[int, ...] = (FILE_VOID,)
-    shift: int = 0
+    void: tuple[int, ...] = (FILE_VOID,)  # file values of pixels without annotation
+    shift: int = 0  # file value of class 0 (1 where 0 means "other", as in ADE20K)
     table: tuple[tuple[int, int], ...] = ()
+    """Pairs (file value, class), instead of ``shift``; class -1 is void."""
     colours: tuple[tuple[Colour, int], ...] = ()
+    """Pairs (RGB colour, file value), for labels painted in colours."""
 
     def __post_init__(self) -> None:
         values = [*self.void, self.shift, *(v for v, _ in self.table)]
@@ -63,7 +71,7 @@ class LabelRule:
     def classes_of(
         self, values: Int32[np.ndarray, "height width"], path: str, classes: Classes
     ) -> Int16[np.ndarray, "height width"]:
-        """Looks file values up; refuses those that stand for nothing."""
+        """Returns the classes of file values; refuses values that stand for nothing."""
         labels = lookup(self, len(classes)).take(values)
         outside = labels == _OUTSIDE
         if outside.any():
@@ -71,17 +79,14 @@ class LabelRule:
         return labels
 
     def out_of_range(self, values: np.ndarray, path: str, classes: Classes) -> BadSample:
-        """Returns the complaint that names the values which stand for no class."""
-        found, counts = np.unique(values, return_counts=True)
-        listed = ", ".join(f"{v} ({n} px)" for v, n in zip(found[:8], counts[:8]))
-        more = f" and {len(found) - 8} more values" if len(found) > 8 else ""
+        """Returns the problem that names the values which stand for no class."""
         void = ", ".join(map(str, self.void)) or "none"
         return BadSample(
             path,
-            f"labels {listed}{more} out of range",
+            f"labels {counted(values)} out of range",
             f"there are {len(classes)} classes (file values {self._range(len(classes))}) "
             f"and void {void}",
-            "Mend the mask, or change the class list or the label map of this source.",
+            "Fix the mask, or change the class list or the label map of this source.",
         )
 
     def _range(self, count: int) -> str:
@@ -114,14 +119,18 @@ def stored_rule(count: int) -> LabelRule:
     return LabelRule(void=(FILE_VOID if count <= FILE_VOID else _FILE_VOID_16,))
 
 
-KEYS = ("classes", "ignore_label", "swaps", "first_label", "label_map", "colours")
+class ClassesContent(TypedDict):
+    """The ``classes.json`` of labels written by this package."""
+
+    classes: list[dict[str, object]]
+    ignore_label: int
+    swaps: list[list[str]]
 
 
 def read_classes(path: Path) -> tuple[Classes, LabelRule]:
     """Reads the classes and the label rule of a folder."""
     try:
-        content = files.read_json(path)
-        return parse(content)
+        return parse(files.read_json(path))
     except (BadSample, ValueError, KeyError, TypeError) as error:
         detail = error if isinstance(error, BadSample) else f"ERROR [data] {path}: {error}"
         raise UserError(
@@ -142,36 +151,47 @@ def parse(content: object) -> tuple[Classes, LabelRule]:
     return classes, label_rule(content, classes)
 
 
-def class_list(entries: list[Any], swaps: Any = ()) -> Classes:
-    """Returns classes from names, or from name-isthing-colour entries."""
-    full = [e if isinstance(e, dict) else {"name": e} for e in entries]
+def class_list(entries: Sequence[object], swaps: Iterable[Sequence[str]] = ()) -> Classes:
+    """Returns classes from names, or from entries of name, isthing and colour.
+
+    Args:
+      swaps: pairs of names.
+    """
+    full: list[dict] = [e if isinstance(e, dict) else {"name": e} for e in entries]
     names = tuple(str(e["name"]) for e in full)
-    things = tuple(bool(e.get("isthing", False)) for e in full)
-    coloured = all("colour" in e for e in full)
-    palette = tuple(tuple(int(c) for c in e["colour"]) for e in full) if coloured else ()
-    pairs = tuple((names.index(left), names.index(right)) for left, right in swaps)
-    return Classes(names=names, isthing=things, palette=palette, swaps=pairs)
+    # One class without a colour leaves the whole list to the default palette.
+    coloured = full if all("colour" in e for e in full) else []
+    return Classes(
+        names=names,
+        isthing=tuple(bool(e.get("isthing", False)) for e in full),
+        # One class without a colour leaves the whole list to the default palette.
+        palette=tuple(_colour(e["colour"]) for e in coloured),
+        swaps=tuple((names.index(left), names.index(right)) for left, right in swaps),
+    )
 
 
-def label_rule(content: Mapping[str, Any], classes: Classes) -> LabelRule:
+def label_rule(content: dict, classes: Classes) -> LabelRule:
     """Returns the label rule that a ``classes.json`` states."""
     ignored = content.get("ignore_label", 255)
-    listed = ignored if isinstance(ignored, list) else [] if ignored is None else [ignored]
-    table = tuple(
-        (int(value), VOID if name is None else classes.index(name))
-        for value, name in content.get("label_map", {}).items()
+    void = ignored if isinstance(ignored, list) else [] if ignored is None else [ignored]
+    table = content.get("label_map", {}).items()
+    colours = content.get("colours", {}).items()
+    return LabelRule(
+        void=tuple(map(int, void)),
+        shift=int(content.get("first_label", 0)),
+        table=tuple((int(v), VOID if name is None else classes.index(name)) for v, name in table),
+        colours=tuple((_colour(text.split(",")), int(value)) for text, value in colours),
     )
-    colours = tuple(
-        (tuple(int(c) for c in colour.split(",")), int(value))
-        for colour, value in content.get("colours", {}).items()
-    )
-    shift = int(content.get("first_label", 0))
-    return LabelRule(void=tuple(map(int, listed)), shift=shift, table=table, colours=colours)
 
 
-def to_content(classes: Classes) -> dict[str, Any]:
+def _colour(channels: Iterable[str | int]) -> Colour:
+    red, green, blue = map(int, channels)
+    return red, green, blue
+
+
+def to_content(classes: Classes) -> ClassesContent:
     """Returns the ``classes.json`` of labels written by this package (void 255)."""
-    entries = [
+    entries: list[dict[str, object]] = [
         {"name": name, "isthing": thing, "colour": list(colour)}
         for name, thing, colour in zip(classes.names, classes.isthing, classes.palette)
     ]

@@ -189,7 +189,7 @@ class Batches:
         if len(self._seen) > self._limit:
             raise UserError(
                 f"ERROR [data] {len(self._seen)} different bad samples, more than the limit of "
-                f"{self._limit}. Run launch/prepare.py to list them all, then mend them or raise "
+                f"{self._limit}. Run launch/prepare.py to list them all, then fix them or raise "
                 f"config.data.bad_limit. The last: {rows[-1][-1]['error']}"
             )
 

@@ -48,7 +48,7 @@ def refuse_bad(report: Report) -> None:
         raise UserError(
             f"{report.problems()}\nERROR [data] {report.name}: problems: {len(report.bad)}, "
             f"records looked at: {report.count}; --strict accepts none, and nothing was written. "
-            "Mend them, or run without --strict to leave the bad ones out."
+            "Fix them, or run without --strict to leave the bad ones out."
         )
 
 

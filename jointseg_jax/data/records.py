@@ -1,14 +1,4 @@
-"""The one record schema of every data source, and the check that a record obeys it.
-
-| field | type | meaning |
-|---|---|---|
-| id | str | unique within its source |
-| image | uint8 [H, W, 3] | RGB |
-| labels | int16 [H, W] | ``0 .. classes-1``, or ``VOID`` where nothing is annotated |
-| captions | tuple of str | may be empty |
-| segments | int32 [H, W] | optional instance ids, 0 = no instance |
-| features | dict of float32 arrays | optional, computed beforehand (``features.py``) |
-"""
+"""The one record schema of every data source, and the check that a record obeys it."""
 
 from collections.abc import Mapping
 from typing import NotRequired, Protocol, TypedDict, runtime_checkable
@@ -22,12 +12,12 @@ from jointseg_jax.types import VOID
 class Record(TypedDict):
     """One annotated picture, as every source hands it out."""
 
-    id: str
-    image: np.ndarray
-    labels: np.ndarray
-    captions: tuple[str, ...]
-    segments: NotRequired[np.ndarray]
-    features: NotRequired[dict[str, np.ndarray]]
+    id: str  # unique within its source
+    image: np.ndarray  # uint8 [height, width, 3], RGB
+    labels: np.ndarray  # int16 [height, width]: 0 .. classes-1, VOID where nothing is annotated
+    captions: tuple[str, ...]  # may be empty
+    segments: NotRequired[np.ndarray]  # int32 [height, width]: instance ids, 0 = no instance
+    features: NotRequired[dict[str, np.ndarray]]  # float32, computed beforehand (``features.py``)
 
 
 @runtime_checkable
@@ -59,6 +49,15 @@ class Source(Protocol):
     def fingerprint(self) -> dict[str, object]:
         """Returns the plain values that must match when a run resumes."""
         ...
+
+
+class BadReport(TypedDict):
+    """A bad sample that a run met, as plain values."""
+
+    index: int
+    error: str
+    replaced_by: NotRequired[int]  # the index of the good record read instead
+    step: NotRequired[int]  # the step in whose batch it would have been
 
 
 class BadSample(Exception):
@@ -93,47 +92,49 @@ def check_record(record: Mapping[str, object], classes: Classes, where: str | No
     if "segments" in record:
         maps["segments"] = _array(record, "segments", np.int32, 2, where)
     for key, value in maps.items():
-        _check_size(key, value.shape, image.shape[:2], where)
+        if value.shape != image.shape[:2]:
+            raise BadSample(
+                where,
+                f"{key} is {value.shape[1]}x{value.shape[0]} (width x height)",
+                f"its image is {image.shape[1]}x{image.shape[0]}",
+                "Give both files the same size; sizes are never changed silently.",
+            )
     check_labels(labels, classes, where)
     captions = record.get("captions")
     if not isinstance(captions, tuple) or not all(isinstance(text, str) for text in captions):
         raise BadSample(
-            where, f"captions {captions!r}", "captions are a tuple of str", "Mend the source."
+            where, f"captions {captions!r}", "captions are a tuple of str", "Fix the source."
         )
 
 
 def check_labels(labels: np.ndarray, classes: Classes, where: str) -> None:
     """Raises BadSample, with the offending values and their counts, for labels out of range."""
+    # Two passes without a mask: what all good labels take, and much faster than the mask below.
     if labels.size == 0 or (labels.min() >= VOID and labels.max() < len(classes)):
         return
     bad = (labels != VOID) & ((labels < 0) | (labels >= len(classes)))
-    values, counts = np.unique(labels[bad], return_counts=True)
-    listed = ", ".join(f"{v} ({n} px)" for v, n in zip(values[:8], counts[:8]))
-    more = f" and {len(values) - 8} more values" if len(values) > 8 else ""
     raise BadSample(
         where,
-        f"labels {listed}{more} out of range",
+        f"labels {counted(labels[bad])} out of range",
         f"there are {len(classes)} classes (0-{len(classes) - 1}) and void {VOID}",
-        "Mend the mask, or change the class list or label map of this source.",
+        "Fix the mask, or change the class list or label map of this source.",
     )
 
 
-def _array(record, key: str, dtype, ndim: int, where: str) -> np.ndarray:
+def counted(values: np.ndarray) -> str:
+    """Lists different label values with their number of pixels, at most eight of them."""
+    different, counts = np.unique(values, return_counts=True)
+    listed = ", ".join(f"{v} ({n} px)" for v, n in zip(different[:8], counts[:8]))
+    return listed + (f" and {len(different) - 8} more values" if len(different) > 8 else "")
+
+
+def _array(
+    record: Mapping[str, object], key: str, dtype: type[np.generic], ndim: int, where: str
+) -> np.ndarray:
     value = record.get(key)
     if isinstance(value, np.ndarray) and value.dtype == dtype and value.ndim == ndim:
         return value
-    found = (
-        f"{value.dtype} {value.shape}" if isinstance(value, np.ndarray) else type(value).__name__
-    )
+    is_array = isinstance(value, np.ndarray)
+    actual = f"{value.dtype} {value.shape}" if is_array else type(value).__name__
     expected = f"it must be a {np.dtype(dtype)} array of {ndim} axes"
-    raise BadSample(where, f"{key} is {found}", expected, "Mend the source that made it.")
-
-
-def _check_size(key: str, shape, expected, where: str) -> None:
-    if tuple(shape) != tuple(expected):
-        raise BadSample(
-            where,
-            f"{key} is {shape[1]}x{shape[0]} (width x height)",
-            f"its image is {expected[1]}x{expected[0]}",
-            "Give both files the same size; sizes are never changed silently.",
-        )
+    raise BadSample(where, f"{key} is {actual}", expected, "Fix the source that made it.")

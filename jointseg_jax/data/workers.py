@@ -1,12 +1,4 @@
-"""Threads and processes that work ahead of their use, and do not outlive the run.
-
-A SIGKILLed run cannot tell its workers to stop, and a worker blocked on a full queue never looks.
-So every worker waits, in a thread of its own, for the end of the process that started it.
-
-``prctl(PR_SET_PDEATHSIG)`` was rejected: the kernel counts as parent the *thread* that started the
-worker, and Grain starts workers from a prefetch thread that ends on every ``close()``. The signal
-then kills workers in the middle of handing over their last batches.
-"""
+"""Threads and processes that work ahead of their use, and do not outlive the run."""
 
 import multiprocessing
 import multiprocessing.connection
@@ -14,17 +6,25 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 import grain
 from absl import flags
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
 
 def die_with_parent(worker: int, workers: int) -> None:
     """Kills this worker as soon as its parent process is gone (Grain's ``worker_init_fn``)."""
+    # A SIGKILLed run cannot tell its workers to stop, and a worker blocked on a full queue never
+    # looks: so every worker waits, in a thread of its own, for the end of its parent.
+    # ``prctl(PR_SET_PDEATHSIG)`` was rejected: the kernel counts as parent the *thread* that
+    # started the worker, and Grain starts workers from a prefetch thread that ends on every
+    # ``close()``. The signal then kills workers in the middle of handing over their last batches.
     parent = multiprocessing.parent_process()
     if parent is None:
         raise RuntimeError("die_with_parent was called outside a worker process")
@@ -34,24 +34,18 @@ def die_with_parent(worker: int, workers: int) -> None:
 
 
 def _outlive(sentinel: int) -> None:
-    """Blocks until the pipe that only the parent holds open is closed."""
+    # The sentinel is a pipe that only the parent holds open: it closes with the parent's death.
     multiprocessing.connection.wait([sentinel])
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """How batches are made ahead of their use; never changes what is in them.
+    """How batches are made ahead of their use; never changes what is in them."""
 
-    Args:
-      workers: processes; 0 makes batches in threads of this process.
-      threads: threads in each process.
-      prefetch: batches kept ready in each process.
-    """
-
-    workers: int = 0
-    threads: int = 4
-    prefetch: int = 4
+    workers: int = 0  # processes; 0 makes batches in threads of this process
+    threads: int = 4  # in each process
+    prefetch: int = 4  # batches kept ready in each process
 
     def __post_init__(self) -> None:
         if self.workers < 0 or self.threads < 1 or self.prefetch < 1:
@@ -79,12 +73,12 @@ def parse_flags() -> None:
         flags.FLAGS.mark_as_parsed()
 
 
-def in_order(function: Callable[[Any], Any], items: Iterable[Any], threads: int) -> Iterator[Any]:
-    """Yields ``function(item)`` for every item, in order, with a few results made ahead.
-
-    ``ThreadPoolExecutor.map`` was rejected: it keeps every result that nobody has taken yet.
-    """
-    ahead: deque[Any] = deque()
+def in_order(
+    function: Callable[[Item], Result], items: Iterable[Item], threads: int
+) -> Generator[Result, None, None]:
+    """Yields ``function(item)`` for every item, in order, with a few results made ahead."""
+    # ``ThreadPoolExecutor.map`` was rejected: it keeps every result that nobody has taken yet.
+    ahead: deque[Future[Result]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         try:
             for item in items:

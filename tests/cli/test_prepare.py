@@ -47,7 +47,7 @@ def spoil(root):
         (
             f"{masks / 's2.png'}: labels 21 (5 px) out of range; there are 3 classes (file values "
             "0-2) and void 255",
-            "Mend the mask, or change the class list or the label map of this source.",
+            "Fix the mask, or change the class list or the label map of this source.",
         ),
         (
             f"{masks / 's3.png'}: labels painted in RGB (different colours: 1, such as (128, 64, "

@@ -161,7 +161,7 @@ def test_all_problems_of_a_folder_at_once(maps, tmp_path):
         "ids 'A', 'a' are the same or differ by case only (A.png, a.png)",
         f"{maps}/pipe.png: not a regular file",
         f"{maps}/link.png: a link to {tmp_path}/outside.png; files lie inside {maps}. Copy",
-        f"ERROR [given] {maps}: problems: 10, labels found: 12. Mend or remove them. A data set",
+        f"ERROR [given] {maps}: problems: 10, labels found: 12. Fix or remove them. A data set",
     )
 
 
@@ -191,7 +191,7 @@ def test_labels_out_of_range_are_told_when_they_are_loaded(maps):
     given = given_labels(maps, FOUR)
     text = (
         f"ERROR [data] {maps}/a.png: labels 4 (1 px), 21 (2 px) out of range; there are 4 classes "
-        "(file values 0-3) and void 255. Mend the mask, or change the class list"
+        "(file values 0-3) and void 255. Fix the mask, or change the class list"
     )
     with pytest.raises(BadSample, match=re.escape(text)):
         given.load(0, 2)

@@ -41,7 +41,7 @@ def test_a_table_of_values():
             LabelRule(),
             [[21, 37], [37, 255]],
             "ERROR [data] masks/a.png: labels 21 (1 px), 37 (2 px) out of range; there are 3 "
-            "classes (file values 0-2) and void 255. Mend the mask, or change the class list or "
+            "classes (file values 0-2) and void 255. Fix the mask, or change the class list or "
             "the label map of this source.",
         ),
         (

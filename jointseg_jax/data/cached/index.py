@@ -1,25 +1,29 @@
-"""``ROOT/SPLIT.json``: what an encoded split is made of, and with what settings.
+"""The files of an encoded split: an index, and shards of fixed-size rows, mapped into memory.
 
-The index alone says what a batch of the cache holds, so a program that reads it can be compiled
-where the rows are not (``perf/abstract.py``).
+``ROOT/SPLIT.json``, the index, alone says what a batch of the cache holds, so a program that reads
+it can be compiled where the rows are not (``perf/abstract.py``).
+
+A shard of n rows is one block ``[n, stride_f]`` per field f, in the order of the fields, and then
+the sums ``[n, fields]``. A stride is the size of a row, filled up with zeros to 8 bytes. The sum of
+a row is that of its 64-bit little-endian words modulo 2^64, taken of every row that is read: a
+changed bit, or a page of zeros, is noticed before anything learns from it.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NotRequired, TypedDict, cast
 
 import ml_dtypes
 import numpy as np
 
 from jointseg_jax.data import files
 from jointseg_jax.data.classes import Classes
-from jointseg_jax.data.labels import class_list
+from jointseg_jax.data.labels import ClassesContent, class_list
 from jointseg_jax.data.records import BadSample
 from jointseg_jax.types import UserError
 
@@ -30,13 +34,74 @@ AGAIN = (
     "settings: whole shards are kept."
 )
 
+BFLOAT16 = "bfloat16"
+"""The one number type here that numpy does not know by name."""
+
+
+class FieldContent(TypedDict):
+    """A ``Field`` in JSON."""
+
+    name: str
+    dtype: str
+    shape: list[int]
+
+
+class Note(TypedDict):
+    """What a shard's own JSON says of one record."""
+
+    id: str
+    captions: list[str]
+    instead_of: NotRequired[list[str]]  # problems of the bad records that this one replaces
+    text: NotRequired[str]  # name of its features of text
+
+
+class ShardEntry(TypedDict):
+    """What the index says of one shard."""
+
+    file: str
+    records: int
+    replaced: int
+    bytes: int
+    sha256: str
+
+
+class TableEntry(TypedDict):
+    """What the index says of one file of the texts."""
+
+    file: str
+    bytes: int
+    sha256: str
+    rows: NotRequired[int]
+    of: NotRequired[str]  # SHA-256 of the names of its rows
+
+
+class CacheIndex(TypedDict):
+    """What ``ROOT/SPLIT.json`` holds."""
+
+    format: str
+    version: int
+    complete: bool
+    settings: dict[str, object]  # config, fingerprint of the source, codecs
+    classes: ClassesContent
+    words: list[str]
+    records: int
+    per_shard: int
+    variants: int  # rows of a record: crops, and each mirrored where ``flip`` is given
+    crops: int
+    random_crops: bool
+    flip: float | None
+    fields: list[FieldContent]
+    text: FieldContent | None
+    shards: list[ShardEntry]  # these two only once complete
+    tables: dict[str, TableEntry]
+
 
 def index_path(root: str | Path, split: str) -> Path:
-    """Where the index of a split is."""
+    """Returns the path of the index of a split."""
     return Path(root) / f"{split}.json"
 
 
-def read_index(path: Path) -> dict[str, Any]:
+def read_index(path: Path) -> CacheIndex:
     """Reads an index of this version, finished or not.
 
     Raises:
@@ -47,69 +112,58 @@ def read_index(path: Path) -> dict[str, Any]:
         index = files.read_json(path)
     except BadSample as problem:
         raise UserError(f"{problem} {made}") from None
-    found = (index.get("format"), index.get("version")) if isinstance(index, dict) else (None, None)
-    if found[0] != FORMAT:
+    if not isinstance(index, dict) or index.get("format") != FORMAT:
         raise UserError(f"ERROR [data] {path}: not the index of a cache. {made}")
-    if found[1] != VERSION:
+    if index.get("version") != VERSION:
         raise UserError(
-            f"ERROR [data] {path}: version {found[1]} of the cache; this release reads version "
-            f"{VERSION}. Run launch/encode.py again, into another folder."
+            f"ERROR [data] {path}: version {index.get('version')} of the cache; this release reads "
+            f"version {VERSION}. Run launch/encode.py again, into another folder."
         )
-    return index
+    return cast(CacheIndex, index)
 
 
-def classes_of(index: Mapping[str, Any]) -> Classes:
-    """The classes of the source that was encoded."""
+def classes_of(index: CacheIndex) -> Classes:
+    """Returns the classes of the source that was encoded."""
     content = index["classes"]
     return class_list(content["classes"], content["swaps"])
 
 
-def fields_of(index: Mapping[str, Any]) -> tuple[Field, ...]:
-    """What a row holds."""
+def fields_of(index: CacheIndex) -> tuple[Field, ...]:
+    """Returns the fields of a row."""
     return tuple(map(Field.of, index["fields"]))
 
 
-def text_of(index: Mapping[str, Any]) -> Field | None:
-    """The field of texts, which are kept once for all rows that have the same."""
+def text_of(index: CacheIndex) -> Field | None:
+    """Returns the field of texts, which are kept once for all rows that have the same."""
     return Field.of(index["text"]) if index["text"] else None
 
 
-def check_files(root: Path, entries: Iterable[Mapping[str, Any]]) -> None:
+def check_files(root: Path, entries: Iterable[ShardEntry | TableEntry]) -> None:
     """Refuses files that are missing or have another size than was written."""
     written = ((files.inside(root, entry["file"]), entry["bytes"]) for entry in entries)
     files.require_sizes(root, written, what="files of the cache", remedy=AGAIN)
 
 
-def dump(content: object) -> bytes:
-    """JSON as it is kept in a cache."""
+def dump(content: Mapping[str, object]) -> bytes:
+    """Encodes JSON as it is kept in a cache."""
     return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
-
-
-BFLOAT16 = "bfloat16"
-"""The one number type here that numpy does not know by name."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Field:
-    """One array of every row.
+    """One array of every row."""
 
-    Attributes:
-      name: the batch field.
-      dtype: as stored.
-      shape: of one row.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
+    name: str  # the batch field
+    dtype: str  # as stored
+    shape: tuple[int, ...]  # of one row
 
     @staticmethod
-    def of(values: dict[str, Any]) -> Field:
-        """The field with these plain values."""
-        return Field(**values | {"shape": tuple(values["shape"])})
+    def of(content: FieldContent) -> Field:
+        """Returns the field that ``plain`` gave."""
+        return Field(name=content["name"], dtype=content["dtype"], shape=tuple(content["shape"]))
 
-    def plain(self) -> dict[str, Any]:
-        """What ``of`` makes an equal field from."""
+    def plain(self) -> FieldContent:
+        """Returns the field as plain values for JSON."""
         return {"name": self.name, "dtype": self.dtype, "shape": list(self.shape)}
 
     @property
@@ -120,6 +174,7 @@ class Field:
     @property
     def read_kind(self) -> np.dtype:
         """The number type that rows are read as."""
+        # Labels are stored as int8 where they fit, and are int16 everywhere in the package.
         return np.dtype(np.int16) if self.name == "labels" else self.kind
 
     @property
@@ -133,31 +188,32 @@ class Field:
         return -(-self.size // 8) * 8
 
     def words(self, values: np.ndarray) -> np.ndarray:
-        """Rows as 64-bit words ``[rows, stride / 8]``."""
-        given = np.ascontiguousarray(values, self.kind)
-        words = np.zeros((len(given), self.stride // 8), np.uint64)
-        words.view(np.uint8)[:, : self.size] = given.reshape(len(given), -1).view(np.uint8)
+        """Returns rows ``[rows, *shape]`` as 64-bit words ``[rows, stride / 8]``."""
+        plain = np.ascontiguousarray(values, self.kind)
+        words = np.zeros((len(plain), self.stride // 8), np.uint64)
+        # Through bytes, which keeps every bit of bfloat16 and pads the last word with zeros.
+        words.view(np.uint8)[:, : self.size] = plain.reshape(len(plain), -1).view(np.uint8)
         return words
 
     def values(self, words: np.ndarray) -> np.ndarray:
-        """The rows ``[rows, *shape]`` of 64-bit words ``[rows, stride / 8]``."""
-        plain = words.view(np.uint8)[:, : self.size]
-        found = np.ascontiguousarray(plain).view(self.kind).reshape(len(words), *self.shape)
-        return found.astype(self.read_kind, copy=False)
+        """Returns the rows ``[rows, *shape]`` of 64-bit words ``[rows, stride / 8]``."""
+        plain = np.ascontiguousarray(words.view(np.uint8)[:, : self.size])
+        rows = plain.view(self.kind).reshape(len(words), *self.shape)
+        return rows.astype(self.read_kind, copy=False)
 
 
 def row_bytes(fields: Iterable[Field]) -> int:
-    """Bytes that a row takes in a file, with its sums."""
+    """Returns the bytes that a row takes in a file, with its sums."""
     return sum(f.stride + 8 for f in fields)
 
 
 def row_sums(words: np.ndarray) -> np.ndarray:
-    """The sum of each row of 64-bit words."""
+    """Returns the sum of each row of 64-bit words, modulo 2^64."""
     return words.sum(axis=1, dtype=np.uint64)
 
 
 def blocks(memory: np.ndarray, fields: Sequence[Field]) -> tuple[list[np.ndarray], np.ndarray]:
-    """The words of each field, and the sums, of the bytes of a file."""
+    """Returns views of a file's bytes: the words of each field, and the sums."""
     count = len(memory) // row_bytes(fields)
     ends = list(itertools.accumulate((count * f.stride for f in fields), initial=0))
     words = [
@@ -168,10 +224,10 @@ def blocks(memory: np.ndarray, fields: Sequence[Field]) -> tuple[list[np.ndarray
 
 
 def opened(path: Path, fields: Sequence[Field]) -> tuple[list[np.ndarray], np.ndarray]:
-    """``blocks`` of a file; nothing is read before it is asked for."""
-    if not path.stat().st_size:
-        return blocks(np.zeros(0, np.uint8), fields)
-    return blocks(np.asarray(np.memmap(path, np.uint8, "r")), fields)
+    """Returns ``blocks`` of a file; pages are read when they are used."""
+    # numpy maps no empty file.
+    memory = np.memmap(path, np.uint8, "r") if path.stat().st_size else np.zeros(0, np.uint8)
+    return blocks(np.asarray(memory), fields)
 
 
 class RowFile:
@@ -179,12 +235,12 @@ class RowFile:
 
     def __init__(self, path: Path, fields: Sequence[Field], rows: int):
         self.path, self.fields, self.rows, self.filled = path, tuple(fields), rows, 0
-        self._temporary = path.with_name(path.name + ".tmp")
-        self._temporary.write_bytes(b"")  # numpy maps no empty file
-        self._memory: Any = np.zeros(0, np.uint8)
+        temporary = files.temporary(path)
+        temporary.write_bytes(b"")  # numpy maps no empty file
+        self._memory = np.zeros(0, np.uint8)
         if rows:
             shape = (rows * row_bytes(fields),)
-            self._memory = np.memmap(self._temporary, np.uint8, "w+", shape=shape)
+            self._memory = np.memmap(temporary, np.uint8, "w+", shape=shape)
         self._words, self._sums = blocks(np.asarray(self._memory), self.fields)
 
     def add(self, words: Sequence[np.ndarray]) -> None:
@@ -192,28 +248,25 @@ class RowFile:
         self.put(self.filled, words)
 
     def put(self, first: int, words: Sequence[np.ndarray]) -> None:
-        """Fills the places from ``first`` on, each of which is filled once."""
-        place = slice(first, first + len(words[0]))
-        for number, given in enumerate(words):
-            self._words[number][place] = given
-            self._sums[place, number] = row_sums(given)
+        """Fills the rows from ``first`` on, each of which is filled once."""
+        rows = slice(first, first + len(words[0]))
+        for number, block in enumerate(words):
+            self._words[number][rows] = block
+            self._sums[rows, number] = row_sums(block)
         self.filled += len(words[0])
 
-    def close(self) -> dict[str, Any]:
-        """Gives the file its name; returns what tells it from others."""
+    def close(self) -> files.SizeAndSum:
+        """Gives the file its name; returns its size and SHA-256."""
         if self.filled != self.rows:
             raise ValueError(f"{self.path}: {self.filled} of {self.rows} rows were added.")
-        if self.rows:
+        if isinstance(self._memory, np.memmap):
             self._memory.flush()
+        # The map goes before the rename: it would keep the pages of the file in use.
         del self._words, self._sums, self._memory
-        with open(self._temporary, "rb") as file:
-            os.fsync(file.fileno())
-        found = {"bytes": self._temporary.stat().st_size, "sha256": files.sha256(self._temporary)}
-        os.replace(self._temporary, self.path)
-        files.sync_folder(self.path.parent)
-        return found
+        files.publish(self.path)
+        return files.size_and_sum(self.path)
 
 
 def shard_name(split: str, number: int, shards: int) -> str:
-    """The name of a shard, without its ending."""
+    """Returns the name of a shard, without its ending."""
     return f"{split}-{number:05d}-of-{shards:05d}"

@@ -1,9 +1,9 @@
-"""Batches of a source that gathers whole batches: the same contract as ``pipeline.py``, no Grain.
+"""Batches of an encoded source, gathered whole: the contract of ``pipeline.py``, without Grain.
 
 1. Position ``p = step * batch + row`` is entry ``p mod n`` of the permutation of epoch ``p div n``,
    drawn from (seed, epoch).
-2. The chances of a batch (crop, mirror, caption) are drawn from (seed, step) for all its rows, of
-   which a host takes its own: rows are the same on any number of hosts.
+2. The random numbers of a batch (crop, mirror, caption) are drawn from (seed, step) for all its
+   rows, of which a host takes its own: rows are the same on any number of hosts.
 3. So the position is the whole state; batches are made ahead by threads, in order.
 
 A generator per row, as the pipeline has it, takes longer than reading the row: the order of records
@@ -13,16 +13,19 @@ and the draws are therefore others than those of the source that was encoded.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Generator
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from jointseg_jax.data.records import BadSample
+from jointseg_jax.data.records import BadReport, BadSample
 from jointseg_jax.data.workers import in_order
 
+Batch = dict[str, np.ndarray]
+Tokenizer = Callable[[str], np.ndarray]
+
 DRAWS = 3
-"""Chances per row."""
+"""Random numbers per row: crop, mirror, caption."""
 
 
 @runtime_checkable
@@ -33,18 +36,16 @@ class CachedSource(Protocol):
         """Counts the records."""
         ...
 
-    def check_tokenizer(self, tokenizer: Any) -> None:
+    def check_tokenizer(self, tokenizer: Tokenizer | None) -> None:
         """Refuses a tokenizer other than the one its text was made with."""
         ...
 
-    def gather(
-        self, records: np.ndarray, random: np.ndarray | None = None
-    ) -> dict[str, np.ndarray]:
-        """The batch fields of some records; ``random`` ``[DRAWS, records]`` chooses variants."""
+    def gather(self, records: np.ndarray, random: np.ndarray | None = None) -> Batch:
+        """Returns the batch fields of ``records``; ``random`` [DRAWS, records] chooses variants."""
         ...
 
     def damage(self) -> list[BadSample]:
-        """What is wrong with its files, each of which is read."""
+        """Reads every file; returns what is wrong with them."""
         ...
 
 
@@ -74,19 +75,22 @@ class CachedBatches:
         self._source, self._batch, self._seed, self._train = source, batch, seed, train
         local = batch // hosts
         self._own = np.arange(host * local, (host + 1) * local)
+        # The order of the last epoch asked for: a batch may lie in two, and n may be millions.
         self._epoch: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
         plans = map(self.plan, itertools.count(step))
-        self._made: Iterator[dict[str, np.ndarray]] | None = in_order(self._make, plans, threads)
+        self._ahead: Generator[Batch, None, None] | None = in_order(self._make, plans, threads)
 
     def plan(self, step: int) -> tuple[np.ndarray, np.ndarray | None]:
-        """The records and the chances of this host's rows of a step."""
+        """Returns the records [rows] and random numbers [DRAWS, rows] of this host in a step."""
         rng = np.random.default_rng((self._seed, step))
+        # Drawn for all hosts' rows, then cut: the same numbers on any number of hosts.
         random = rng.random((DRAWS, self._batch))[:, self._own] if self._train else None
-        epochs, places = np.divmod(step * self._batch + self._own, len(self._source))
-        records = np.empty_like(places)
+        # p = step * batch + row lies in epoch p div n, at p mod n of its permutation
+        epochs, positions = np.divmod(step * self._batch + self._own, len(self._source))
+        records = np.empty_like(positions)
         for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
-            chosen = epochs == epoch
-            records[chosen] = self._order(epoch)[places[chosen]]
+            rows = epochs == epoch
+            records[rows] = self._order(epoch)[positions[rows]]
         return records, random
 
     def _order(self, epoch: int) -> np.ndarray:
@@ -96,29 +100,29 @@ class CachedBatches:
             self._epoch = epoch, rng.permutation(len(self._source))
         return self._epoch[1]
 
-    def _make(self, plan: tuple[np.ndarray, np.ndarray | None]) -> dict[str, np.ndarray]:
+    def _make(self, plan: tuple[np.ndarray, np.ndarray | None]) -> Batch:
         records, random = plan
         return {**self._source.gather(records, random), "index": records}
 
     def __iter__(self) -> CachedBatches:
         return self
 
-    def __next__(self) -> dict[str, np.ndarray]:
-        if self._made is None:
+    def __next__(self) -> Batch:
+        if self._ahead is None:
             raise ValueError("these batches are closed; make new ones with start_step=step.")
-        batch = next(self._made)
+        batch = next(self._ahead)
         self.step += 1
         return batch
 
-    def drain(self) -> list[dict[str, Any]]:
-        """Nothing: a damaged row ends the run."""
+    def drain(self) -> list[BadReport]:
+        """Returns no reports: a damaged row ends the run."""
         return []
 
     def close(self) -> None:
         """Ends the threads."""
-        made, self._made = self._made, None
-        if made is not None:
-            made.close()
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None:
+            ahead.close()
 
     def __enter__(self) -> CachedBatches:
         return self

@@ -1,13 +1,13 @@
 """What a run reads of its data, encoded once: fixed-size rows in memory-mapped shards.
 
 ROOT/SPLIT.json                      the index: settings, fields, shards with their SHA-256
-ROOT/SPLIT-00000-of-00004.bin        rows (``shards.py``)
+ROOT/SPLIT-00000-of-00004.bin        rows (``index.py``)
 ROOT/SPLIT-00000-of-00004.json       ids and captions of the records of that shard
-ROOT/SPLIT.text.bin, .texts.npy, .captions.npy   each different text once (``text_table.py``)
+ROOT/SPLIT.text.bin, .texts.npy, .captions.npy   each different text once (``texts.py``)
 
 Record i has ``variants`` rows, ``i * variants`` and on, those of ``views.py``.
 
-``launch/encode.py`` writes it (``cache_writer.py``). Rows come as they are stored, except that
+``launch/encode.py`` writes it (``shard_writer.py``). Rows come as they are stored, except that
 ``labels`` are int16 again; float16 is made float32 where it is used, on the device.
 """
 
@@ -18,16 +18,20 @@ import functools
 import hashlib
 import itertools
 import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import numpy as np
 
 from jointseg_jax.data import files
 from jointseg_jax.data.cached.index import (
     AGAIN,
+    CacheIndex,
     Field,
+    Note,
     check_files,
     classes_of,
     fields_of,
@@ -43,24 +47,29 @@ from jointseg_jax.data.classes import Classes
 from jointseg_jax.data.records import BadSample, Record
 from jointseg_jax.types import UserError
 
+Shard = tuple[list[np.ndarray], np.ndarray]
+"""The words of each field, and the sums, of a shard mapped into memory."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Cache:
-    """An encoded split as a source whose batches are gathered whole (``gathering.py``).
+    """An encoded split as a source whose batches are gathered whole (``loader.py``)."""
 
-    Attributes:
-      root: its folder.
-      index: what its index says.
-      fields: what a row holds.
-      texts: of the records; None where nothing reads any.
-    """
-
-    root: str
+    root: str  # its folder
     split: str
-    index: dict[str, Any] = field(init=False, repr=False, compare=False)
+    index: CacheIndex = field(init=False, repr=False, compare=False)
     classes: Classes = field(init=False, repr=False)
-    fields: tuple[Field, ...] = field(init=False, repr=False, compare=False)
-    texts: Texts | None = field(init=False, repr=False, compare=False)
+    fields: tuple[Field, ...] = field(init=False, repr=False, compare=False)  # of a row
+    texts: Texts | None = field(init=False, repr=False, compare=False)  # None: nothing reads any
+    _starts: list[int] = field(init=False, repr=False, compare=False)  # first record of each shard
+    # Shards and notes are opened when they are first read, by whichever thread comes first.
+    _open: dict[int, Shard] = field(init=False, repr=False, compare=False, default_factory=dict)
+    _notes: dict[int, list[Note]] = field(
+        init=False, repr=False, compare=False, default_factory=dict
+    )
+    _lock: AbstractContextManager[bool] = field(
+        init=False, repr=False, compare=False, default_factory=threading.Lock
+    )
 
     def __post_init__(self) -> None:
         path = index_path(self.root, self.split)
@@ -71,33 +80,30 @@ class Cache:
                 "command again: it goes on where it stopped."
             )
         try:
-            known = self._known(index)
+            self._open_index(index)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             why = f"{type(error).__name__}: {error}"
             raise UserError(f"ERROR [data] {path}: damaged ({why}). {AGAIN}") from None
-        for name, value in known.items():
-            object.__setattr__(self, name, value)
 
-    def _known(self, index: dict[str, Any]) -> dict[str, Any]:
-        """The attributes that follow from an index."""
+    def _open_index(self, index: CacheIndex) -> None:
+        """Sets the attributes that follow from an index; files of other sizes are refused."""
         shards, tables, root = index["shards"], index["tables"], Path(self.root)
         check_files(root, [*shards, *tables.values()])
         fields, text = fields_of(index), text_of(index)
         for entry in shards:
             if entry["bytes"] != entry["records"] * index["variants"] * row_bytes(fields):
                 raise ValueError(f"{entry['file']}: {entry['records']} records of other fields")
-        return {
+        for name, value in {
             "index": index,
             "classes": classes_of(index),
             "fields": fields,
             "texts": Texts(root, tables, text) if text else None,
             "_starts": list(itertools.accumulate((s["records"] for s in shards), initial=0)),
-            "_open": {},
-            "_notes": {},
-            "_lock": threading.Lock(),
-        }
+        }.items():
+            object.__setattr__(self, name, value)
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[Callable[[], Cache], tuple[()]]:
+        # A copy in a worker opens the files itself: locks and maps do not travel.
         return functools.partial(Cache, root=self.root, split=self.split), ()
 
     @property
@@ -110,15 +116,15 @@ class Cache:
 
     @property
     def text_is_features(self) -> bool:
-        """Whether texts are features that came with the records, not token ids."""
+        """True if texts are features that came with the records, not token ids."""
         return self.texts is not None and self.texts.field.kind.kind != "i"
 
     def words(self) -> tuple[str, ...]:
-        """The words of the source that was encoded."""
+        """Returns the words of the source that was encoded."""
         return tuple(self.index["words"])
 
     def fingerprint(self) -> dict[str, object]:
-        """The encoded source's, and what its rows are."""
+        """Returns the plain values that must match when a run resumes."""
         digests = "".join(shard["sha256"] for shard in self.index["shards"])
         return {
             "name": "cache",
@@ -129,31 +135,31 @@ class Cache:
         }
 
     def __getitem__(self, index: int) -> Record:
-        """One record as it was encoded, unaugmented; ``image`` and ``labels`` if they were kept."""
+        """Returns a record as it was encoded, unaugmented; with image and labels if kept."""
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
-        shard = bisect.bisect_right(self._starts, index) - 1
-        note = self._note(shard)[index - self._starts[shard]]
+        note = self._note(index)
         rows = self._rows(np.array([index * self.index["variants"]]))
-        if self.text_is_features:
+        if self.texts is not None and self.text_is_features:
             rows["text"] = self.texts.of(np.array([index]))
         arrays = {name: _plain(values[0]) for name, values in rows.items()}
         own = {k: arrays.pop(k) for k in ("image", "labels") if k in arrays}
-        record = {"id": note["id"], "captions": tuple(note["captions"]), **own}
-        return Record(**record, features=arrays)
+        record = {"id": note["id"], "captions": tuple(note["captions"]), **own, "features": arrays}
+        return cast(Record, record)
 
-    def check_tokenizer(self, tokenizer: Any) -> None:
+    def check_tokenizer(self, tokenizer: Callable[[str], np.ndarray] | None) -> None:
         """Refuses a tokenizer that does not give the stored token ids.
 
         Raises:
-          UserError: some other vocabulary or length.
+          UserError: its vocabulary or length is another.
         """
         if tokenizer is None or self.texts is None or self.text_is_features:
             return
+        # Three records tell: another vocabulary numbers nearly all words differently.
         length, last = self.texts.field.shape[0], len(self) - 1
         good = len(tokenizer("")) == length
         for index in sorted({0, last // 2, last}):
-            stored = zip(self._captions(index), self.texts.of_record(index))
+            stored = zip(self._note(index)["captions"], self.texts.of_record(index))
             good = good and all(np.array_equal(tokenizer(caption), ids) for caption, ids in stored)
         if not good:
             raise UserError(
@@ -163,30 +169,30 @@ class Cache:
             )
 
     def damage(self) -> list[BadSample]:
-        """Reads every row; what is wrong with each file that is not as it was written."""
-        found = []
+        """Reads every row; returns what is wrong with each file that is not as it was written."""
+        problems = []
         for first, end in itertools.pairwise(self._starts):
             rows = np.arange(first * self.index["variants"], end * self.index["variants"])
             try:
                 for part in np.array_split(rows, -(-len(rows) // 256) or 1):
                     self._rows(part)
             except BadSample as problem:
-                found.append(problem)
+                problems.append(problem)
         try:
             if self.texts is not None:
                 self.texts.check()
         except BadSample as problem:
-            found.append(problem)
-        return found
+            problems.append(problem)
+        return problems
 
     def gather(
         self, records: np.ndarray, random: np.ndarray | None = None
     ) -> dict[str, np.ndarray]:
-        """The rows of some records, in their order.
+        """Returns the rows of ``records``, in their order.
 
         Args:
-          random: uniform draws ``[3, records]`` that choose crop, mirror and caption; the first
-            of each when absent.
+          random: uniform draws [3, records] that choose crop, mirror and caption; the first of
+            each when absent.
 
         Raises:
           BadSample: a row is not what was written.
@@ -199,12 +205,14 @@ class Cache:
     def _variant(self, random: np.ndarray | None) -> np.ndarray | int:
         if random is None:
             return 0
+        # row 2 * crop + mirrored of a record, or row crop where no flips are kept
         crops, flip = self.index["crops"], self.index["flip"]
         crop = (random[0] * crops).astype(np.int64)
         return crop if flip is None else 2 * crop + (random[1] < flip)
 
     def _rows(self, rows: np.ndarray) -> dict[str, np.ndarray]:
-        """Copies each row once, in the order in which rows lie on disk."""
+        """Returns rows as they are stored, checked against their sums."""
+        # Copied in the order in which rows lie on disk, so that a disk reads forwards.
         order = np.argsort(rows, kind="stable")
         ordered = rows[order]
         edges = np.array(self._starts) * self.index["variants"]
@@ -215,11 +223,12 @@ class Cache:
             if a == b:
                 continue
             words, written = self._shard(shard)
-            places, local = order[a:b].tolist(), (ordered[a:b] - edges[shard]).tolist()
+            targets, local = order[a:b].tolist(), (ordered[a:b] - edges[shard]).tolist()
             sums[order[a:b]] = written[local]
-            for source, target in zip(words, out):
-                for place, row in zip(places, local):
-                    target[place] = source[row]
+            # Row by row: ``block[local]`` would copy all rows once more on the way.
+            for block, rows_out in zip(words, out):
+                for target, row in zip(targets, local):
+                    rows_out[target] = block[row]
         for number, words in enumerate(out):
             self._check(row_sums(words) == sums[:, number], rows, self.fields[number].name)
         return {f.name: f.values(words) for f, words in zip(self.fields, out)}
@@ -238,7 +247,7 @@ class Cache:
             AGAIN,
         )
 
-    def _shard(self, number: int) -> tuple[list[np.ndarray], np.ndarray]:
+    def _shard(self, number: int) -> Shard:
         with self._lock:
             if number not in self._open:
                 path = Path(self.root) / self.index["shards"][number]["file"]
@@ -246,18 +255,17 @@ class Cache:
                 self._open[number] = opened(path, self.fields)
             return self._open[number]
 
-    def _note(self, number: int) -> list[dict[str, Any]]:
-        with self._lock:
-            if number not in self._notes:
-                name = Path(self.index["shards"][number]["file"]).with_suffix(".json")
-                self._notes[number] = files.read_json(Path(self.root) / name)["records"]
-            return self._notes[number]
-
-    def _captions(self, index: int) -> list[str]:
+    def _note(self, index: int) -> Note:
+        """Returns id and captions of a record."""
         shard = bisect.bisect_right(self._starts, index) - 1
-        return self._note(shard)[index - self._starts[shard]]["captions"]
+        with self._lock:
+            if shard not in self._notes:
+                name = Path(self.index["shards"][shard]["file"]).with_suffix(".json")
+                content = cast(dict, files.read_json(Path(self.root) / name))
+                self._notes[shard] = content["records"]
+        return self._notes[shard][index - self._starts[shard]]
 
 
 def _plain(array: np.ndarray) -> np.ndarray:
-    """Half-precision numbers in float32, as features of records are."""
+    """Returns half-precision numbers in float32, as features of records are."""
     return array if array.dtype.kind in "iu" else array.astype(np.float32)

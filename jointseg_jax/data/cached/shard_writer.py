@@ -3,15 +3,16 @@
 1. ``begin`` writes the index with ``complete: false``, or compares it with the one that is there.
 2. A shard is written to a temporary file, synced, hashed and renamed; then comes its note, with the
    hash and the ids and captions of its records. A shard without a matching note does not exist.
-3. ``finish`` writes the texts (``text_writer.py``) and, last, the index with all hashes.
+3. ``finish`` writes the texts (``texts.py``) and, last, the index with all hashes.
 """
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import numpy as np
 
@@ -20,8 +21,12 @@ from jointseg_jax.data.cached import texts
 from jointseg_jax.data.cached.index import (
     FORMAT,
     VERSION,
+    CacheIndex,
     Field,
+    Note,
     RowFile,
+    ShardEntry,
+    TableEntry,
     dump,
     index_path,
     read_index,
@@ -33,7 +38,7 @@ from jointseg_jax.data.records import BadSample
 from jointseg_jax.settings_diff import require_same
 
 
-def begin(root: Path, split: str, head: Mapping[str, Any]) -> None:
+def begin(root: Path, split: str, head: Mapping[str, object]) -> None:
     """Opens a cache to write to, or to go on with.
 
     Args:
@@ -44,9 +49,10 @@ def begin(root: Path, split: str, head: Mapping[str, Any]) -> None:
     """
     root.mkdir(parents=True, exist_ok=True)
     path = index_path(root, split)
-    head = json.loads(json.dumps({"format": FORMAT, "version": VERSION} | dict(head)))
+    # Through JSON, to compare what will be in the file: tuples are lists there.
+    head = json.loads(json.dumps({"format": FORMAT, "version": VERSION, **head}))
     if not path.exists():
-        files.write(path, dump({"complete": False} | head))
+        files.write(path, dump({"complete": False, **head}))
         return
     saved = read_index(path)
     require_same(
@@ -58,7 +64,7 @@ def begin(root: Path, split: str, head: Mapping[str, Any]) -> None:
 
 
 def kept(root: Path, name: str, *, part: bool = False) -> bool:
-    """Whether a shard is there, whole: its note is, and it has the hash that the note says.
+    """Returns True if a shard is whole: it has the hash that its note, written last, says.
 
     Args:
       part: its texts must be there, too, for they are in no table yet.
@@ -67,10 +73,15 @@ def kept(root: Path, name: str, *, part: bool = False) -> bool:
     if not part:
         del paths["text_"]
     try:
-        note = files.read_json(root / f"{name}.json")
+        note = read_note(root, name)
         return all(note[f"{k}sha256"] == files.sha256(path) for k, path in paths.items())
     except (BadSample, KeyError, TypeError, OSError):
         return False
+
+
+def read_note(root: Path, name: str) -> dict:
+    """Returns the JSON beside a shard: ``bytes``, ``sha256``, and the notes of its ``records``."""
+    return cast(dict, files.read_json(root / f"{name}.json"))
 
 
 class ShardWriter:
@@ -84,26 +95,26 @@ class ShardWriter:
         self, root: Path, name: str, fields: Sequence[Field], rows: int, text: Field | None = None
     ):
         self.root, self.name, self.fields = root, name, tuple(fields)
-        self.notes: list[dict[str, Any]] = []
+        self.notes: list[Note] = []
         self._rows = RowFile(root / f"{name}.bin", self.fields, rows)
         self._texts = texts.TextPart(root / f"{name}{PART}", text) if text else None
 
     def add(
         self,
         values: Mapping[str, np.ndarray],
-        notes: Sequence[Mapping[str, Any]],
+        notes: Sequence[Note],
         texts: np.ndarray | None = None,
     ) -> None:
         """Adds rows of all fields, and of each record its note and its features of text."""
         self._rows.add([f.words(values[f.name]) for f in self.fields])
-        names = [{}] * len(notes)
         if self._texts is not None and texts is not None:
-            names = [{"text": name} for name in self._texts.add(texts)]
-        self.notes += [{**note, **name} for note, name in zip(notes, names)]
+            names = self._texts.add(texts)
+            notes = [{**note, "text": name} for note, name in zip(notes, names)]
+        self.notes += notes
 
     def close(self) -> None:
         """Gives the shard its name, and then its note."""
-        note = self._rows.close() | {"records": self.notes}
+        note: dict[str, object] = {**self._rows.close(), "records": self.notes}
         if self._texts is not None:
             note["text_sha256"] = self._texts.close()
         files.write(self.root / f"{self.name}.json", dump(note))
@@ -111,7 +122,7 @@ class ShardWriter:
 
 def finish(
     root: Path, split: str, shards: int, tokenizer: Callable[[str], np.ndarray] | None
-) -> dict[str, Any]:
+) -> CacheIndex:
     """Writes the texts and the finished index, which it returns.
 
     Args:
@@ -119,16 +130,25 @@ def finish(
     """
     path = index_path(root, split)
     before, names = read_index(path), [shard_name(split, n, shards) for n in range(shards)]
-    entries, records = [], []
+    entries: list[ShardEntry] = []
+    records: list[Note] = []
     for name in names:
-        note = files.read_json(root / f"{name}.json")
-        replaced = sum("instead_of" in record for record in note["records"])
-        entry = {"file": f"{name}.bin", "records": len(note["records"]), "replaced": replaced}
-        entries.append(entry | {k: note[k] for k in ("bytes", "sha256")})
+        note = read_note(root, name)
+        entries.append(
+            {
+                "file": f"{name}.bin",
+                "records": len(note["records"]),
+                "replaced": sum("instead_of" in record for record in note["records"]),
+                "bytes": note["bytes"],
+                "sha256": note["sha256"],
+            }
+        )
         records += note["records"]
     tables = _texts(root, split, before, records, names, tokenizer)
-    index = before | {"complete": True, "shards": entries, "tables": tables}
+    # ``complete`` keeps its place before the head: the bytes of an index are compared.
+    index = cast(CacheIndex, {**before, "complete": True, "shards": entries, "tables": tables})
     files.write(path, dump(index))
+    # Last: the parts of the texts are needed again if the work was stopped before the index.
     remove_strays(root, split, set(names))
     return index
 
@@ -136,27 +156,21 @@ def finish(
 def _texts(
     root: Path,
     split: str,
-    index: Mapping[str, Any],
-    records: Iterable[Mapping[str, Any]],
+    index: CacheIndex,
+    records: Sequence[Note],
     shards: Sequence[str],
     tokenizer: Callable[[str], np.ndarray] | None,
-) -> dict[str, Any]:
+) -> dict[str, TableEntry]:
     field = text_of(index)
     if field is None:
         return {}
     keep = index["tables"]["text"] if texts.is_whole(root, index) else None
     if tokenizer is not None:
-        names = (record["captions"] for record in records)
-        return texts.write(
-            root,
-            split,
-            field,
-            names,
-            lambda wanted: texts.tokenized(wanted, field, tokenizer),
-            keep=keep,
-        )
-    paths = [root / f"{name}{PART}" for name in shards] + [texts.table_path(root, split)]
-    names = ([record["text"]] for record in records)
+        names = [record["captions"] for record in records]
+        encode = functools.partial(texts.tokenized, field=field, tokenizer=tokenizer)
+        return texts.write(root, split, field, names, encode, keep=keep)
+    paths = [*(root / f"{name}{PART}" for name in shards), texts.table_path(root, split)]
+    names = [[record.get("text", "")] for record in records]
     return texts.write(
         root, split, field, names, lambda _: texts.collected(paths, field), keep=keep
     )

@@ -1,4 +1,4 @@
-"""The rows that a cache keeps of one record, in place of what training would draw.
+"""The rows that a cache keeps of one record, instead of what training would draw, and their reader.
 
 1. A crop per row: the centre's, as in evaluation, or ``crops`` drawn from (seed, record, crop).
 2. Each also mirrored, where training draws a flip (probability neither 0 nor 1).
@@ -13,11 +13,11 @@ import contextlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import grain
 import numpy as np
 
+from jointseg_jax.data.cached.index import Note
 from jointseg_jax.data.pipeline import Rows, private
 from jointseg_jax.data.records import Record
 from jointseg_jax.data.transforms import Flip, Resize, Transform
@@ -27,17 +27,12 @@ from jointseg_jax.types import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Views:
-    """The views of any record.
-
-    Args:
-      crops: how many random crops; 0 is the centre's.
-      train: whether the records are for training.
-    """
+    """The views of any record."""
 
     transforms: tuple[Transform, ...]
-    crops: int
+    crops: int  # number of random crops; 0 is the centre's
     seed: int
-    train: bool = True
+    train: bool = True  # whether the records are for training
 
     def __post_init__(self) -> None:
         if self.crops and not self.train:
@@ -48,7 +43,7 @@ class Views:
 
     @property
     def flip(self) -> float | None:
-        """The probability with which training takes the mirrored row; None: there is none."""
+        """The probability with which training takes the mirrored row; None without such rows."""
         drawn = [t.probability for t in self.transforms if isinstance(t, Flip)]
         if len(drawn) > 1:
             raise UserError(
@@ -58,7 +53,7 @@ class Views:
 
     @property
     def random_crops(self) -> bool:
-        """Whether training draws crops."""
+        """True if training draws crops."""
         return any(isinstance(t, Resize) and t.mode == "crop" and t.random for t in self.transforms)
 
     @property
@@ -67,9 +62,10 @@ class Views:
         return max(self.crops, 1) * (1 if self.flip is None else 2)
 
     def of(self, record: Record, index: int) -> Iterator[Record]:
-        """The views in the order of the rows."""
+        """Yields the views of record number ``index`` in the order of its rows."""
         for crop in range(max(self.crops, 1)):
             for mirrored in (None,) if self.flip is None else (0.0, 1.0):
+                # The same generator for both: a mirrored row shows the crop of its twin.
                 yield self._view(record, np.random.default_rng((self.seed, index, crop)), mirrored)
 
     def _view(self, record: Record, rng: np.random.Generator, mirrored: float | None) -> Record:
@@ -84,15 +80,10 @@ class Views:
 
 @dataclass(frozen=True, kw_only=True)
 class ViewedRecord:
-    """One record as it was read.
+    """One record as it was read."""
 
-    Attributes:
-      fields: batch fields, a row per view.
-      note: id, captions, and ``instead_of``: the complaints of records that it replaces.
-    """
-
-    fields: dict[str, np.ndarray]
-    note: dict[str, Any]
+    fields: dict[str, np.ndarray]  # batch fields, a row per view
+    note: Note
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,25 +95,25 @@ class ViewReader:
 
     def __call__(self, index: int) -> ViewedRecord:
         record, used, reports = self.rows.read(int(index))
-        made = [self.rows.fields(view) for view in self.views.of(record, used)]
-        note = {"id": record["id"], "captions": list(record["captions"])}
+        views = [self.rows.fields(view) for view in self.views.of(record, used)]
+        note = Note(id=record["id"], captions=list(record["captions"]))
         if reports:
             note["instead_of"] = [report["error"] for report in reports]
-        return ViewedRecord(
-            fields={k: np.stack([row[k] for row in made]) for k in made[0]}, note=note
-        )
+        fields = {name: np.stack([row[name] for row in views]) for name in views[0]}
+        return ViewedRecord(fields=fields, note=note)
 
     def all(self, records: Sequence[int], reading: Reading) -> Iterator[ViewedRecord]:
-        """Those of some records."""
+        """Yields the views of ``records`` in that order, read ahead by ``reading``."""
         if not len(records):
             return
-        found = grain.MapDataset.source(list(records)).map(self._packed)
-        with contextlib.closing(iter(reading.attach(found))) as made:
-            for fields, note in made:
+        packed = grain.MapDataset.source(list(records)).map(self._packed)
+        # Closed with this generator, for its workers would outlive it.
+        with contextlib.closing(iter(reading.attach(packed))) as ahead:
+            for fields, note in ahead:
                 own = {name: private(array) for name, array in fields.items()}
                 yield ViewedRecord(fields=own, note=json.loads(note))
 
     def _packed(self, index: int) -> tuple[dict[str, np.ndarray], str]:
-        """As Grain hands it from process to process: arrays and one string."""
+        # Grain hands arrays and strings from process to process, not dataclasses.
         viewed = self(index)
         return viewed.fields, json.dumps(viewed.note)

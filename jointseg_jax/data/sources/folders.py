@@ -185,7 +185,7 @@ def refuse(problems: list[BadSample], name: str) -> None:
         listed = "\n".join(map(str, problems[:50]))
         more = f"\n... and {len(problems) - 50} more" if len(problems) > 50 else ""
         raise UserError(
-            f"{listed}{more}\nERROR [data] {name}: problems in its listing: {len(problems)}. Mend "
+            f"{listed}{more}\nERROR [data] {name}: problems in its listing: {len(problems)}. Fix "
             "them, or set config.data.*.strict=False to train on the rest."
         )
 

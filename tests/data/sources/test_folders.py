@@ -81,7 +81,7 @@ def test_the_listing_shows_all_problems_at_once(disk):  # D5, D14
     lines = disk.captions.read_text().splitlines()
     disk.captions.write_text("\n".join([*lines[:5], '{"id": "A4", "caption": "x"}']))
     text = refused(
-        disk, "set/train: problems in its listing: 6. Mend them, or set config.data.*.strict"
+        disk, "set/train: problems in its listing: 6. Fix them, or set config.data.*.strict"
     )
     for part in (
         f"{disk.labels('a1')}: the label file of id 'a1' is missing; every id needs its",
