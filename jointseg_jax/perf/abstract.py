@@ -18,7 +18,14 @@ import jax
 import jax.numpy as jnp
 
 from jointseg_jax import build
-from jointseg_jax.data.cached.index import classes_of, fields_of, index_path, read_index, text_of
+from jointseg_jax.data.cached.index import (
+    CacheIndex,
+    classes_of,
+    fields_of,
+    index_path,
+    read_index,
+    text_of,
+)
 from jointseg_jax.data.class_lists import CLASS_LISTS
 from jointseg_jax.data.classes import Classes
 from jointseg_jax.data.sources.layouts import LAYOUT_CLASSES
@@ -65,7 +72,7 @@ def _without_data(classes: Classes) -> build.DatasetInfo:
     return build.DatasetInfo(classes, (), ())
 
 
-def _index(config: Mapping[str, Any]) -> dict[str, Any] | None:
+def _index(config: Mapping[str, Any]) -> CacheIndex | None:
     """The index of the config's cache, which must have been made with its settings."""
     if not build.from_cache(config, "train"):
         return None

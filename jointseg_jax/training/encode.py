@@ -23,7 +23,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jointseg_jax.data.cached import shard_writer, texts
-from jointseg_jax.data.cached.index import Field, index_path, read_index, shard_name
+from jointseg_jax.data.cached.index import CacheIndex, Field, index_path, read_index, shard_name
 from jointseg_jax.data.cached.views import ViewedRecord
 from jointseg_jax.data.workers import Reading
 from jointseg_jax.training.encode_options import DTYPES, Encoding
@@ -225,7 +225,7 @@ class _Run:
                 "them (launch/prepare.py lists all), or raise config.data.bad_limit."
             )
 
-    def finish(self) -> dict[str, Any]:
+    def finish(self) -> CacheIndex:
         """Writes the index when all processes have written their shards."""
         multihost_utils.sync_global_devices("encoding.shards")
         out, split = self.options.out, self.options.split
