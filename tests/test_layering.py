@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = "jointseg_jax"
 
-FOUNDATION = {"types", "rules", "rng", "sharding", "config", "chips", "settings_diff"}
+FOUNDATION = {"types", "rules", "rng", "sharding", "config", "chips", "settings_diff", "jsonl"}
 LOOPS = {"training", "generation", "evaluation"}
 PROCESSES = {"distributed", "processes"}
 

@@ -26,7 +26,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from jointseg_jax import build, sharding
+from jointseg_jax import build, jsonl, sharding
 from jointseg_jax.codecs.chain import Chain
 from jointseg_jax.codecs.label_ae import LabelAE
 from jointseg_jax.data.pipeline import evaluation_batches
@@ -37,7 +37,6 @@ from jointseg_jax.evaluation.cycle import bridge_report
 from jointseg_jax.evaluation.pair_images import ImageReconstruction
 from jointseg_jax.evaluation.panoptic_quality import PanopticReconstruction
 from jointseg_jax.generation.generate import sample
-from jointseg_jax.generation.pair_writer import manifest_lines
 from jointseg_jax.systems.autoencode import Autoencode
 from jointseg_jax.systems.bridge import Bridge
 from jointseg_jax.systems.joint import TEXT_STREAM, Joint
@@ -291,7 +290,9 @@ class PairFolder(Sequence[Pair]):
 
     def __init__(self, folder: Path, num: int):
         self.folder = folder
-        self.lines = list(itertools.islice(manifest_lines(folder / "manifest.jsonl"), num))
+        self.lines = list(
+            itertools.islice(jsonl.read_until_damaged(folder / "manifest.jsonl"), num)
+        )
 
     def __len__(self) -> int:
         return len(self.lines)

@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 
+from jointseg_jax import jsonl
 from jointseg_jax.annotations import viz
 from jointseg_jax.data import files
 from jointseg_jax.data.classes import Classes
@@ -163,7 +164,7 @@ class PairWriter:
             self._add(self.kept[self.done])
 
     def _add(self, line: Mapping[str, Any]) -> None:
-        text = json.dumps(line, ensure_ascii=False).encode() + b"\n"
+        text = jsonl.line(line, ascii_only=False)
         with self.explained(self._manifest, len(text)), self._manifest.open("ab") as file:
             file.write(text)
         self.lines.append(dict(line))
@@ -199,7 +200,7 @@ class PairWriter:
         """
         lines: list[dict[str, Any]] = []
         kept: dict[int, dict[str, Any]] = {}
-        found = manifest_lines(self._manifest) if self._manifest.exists() else ()
+        found = jsonl.read_until_damaged(self._manifest) if self._manifest.exists() else ()
         for index, line in enumerate(found):
             if line.get("index") != index:
                 break
@@ -228,25 +229,9 @@ class PairWriter:
         return path if path.resolve().is_relative_to(self.folder.resolve()) else None
 
     def _rewrite_manifest(self) -> None:
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in self.lines).encode()
+        text = b"".join(jsonl.line(line, ascii_only=False) for line in self.lines)
         if not self._manifest.exists() or self._manifest.read_bytes() != text:
             files.write(self._manifest, text)
-
-
-def manifest_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a manifest up to the first that is torn or damaged.
-
-    A line ends at a newline and nowhere else: a prompt may hold what Unicode calls a line break.
-    """
-    *whole, _ = path.read_bytes().split(b"\n")
-    for text in whole:
-        try:
-            line = json.loads(text)
-        except (ValueError, RecursionError):  # no JSON, no UTF-8
-            return
-        if not isinstance(line, dict):
-            return
-        yield line
 
 
 def _read(path: Path) -> dict[str, Any]:

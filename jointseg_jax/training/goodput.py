@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import logging
 import statistics
 import time
@@ -28,6 +27,8 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from jointseg_jax import jsonl
 
 PHASES = ("start", "compile", "data", "step", "save", "evaluation")
 KEPT = ("start", "compile")
@@ -99,7 +100,7 @@ class Goodput:
         log.warning(
             "steps %d to %d took %s longer than usual: this host was stopped or slow, or it "
             "waited for another that was",
-            *(step - steps, step, clock(seconds - usual)),
+            *(step - steps, step, jsonl.duration(seconds - usual)),
         )
 
     def reached(self, step: int) -> None:
@@ -161,15 +162,15 @@ class Summary:
         """The summary as one readable line."""
         names = {"step": "steps", "data": "data wait"}
         order = ("step", "data", "compile", "save", "evaluation", "start")
-        parts = [f"{names.get(p, p)} {clock(self.seconds[p])}" for p in order]
+        parts = [f"{names.get(p, p)} {jsonl.duration(self.seconds[p])}" for p in order]
         if self.stalled:
-            parts[0] += f" (stalled for {clock(self.stalled)})"
+            parts[0] += f" (stalled for {jsonl.duration(self.stalled)})"
         steps = f" ({self.lost_steps} steps)" if self.lost_steps else ""
-        parts.append(f"lost to restarts {clock(self.lost)}{steps}")
+        parts.append(f"lost to restarts {jsonl.duration(self.lost)}{steps}")
         if self.launches > 1:
-            parts.append(f"not counted: {clock(self.down)} between launches")
+            parts.append(f"not counted: {jsonl.duration(self.down)} between launches")
         times = "1 launch" if self.launches == 1 else f"{self.launches} launches"
-        head = f"goodput {100 * self.goodput:.1f} % of {clock(self.total)} in {times}"
+        head = f"goodput {100 * self.goodput:.1f} % of {jsonl.duration(self.total)} in {times}"
         return f"{head}: {', '.join(parts)}"
 
 
@@ -217,37 +218,22 @@ def tell(workdir: Path, *, since: float = 0.0) -> None:
         append(workdir / FILE, {"summary": found.values(), "time": time.time()})
 
 
-def records(path: Path) -> list[dict[str, Any]]:
+def records(path: Path) -> list[jsonl.Record]:
     """The records of a file, without summaries, torn lines and whatever else is no record."""
-    lines = path.read_bytes().splitlines() if path.exists() else []
-    return [record for record in map(_parsed, lines) if record is not None]
+    return list(filter(_is_whole, jsonl.read(path))) if path.exists() else []
 
 
-def append(path: Path, record: Mapping[str, Any]) -> None:
-    """Adds one line in one piece; a torn one before it is left to itself."""
-    line = (json.dumps(record) + "\n").encode()
+def append(path: Path, record: Mapping[str, object]) -> None:
+    """Adds one line, if the disk allows it."""
     # a full disk ends a run where it loses something that matters: at the next checkpoint
-    with contextlib.suppress(OSError), path.open("ab+", buffering=0) as file:
-        if file.tell():
-            file.seek(-1, 2)
-            line = line if file.read(1) == b"\n" else b"\n" + line
-        file.write(line)
+    with contextlib.suppress(OSError):
+        jsonl.append(path, record)
 
 
-def clock(seconds: float) -> str:
-    """``3.2 s``, ``4:05 min`` or ``12:04:05 h``."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d} h" if hours else f"{minutes}:{rest:02d} min"
-
-
-def _parsed(line: bytes) -> dict[str, Any] | None:
+def _is_whole(record: jsonl.Record) -> bool:
     try:
-        record = json.loads(line)
         numbers = [record["launch"], record["time"], record.get("stalled", 0.0)]
         numbers += [record["seconds"][p] for p in PHASES]
-    except (ValueError, KeyError, TypeError):
-        return None
-    return record if all(isinstance(n, int | float) for n in numbers) else None
+    except (KeyError, TypeError):
+        return False
+    return all(isinstance(n, int | float) for n in numbers)

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import functools
 import io
-import json
 import math
 import os
 import sys
@@ -31,6 +30,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
+
+from jointseg_jax import jsonl
 
 Scalars = Mapping[str, Any]
 Images = Mapping[str, np.ndarray]
@@ -142,11 +143,11 @@ class JsonlWriter:
     @functools.cached_property
     def _file(self) -> io.FileIO:
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        torn = _cut_torn_tail(self._path)
+        torn = jsonl.cut_torn_tail(self._path)
         file = self._path.open("ab", buffering=0)  # one system call per record
         if self._resumed is not None:
             cut = {"torn_bytes": torn} if torn else {}
-            file.write(_line({"resumed": self._resumed, "time": time.time(), **cut}))
+            file.write(jsonl.line({"resumed": self._resumed, "time": time.time(), **cut}))
         return file
 
     def write(self, step: int, scalars: Scalars) -> None:
@@ -172,7 +173,9 @@ class JsonlWriter:
             self._file.close()
 
     def _append(self, step: int, record: dict[str, Any]) -> None:
-        self._file.write(_line({"step": step, "time": time.time(), **record}))
+        line = {"step": step, "time": time.time(), **record}
+        # the file stays standard JSON: NaN and infinities are strings by now, see _json_number
+        self._file.write(jsonl.line(line, allow_nan=False))
 
 
 class TensorBoardWriter:
@@ -237,44 +240,15 @@ def run_writers(workdir: str | os.PathLike, *, total: int, step: int = 0) -> Wri
     )
 
 
-def read_records(path: str | os.PathLike) -> list[dict[str, Any]]:
+def read_records(path: str | os.PathLike) -> list[jsonl.Record]:
     """The records of a JSON-lines file that count: none that a resumed run has replaced."""
-    records: list[dict[str, Any]] = []
-    for line in Path(path).read_bytes().splitlines():
-        record = _parsed(line)
-        if record is None:
-            continue
+    records: list[jsonl.Record] = []
+    for record in jsonl.read(path):
         if "resumed" in record:
             records = [r for r in records if r["step"] <= record["resumed"]]
         else:
             records.append(record)
     return records
-
-
-def _parsed(line: bytes) -> dict[str, Any] | None:
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    return record if isinstance(record, dict) else None
-
-
-def _cut_torn_tail(path: Path) -> int:
-    """Truncates the file after its last whole record; returns how many bytes went."""
-    data = path.read_bytes() if path.exists() else b""
-    end = len(data)
-    while end:
-        start = data.rfind(b"\n", 0, end - 1) + 1
-        if data[end - 1 : end] == b"\n" and _parsed(data[start:end]) is not None:
-            break
-        end = start
-    if end < len(data):
-        os.truncate(path, end)
-    return len(data) - end
-
-
-def _line(record: Mapping[str, Any]) -> bytes:
-    return (json.dumps(record, allow_nan=False) + "\n").encode()
 
 
 def _json_number(value: float) -> float | str:
@@ -283,18 +257,17 @@ def _json_number(value: float) -> float | str:
     return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
 
 
-def _clock(seconds: float) -> str:
+def _eta(seconds: float) -> str:
     if not math.isfinite(seconds):
         return "ETA       ?"
-    minutes, rest = divmod(round(seconds), 60)
-    return "ETA " + f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}".rjust(7)
+    return "ETA " + jsonl.clock(seconds).rjust(7)
 
 
 _RATES: dict[str, Callable[[float], str]] = {
     "images_per_second": lambda v: f"{v:>7.1f} img/s",
     "data_wait": lambda v: f"wait {100 * v:>4.1f} %",
     "mfu": lambda v: f"MFU {100 * v:>4.1f} %",
-    "eta_seconds": _clock,
+    "eta_seconds": _eta,
 }
 
 
