@@ -40,7 +40,7 @@ class Codecs(NamedTuple):
     """The trained codecs of a config: their specs, and the shapes of their parameters, by name."""
 
     specs: dict[str, Any]
-    pretrained: dict[str, Any]
+    frozen: dict[str, Any]
 
 
 def dataset_info(config: Mapping[str, Any], classes: int | None = None) -> build.DatasetInfo:
