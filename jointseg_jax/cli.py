@@ -21,7 +21,7 @@ from typing import Any
 
 from absl import app, flags
 
-from jointseg_jax import distributed, overrides, processes
+from jointseg_jax import distributed, overrides
 from jointseg_jax.data.records import BadSample
 from jointseg_jax.types import UserError
 
@@ -181,7 +181,7 @@ def define_process_flags() -> None:
     flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.", lower_bound=0)
     flags.DEFINE_integer(
         "heartbeat_seconds",
-        processes.HEARTBEAT,
+        distributed.HEARTBEAT,
         "After so long without a sign of life a process counts as dead, and the others end.",
         lower_bound=2,
     )
@@ -194,12 +194,12 @@ def start(*, saves: bool = False) -> None:
       saves: whether SIGTERM is answered by saving; else it ends the process.
     """
     values = flags.FLAGS
-    given = processes.Flags(
+    given = distributed.Flags(
         coordinator=values.coordinator,
         num_processes=values.num_processes,
         process_id=values.process_id,
     )
-    processes.initialise(given, heartbeat=values.heartbeat_seconds)
+    distributed.initialise(given, heartbeat=values.heartbeat_seconds)
     if not saves:  # jax's service catches it, and would only note it
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     use_compile_cache()

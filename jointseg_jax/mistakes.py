@@ -29,12 +29,12 @@ from jointseg_jax.models.embed import spec_of
 from jointseg_jax.models.uvit import UViT
 from jointseg_jax.systems.joint import TEXT_STREAM
 from jointseg_jax.systems.stream import Stream
-from jointseg_jax.training import pretrained
 from jointseg_jax.training.faults import Faults
 from jointseg_jax.training.init_from import InitFrom
 from jointseg_jax.training.optimizer import OPTIMIZERS
 from jointseg_jax.training.program import check_rows
 from jointseg_jax.training.watchdog import Watchdog
+from jointseg_jax.training.workdir import RESERVED_KEYS, TrainedCodec, copied_spec, trained_codecs
 from jointseg_jax.transport.process import Process
 from jointseg_jax.transport.schedules import Linear
 from jointseg_jax.types import UserError
@@ -283,9 +283,9 @@ def _classes(spec: Config, found: Mistakes) -> Classes:
 def _trained(config: Config, workdir: str | None, found: Mistakes) -> dict[str, Any]:
     """The specs of codecs that other runs trained; None where nobody knows."""
     specs: dict[str, Any] = {}
-    for name, place in pretrained.trained_codecs(config).items():
+    for name, place in trained_codecs(config).items():
         run = Path(place.spec["workdir"]) / "config.json"
-        specs[name] = pretrained.copied(Path(workdir), name) if workdir else None
+        specs[name] = copied_spec(Path(workdir), name) if workdir else None
         if specs[name] is None and not run.is_file():
             found.note(
                 f"{place.where}.workdir = {place.spec['workdir']}: no trained run here "
@@ -297,11 +297,11 @@ def _trained(config: Config, workdir: str | None, found: Mistakes) -> dict[str, 
     return specs
 
 
-def _codec_of(place: pretrained.Place, run: Config) -> dict[str, Any] | None:
+def _codec_of(place: TrainedCodec, run: Config) -> dict[str, Any] | None:
     codec = run["system"].get("codec")
     if codec is None:
         return None  # not a codec's run, which the run says better
-    codec = {**codec, **{k: v for k, v in place.spec.items() if k not in pretrained.OWN}}
+    codec = {**codec, **{k: v for k, v in place.spec.items() if k not in RESERVED_KEYS}}
     return codec | ({"scale": 1.0} if codec.get("scale") == "fit" else {})
 
 

@@ -30,6 +30,7 @@ from jointseg_jax.training import init_from, pretrained, resume, snapshot
 from jointseg_jax.training.checkpoints import Checkpoints, read_meta
 from jointseg_jax.training.digest import describe
 from jointseg_jax.training.program import check_batch
+from jointseg_jax.training.workdir import copied_spec, load_codecs, trained_codecs
 from jointseg_jax.types import UserError
 
 T = TypeVar("T")
@@ -303,8 +304,8 @@ def _size(gib: float) -> str:
 
 def _gathered(config: Config, workdir: Path) -> dict[str, Any] | None:
     """A config that would train the codec which the workdir has a copy of."""
-    for name, place in pretrained.trained_codecs(config).items():
-        spec = pretrained.copied(workdir, name)
+    for name, place in trained_codecs(config).items():
+        spec = copied_spec(workdir, name)
         if spec is not None:
             return {"system": {"name": "autoencode", "codec": spec, "field": place.field}}
     return None
@@ -312,14 +313,14 @@ def _gathered(config: Config, workdir: Path) -> dict[str, Any] | None:
 
 def _codecs(config: Config, workdir: Path, info: build.DatasetInfo, found: Rehearsal) -> None:
     cache = config["data"].get("cache")
-    for name, place in pretrained.trained_codecs(config).items():
-        if cache and pretrained.copied(workdir, name) is None:
-            if found.attempt(lambda: pretrained.load(Path(cache), config)):
+    for name, place in trained_codecs(config).items():
+        if cache and copied_spec(workdir, name) is None:
+            if found.attempt(lambda: load_codecs(Path(cache), config)):
                 found.add(f"codec {name}", f"that of {cache}")
-        elif pretrained.copied(workdir, name) is None:
+        elif copied_spec(workdir, name) is None:
             if found.attempt(lambda place=place: pretrained.load_codec(place, info)):
                 found.add(f"codec {name}", f"that of {place.spec['workdir']}")
-        elif found.attempt(lambda: pretrained.load(workdir, config)):
+        elif found.attempt(lambda: load_codecs(workdir, config)):
             found.add(f"codec {name}", f"the copy in {workdir / 'frozen'}")
 
 

@@ -81,10 +81,10 @@ def main() -> None:
     """Encodes one split."""
     cli.start()
     from jointseg_jax.training.encode import encode
-    from jointseg_jax.training.encode_options import Encoding
+    from jointseg_jax.training.encode_plan import EncodeOptions
     from jointseg_jax.training.preemption import ExitOnSigterm
 
-    options = Encoding(
+    options = EncodeOptions(
         out=Path(OUT.value),
         split=SPLIT.value,
         dtype=DTYPE.value,

@@ -1,11 +1,11 @@
-"""Where processes meet is read off flags and environment; what is half-said is refused."""
+"""Where processes meet is read off flags and environment; what is incomplete is refused."""
 
 import dataclasses
 
 import pytest
 
-from jointseg_jax import distributed, processes
-from jointseg_jax.processes import Flags, Settings, first_host, settings
+from jointseg_jax import distributed
+from jointseg_jax.distributed import Flags, Settings, first_host, settings
 from jointseg_jax.types import UserError
 
 SLURM = {
@@ -153,11 +153,11 @@ def test_an_indexed_kubernetes_job_is_left_to_jax():
 
 
 def test_no_chips_where_jax_is_told_to_use_the_cpu(monkeypatch):
-    monkeypatch.setattr(processes.glob, "glob", lambda pattern: ["/dev/accel0"])
-    monkeypatch.setattr(processes.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(distributed.glob, "glob", lambda pattern: ["/dev/accel0"])
+    monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda name: object())
     for platforms, expected in (("cpu", False), ("", True), ("tpu,cpu", True)):
         monkeypatch.setenv("JAX_PLATFORMS", platforms)
-        assert processes.tpu_chips() is expected
+        assert distributed.tpu_chips() is expected
 
 
 def test_a_lone_process_talks_to_itself():

@@ -15,7 +15,7 @@ PACKAGE = "jointseg_jax"
 
 FOUNDATION = {"types", "rules", "rng", "sharding", "config", "chips", "settings_diff", "jsonl"}
 LOOPS = {"training", "generation", "evaluation"}
-PROCESSES = {"distributed", "processes"}
+PROCESSES = {"distributed"}
 
 ALLOWED = {
     **dict.fromkeys(FOUNDATION, FOUNDATION),
@@ -35,7 +35,6 @@ ALLOWED = {
         | (LOOPS | FOUNDATION | {"annotations", "distributed"}),
     ),
     "distributed": {"types"},
-    "processes": {"distributed", "types"},
     "perf": {"systems", "models", "data", "build", "profiling", "annotations"} | LOOPS | FOUNDATION,
     "mistakes": {"systems", "codecs", "models", "transport", "data", "build", "weights"}
     | {"perf", "training"}

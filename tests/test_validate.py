@@ -22,7 +22,7 @@ from jointseg_jax.perf.programs import Lowered
 from jointseg_jax.training import goodput
 from jointseg_jax.training.checkpoints import read_meta
 from jointseg_jax.training.encode import encode
-from jointseg_jax.training.encode_options import Encoding
+from jointseg_jax.training.encode_plan import EncodeOptions
 from jointseg_jax.training.loop import train
 
 ROOT, SIDE, ROWS = Path(__file__).parents[1], 16, 8
@@ -179,7 +179,7 @@ def test_everything_that_is_wrong_is_told_at_once(run, damaged):
 
 def test_an_encoded_data_set_is_read_whole(tmp_path):
     given, out = config(ema=2.0), tmp_path / "cache"  # refused, so that nothing is compiled
-    options = Encoding(out=out, latents=(), limit=4)
+    options = EncodeOptions(out=out, latents=(), limit=4)
     encode(given, options, progress=functools.partial(tqdm, disable=True))
     given["data"] |= {"cache": str(out)}
     page = rehearse(given, tmp_path / "run").page()

@@ -30,7 +30,7 @@ from jointseg_jax.data.class_lists import CLASS_LISTS
 from jointseg_jax.data.classes import Classes
 from jointseg_jax.data.sources.layouts import LAYOUT_CLASSES
 from jointseg_jax.systems.system import LATENTS, Encodable
-from jointseg_jax.training import pretrained
+from jointseg_jax.training.workdir import RESERVED_KEYS, TrainedCodec, copied_spec, trained_codecs
 from jointseg_jax.types import UserError
 
 Shapes = dict[str, jax.ShapeDtypeStruct]
@@ -93,7 +93,7 @@ def codecs(
       UserError: a codec's run is not here and no config stands in for it, or it is not a codec's.
     """
     specs, shapes = {}, {}
-    for name, place in pretrained.trained_codecs(config).items():
+    for name, place in trained_codecs(config).items():
         if held := _held(config, name):
             specs[name], shapes[name] = held, _shapes(held, info, place)
             continue
@@ -104,7 +104,7 @@ def codecs(
                 f"trains `{spec['name']}` of {spec.get('field', 'labels')}. Give another --codec."
             )
         codec = dict(spec["codec"])
-        codec |= {k: v for k, v in place.spec.items() if k not in pretrained.OWN}
+        codec |= {k: v for k, v in place.spec.items() if k not in RESERVED_KEYS}
         scale = place.spec.get("scale", codec.get("scale"))
         if scale is not None:
             codec["scale"] = 1.0 if scale == "fit" else scale  # a fitted number changes no shape
@@ -115,15 +115,15 @@ def codecs(
 def _held(config: Mapping[str, Any], name: str) -> dict[str, Any] | None:
     """The spec of a codec that the config's cache was encoded with."""
     root = config["data"].get("cache")
-    held = pretrained.copied(Path(root), name) if root else None
+    held = copied_spec(Path(root), name) if root else None
     return None if held is None else build.from_plain(held)
 
 
-def _shapes(spec: Mapping[str, Any], info: build.DatasetInfo, place: pretrained.Place) -> Any:
+def _shapes(spec: Mapping[str, Any], info: build.DatasetInfo, place: TrainedCodec) -> Any:
     return jax.eval_shape(build.codec(spec, info, place.where).init, jax.random.key(0))
 
 
-def _system_of(place: pretrained.Place, other: Mapping[str, Any] | None) -> dict[str, Any]:
+def _system_of(place: TrainedCodec, other: Mapping[str, Any] | None) -> dict[str, Any]:
     path = Path(place.spec["workdir"]) / "config.json"
     if path.exists():
         return dict(build.from_plain(json.loads(path.read_text()))["system"])

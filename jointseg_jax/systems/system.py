@@ -12,7 +12,7 @@ Pairs = dict[str, Array]
 
 LATENTS = "latents/"
 """Before the name of an input: the batch field of its latents, where they were encoded beforehand
-(``training/encode_contents.py``). It takes the place of the input's own field."""
+(``training/encode_plan.py``). It takes the place of the input's own field."""
 
 
 class Input(NamedTuple):

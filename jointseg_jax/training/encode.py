@@ -26,8 +26,7 @@ from jointseg_jax.data.cached import shard_writer, texts
 from jointseg_jax.data.cached.index import CacheIndex, Field, index_path, read_index, shard_name
 from jointseg_jax.data.cached.views import ViewedRecord
 from jointseg_jax.data.workers import Reading
-from jointseg_jax.training.encode_options import DTYPES, Encoding
-from jointseg_jax.training.encode_plan import Plan, size_text
+from jointseg_jax.training.encode_plan import DTYPES, EncodeOptions, Plan, size_text
 from jointseg_jax.types import UserError
 
 log = logging.getLogger("jointseg_jax")
@@ -35,7 +34,7 @@ log = logging.getLogger("jointseg_jax")
 
 def encode(
     config: Mapping[str, Any],
-    options: Encoding,
+    options: EncodeOptions,
     *,
     progress: Callable[..., Any],
     show: Callable[[str], None] = lambda text: None,

@@ -7,23 +7,258 @@ fitted as a run would; a run from the cache takes it from there.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from jointseg_jax import build
-from jointseg_jax.data.cached.index import row_bytes
+from jointseg_jax import build, sharding
+from jointseg_jax.data.cached.index import Field, row_bytes
 from jointseg_jax.data.cached.views import ViewReader, Views
 from jointseg_jax.data.labels import to_content
 from jointseg_jax.data.pipeline import Rows, batches, check_source, make_rows
 from jointseg_jax.data.records import Source
+from jointseg_jax.rng import sample_keys
+from jointseg_jax.systems.joint import TEXT_STREAM
+from jointseg_jax.systems.system import LATENTS, Encodable, Input
 from jointseg_jax.training import pretrained
-from jointseg_jax.training.batch_encoder import Encoder
-from jointseg_jax.training.encode_contents import contents
-from jointseg_jax.training.encode_options import Encoding
-from jointseg_jax.types import UserError
+from jointseg_jax.training.workdir import load_codecs, trained_codecs
+from jointseg_jax.types import Array, UserError
+
+DTYPES = ("float16", "bfloat16", "float32")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeOptions:
+    """What to encode, and how it is kept.
+
+    Attributes:
+      out: folder of the cache.
+      split: ``train`` or ``val`` of ``config.data``.
+      dtype: of latents and features.
+      latents: names of the inputs to keep as latents; None decides by line 1 of ``contents.py``.
+      keep: further batch fields to keep (``image``, ``labels``).
+      crops: random crops of each record; 0 is the centre's.
+      limit: so many records only, from the first on.
+      batch: rows that a device encodes at a time.
+      shard: bytes of a shard, about.
+      workers: processes that read; 0 reads in threads of this one.
+      threads: that read, in each process.
+    """
+
+    out: Path
+    split: str = "train"
+    dtype: str = "float16"
+    latents: tuple[str, ...] | None = None
+    keep: tuple[str, ...] = ()
+    crops: int = 0
+    limit: int | None = None
+    batch: int = 32
+    shard: int = 256 << 20
+    workers: int = 0
+    threads: int = 4
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise UserError(
+                f"ERROR [encode] dtype={self.dtype!r}; one of: {', '.join(DTYPES)}. Set --dtype."
+            )
+        for name in ("batch", "shard", "threads"):
+            if getattr(self, name) < 1:
+                raise UserError(f"ERROR [encode] {name}={getattr(self, name)}; at least 1.")
+        if self.crops < 0 or (self.limit is not None and self.limit < 1):
+            raise UserError(
+                f"ERROR [encode] crops={self.crops}, limit={self.limit}: crops must be 0 or more "
+                "and limit 1 or more."
+            )
+        if self.workers < 0:
+            raise UserError(f"ERROR [encode] workers={self.workers}; at least 0. Set --workers.")
+        if self.split == "val" and (self.latents is not None or self.keep):
+            raise UserError(
+                "ERROR [flags] --split=val: all that its records have is kept, for previews and "
+                "evaluation read pixels and labels; leave --latents and --keep out."
+            )
+
+
+Row = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contents:
+    """Fields of rows, and where their values come from.
+
+    Attributes:
+      fields: of each row.
+      latents: names of the inputs among them that are kept as latents.
+      text: the field of the text; None where nothing reads any.
+      words: whether text is token ids of captions, not features of records.
+      plain: names of the inputs whose codec is applied in each step, and their batch fields.
+    """
+
+    fields: tuple[Field, ...]
+    latents: tuple[str, ...] = ()
+    text: Field | None = None
+    words: bool = False
+    plain: tuple[tuple[str, str], ...] = ()
+
+    def source_of(self, field: Field) -> str | None:
+        """The input that a field holds the latents of, if it holds any."""
+        name = field.name.removeprefix(LATENTS)
+        return name if name != field.name else None
+
+
+def contents(
+    options: EncodeOptions,
+    info: build.DatasetInfo,
+    encoder: BatchEncoder | None,
+    row: Row,
+    length: int | None,
+) -> Contents:
+    """Decides by the first row of the data.
+
+    Args:
+      encoder: of the config's codecs; None for validation.
+      length: token ids of a caption, where text is words.
+
+    Raises:
+      UserError: a batch field that there is not, or latents that cannot be kept.
+    """
+    latents = () if encoder is None else _latents(options, encoder, row)
+    inputs = {} if encoder is None else encoder.inputs
+    wanted = [value.field for name, value in inputs.items() if name not in latents]
+    wanted += row if encoder is None else options.keep
+    made = [
+        Field(name=LATENTS + name, dtype=options.dtype, shape=encoder.shape(name, row))
+        for name in latents
+    ]
+    text = None
+    for name in dict.fromkeys(wanted):
+        if name == TEXT_STREAM and length is not None:
+            continue
+        if name not in row:
+            raise UserError(
+                f"ERROR [encode] the batch field {name!r} is needed, and records have "
+                f"{', '.join(row)}. Check config.data and --keep."
+            )
+        field = Field(
+            name=name, dtype=_dtype(options, info, name, row[name]), shape=row[name].shape
+        )
+        if name == TEXT_STREAM:
+            text = field
+        else:
+            made.append(field)
+    if length is not None:
+        text = Field(name=TEXT_STREAM, dtype="int32", shape=(length,))
+    plain = {k: v.field for k, v in inputs.items() if v.codec is not None and k not in latents}
+    return Contents(
+        fields=tuple(made),
+        latents=latents,
+        text=text,
+        words=length is not None,
+        plain=tuple(plain.items()),
+    )
+
+
+def _latents(options: EncodeOptions, encoder: BatchEncoder, row: Row) -> tuple[str, ...]:
+    """The inputs to keep as latents."""
+    given = options.latents
+    coded = [name for name, value in encoder.inputs.items() if value.codec is not None]
+    strangers = sorted(set(given or ()) - set(coded))
+    if strangers:
+        raise UserError(
+            f"ERROR [flags] --latents={','.join(strangers)}: no codec encodes that; one of: "
+            f"{', '.join(coded)}."
+        )
+    wanted = [k for k in coded if encoder.params.get(k)] if given is None else given
+    drawn = [k for k in wanted if encoder.draws(k, row)]
+    if given is not None and drawn:
+        raise UserError(
+            f"ERROR [flags] --latents={','.join(drawn)}: this codec draws its latents anew "
+            "each time (a sample, or a perturbation), and a cache holds one draw. Switch that "
+            "off in the codec's config, or leave it out of --latents."
+        )
+    return tuple(k for k in wanted if k not in drawn)
+
+
+def _dtype(options: EncodeOptions, info: build.DatasetInfo, name: str, values: Any) -> str:
+    if np.issubdtype(values.dtype, np.floating):
+        return options.dtype
+    small = name == "labels" and len(info.classes) <= np.iinfo(np.int8).max + 1
+    return "int8" if small else values.dtype.name
+
+
+class BatchEncoder:
+    """From rows of a batch field to latents.
+
+    Attributes:
+      inputs: what the system reads of a batch.
+      params: the codecs' parameters by the names of the inputs, ``{}`` or absent without any.
+      batch: rows encoded at a time, over all devices.
+    """
+
+    def __init__(self, inputs: Mapping[str, Input], params: Mapping[str, Any], *, batch: int):
+        """Makes one that encodes ``batch`` rows on each device."""
+        self._mesh = sharding.own_mesh()
+        self.inputs, self.batch = dict(inputs), batch * self._mesh.size
+        self.params = jax.device_put(dict(params), sharding.replicated(self._mesh))
+        self._compiled: dict[str, Callable[..., Array]] = {}
+
+    @staticmethod
+    def of(
+        folder: Path, config: Mapping[str, Any], info: build.DatasetInfo, *, batch: int
+    ) -> BatchEncoder:
+        """The encoder of a config whose trained codecs were gathered in a folder.
+
+        Raises:
+          UserError: the config's system has no codecs that stay as they are.
+        """
+        specs, params = load_codecs(folder, config)
+        system = build.system(config, info, specs)
+        if not isinstance(system, Encodable):
+            raise UserError(
+                f"ERROR [encode] config.system.name: a system `{config['system']['name']}` trains "
+                "its own codec, whose latents change with every step; give the config of a run "
+                "that uses a trained codec."
+            )
+        return BatchEncoder(system.inputs(), params, batch=batch)
+
+    def shape(self, name: str, values: Mapping[str, np.ndarray]) -> tuple[int, ...]:
+        """The shape of one row of latents, of the fields of one row."""
+        one, codec = values[self.inputs[name].field][None], self.inputs[name].codec
+        return jax.eval_shape(codec.encode, self.params.get(name, {}), one).shape[1:]
+
+    def draws(self, name: str, values: Mapping[str, np.ndarray]) -> bool:
+        """Whether other keys give one row other latents."""
+        rows = np.repeat(values[self.inputs[name].field][None], self.batch, axis=0)
+        one, other = (np.asarray(self._run(name, rows, seed)) for seed in (0, 1))
+        return not np.array_equal(one, other, equal_nan=True)
+
+    def __call__(self, name: str, values: np.ndarray) -> list[Array]:
+        """Starts to encode rows, in batches of which the last is filled up with its last row."""
+        fill = np.repeat(values[-1:], -len(values) % self.batch, axis=0)
+        whole = np.concatenate([values, fill])
+        starts = range(0, len(whole), self.batch)
+        return [self._run(name, whole[i : i + self.batch], 0) for i in starts]
+
+    def _run(self, name: str, values: np.ndarray, seed: int) -> Array:
+        rows = jax.device_put(values, sharding.batch_sharding(self._mesh))
+        return self._program(name)(self.params.get(name, {}), rows, np.uint32(seed))
+
+    def _program(self, name: str) -> Callable[..., Array]:
+        if name not in self._compiled:
+            codec, batch = self.inputs[name].codec, self.batch
+
+            @jax.jit
+            def encode(params: Any, values: Array, seed: Array) -> Array:
+                keys = sample_keys(seed, jnp.arange(batch, dtype=jnp.uint32))
+                return codec.encode(params, values, keys=keys).astype(jnp.float32)
+
+            self._compiled[name] = encode
+        return self._compiled[name]
 
 
 class Plan:
@@ -37,7 +272,7 @@ class Plan:
       bytes: that all of it takes, at most: records may have the same text.
     """
 
-    def __init__(self, config: Mapping[str, Any], options: Encoding):
+    def __init__(self, config: Mapping[str, Any], options: EncodeOptions):
         self.config = config = _plainly(config)
         self.options, self.train = options, options.split == "train"
         _check_validation(config, options)
@@ -80,11 +315,11 @@ class Plan:
             instances=build.instances(self.config),
         )
 
-    def _encoder(self) -> Encoder:
+    def _encoder(self) -> BatchEncoder:
         options, config = self.options, self.config
         pretrained.check_unchanged(options.out, config, self.known)
         pretrained.import_codecs(options.out, config, self.known, self._training_batches())
-        return Encoder.of(options.out, config, self.known, batch=options.batch)
+        return BatchEncoder.of(options.out, config, self.known, batch=options.batch)
 
     def _training_batches(self) -> Iterator[dict[str, np.ndarray]]:
         """Made only when a scale is fitted: the batches that a run of this config begins with."""
@@ -151,7 +386,7 @@ class Plan:
     def head(self) -> dict[str, Any]:
         """What the index says before there are rows."""
         digests = {}
-        for name in pretrained.trained_codecs(self.config) if self.train else ():
+        for name in trained_codecs(self.config) if self.train else ():
             record = json.loads((self.options.out / "frozen" / f"{name}.json").read_text())
             digests[name] = {k: record[k] for k in ("codec", "sha256")}
         settings = {
@@ -177,7 +412,7 @@ class Plan:
         }
 
 
-def _check_validation(config: Mapping[str, Any], options: Encoding) -> None:
+def _check_validation(config: Mapping[str, Any], options: EncodeOptions) -> None:
     own = config.get("evaluate", {}).get("transforms")
     if options.split == "val" and own:
         raise UserError(

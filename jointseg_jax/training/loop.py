@@ -37,6 +37,7 @@ from jointseg_jax.training.preemption import STOPPED, Preemption
 from jointseg_jax.training.preview import previewer
 from jointseg_jax.training.program import check_batch, make_program
 from jointseg_jax.training.watchdog import Watchdog
+from jointseg_jax.training.workdir import load_codecs, trained_codecs
 from jointseg_jax.training.writers import run_writers
 from jointseg_jax.types import UserError
 
@@ -89,11 +90,11 @@ class _Run:
         self.info = self._facts()
         self.transforms = build.transforms(config)
         self.tokenizer = build.tokenizer(config, self.info.vocabulary)
-        if pretrained.trained_codecs(config):
+        if trained_codecs(config):
             pretrained.from_cache(workdir, config)
             with self._batches(0) as host:
                 pretrained.import_codecs(workdir, config, self.info, host)
-        specs, self.frozen = pretrained.load(workdir, config)
+        specs, self.frozen = load_codecs(workdir, config)
         self.system = build.system(config, self.info, specs)
         self.program = make_program(self.system, config, self.mesh)
         self.checkpoints = Checkpoints(

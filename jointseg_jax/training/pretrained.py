@@ -14,10 +14,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from safetensors.numpy import load_file, save_file
@@ -25,49 +24,8 @@ from safetensors.numpy import load_file, save_file
 from jointseg_jax import build, rules
 from jointseg_jax.data import files
 from jointseg_jax.settings_diff import classes_apart
+from jointseg_jax.training.workdir import RESERVED_KEYS, TrainedCodec, load_run, trained_codecs
 from jointseg_jax.types import UserError
-
-OWN = ("name", "workdir", "scale")
-"""Entries of a ``trained`` spec that are no fields of the codec."""
-
-
-class Place(NamedTuple):
-    """A codec of a config: its spec, the batch field it codes, and where it stands."""
-
-    spec: Mapping[str, Any]
-    field: str
-    where: str
-
-
-def trained_codecs(config: Mapping[str, Any]) -> dict[str, Place]:
-    """The codecs of a config that are another run's, by the name of their parameters."""
-    system = config["system"]
-    places = {
-        name: Place(stream["codec"], stream["field"], f"config.system.streams.{name}.codec")
-        for name, stream in system.get("streams", {}).items()
-        if "codec" in stream
-    }
-    if "image" in system:
-        places["image"] = Place(system["image"], "image", "config.system.image")
-    return {k: place for k, place in places.items() if place.spec["name"] == "trained"}
-
-
-def load(workdir: Path, config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Codec specs and parameters by name, as ``import_codecs`` left them in the workdir."""
-    specs, params = {}, {}
-    for name in trained_codecs(config):
-        path = workdir / "frozen" / f"{name}.json"
-        if not path.exists():
-            raise UserError(
-                f"{path}: missing; the workdir lost its codec. Copy it back, or train anew."
-            )
-        record = json.loads(path.read_text())
-        file = path.with_suffix(".safetensors")
-        if not file.exists() or files.sha256(file) != record["sha256"]:
-            raise UserError(f"{file}: missing or not the file that {path.name} describes (sha256).")
-        specs[name] = record["codec"]
-        params[name] = rules.nested({k: jnp.asarray(v) for k, v in load_file(file).items()})
-    return specs, params
 
 
 def import_codecs(
@@ -86,7 +44,7 @@ def import_codecs(
         if target.exists():
             continue
         codec_spec, params = load_codec(place, info)
-        codec_spec |= {k: v for k, v in place.spec.items() if k not in OWN}
+        codec_spec |= {k: v for k, v in place.spec.items() if k not in RESERVED_KEYS}
         scale = place.spec.get("scale", codec_spec.get("scale"))
         if scale == "fit":
             codec = build.codec({**codec_spec, "scale": 1.0}, info, place.where)
@@ -146,20 +104,12 @@ def _write(target: Path, record: dict[str, Any], params: Any) -> None:
     files.write(target, text.encode())  # whole or absent: a run may be killed here
 
 
-def copied(workdir: Path, name: str) -> dict[str, Any] | None:
-    """The spec of a codec that the workdir has a copy of; None where it has none."""
-    path = workdir / "frozen" / f"{name}.json"
-    return json.loads(path.read_text())["codec"] if path.is_file() else None
-
-
-def load_codec(place: Place, info: build.DatasetInfo) -> tuple[dict[str, Any], Any]:
+def load_codec(place: TrainedCodec, info: build.DatasetInfo) -> tuple[dict[str, Any], Any]:
     """The spec and the parameters of the codec that another run trained.
 
     Raises:
       UserError: no run, or not one of a codec of this field and these classes.
     """
-    from jointseg_jax.training.workdir import load_run
-
     workdir = place.spec["workdir"]
     run = load_run(Path(workdir))
     spec = dict(run.config["system"])

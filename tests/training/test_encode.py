@@ -22,7 +22,8 @@ from jointseg_jax.training import loop, pretrained
 from jointseg_jax.training import state as states
 from jointseg_jax.training.checkpoints import Checkpoints
 from jointseg_jax.training.encode import encode
-from jointseg_jax.training.encode_options import Encoding
+from jointseg_jax.training.encode_plan import EncodeOptions
+from jointseg_jax.training.workdir import load_codecs
 from jointseg_jax.types import UserError
 
 SIZE, RECORDS = (8, 8), 10
@@ -105,7 +106,7 @@ def config(codec):
 
 def options(out, **changes):
     shard = 3 * 2 * 300  # three records, each twice
-    return Encoding(**{"out": out, "dtype": "float32", "batch": 1, "shard": shard} | changes)
+    return EncodeOptions(**{"out": out, "dtype": "float32", "batch": 1, "shard": shard} | changes)
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +180,7 @@ def test_a_batch_is_the_codecs_own_encoding_of_the_same_records(config, made):
     out = made[0]
     batch = read(config, out)
     assert set(batch) == {LATENTS + "mask", "image", "text", "index"}
-    specs, params = pretrained.load(out, config)
+    specs, params = load_codecs(out, config)
     system = build.system(config, build.dataset_info(build.source(config, "train")), specs)
     keys = jax.random.split(jax.random.key(1), 8)
     batch, plain = jax.device_put((batch, raw(config, batch)))
@@ -243,7 +244,7 @@ def test_the_step_that_reads_latents_is_known_by_the_index_alone(config, made, t
         shutil.copy(made[0] / name, tmp_path / name)
     here = build.from_plain(json.loads(json.dumps(cached(config, tmp_path))))
     here["system"]["streams"]["mask"]["codec"] |= {"workdir": str(tmp_path / "nowhere")}
-    known = abstract.info(here)
+    known = abstract.dataset_info(here)
     assert known == build.dataset_info(build.source(cached(config, made[0]), "train"), captions=0)
     found = abstract.codecs(here, known)
     system = build.system(here, known, found.specs)
@@ -257,7 +258,7 @@ def test_the_step_that_reads_latents_is_known_by_the_index_alone(config, made, t
     planned = abstract.training_shapes(unmade, system, 8, found.frozen)
     assert {k: v.shape for k, v in planned.items()} == {k: v.shape for k, v in expected.items()}
     with pytest.raises(UserError, match=r"1 field:\n  size: \[8, 8\] -> \[16, 16\]"):
-        abstract.info(here | {"system": here["system"] | {"size": (16, 16)}})
+        abstract.dataset_info(here | {"system": here["system"] | {"size": (16, 16)}})
 
 
 def test_the_input_benchmark_reads_the_cache(config, made):

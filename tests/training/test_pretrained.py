@@ -15,6 +15,7 @@ from jointseg_jax.data.classes import Classes
 from jointseg_jax.training import pretrained, workdir
 from jointseg_jax.training import state as states
 from jointseg_jax.training.checkpoints import Checkpoints
+from jointseg_jax.training.workdir import load_codecs, trained_codecs
 from jointseg_jax.types import UserError
 
 NAMES = ("sky", "road", "car")
@@ -106,18 +107,18 @@ def test_only_trained_codecs_are_gathered(tmp_path, codec):
     config = joint_config(codec)
     streams = config["system"]["streams"]
     streams["image"] = streams["mask"] | {"codec": {"name": "pixels"}}
-    assert list(pretrained.trained_codecs(config)) == ["mask"]
-    assert pretrained.trained_codecs({"system": {"name": "autoencode"}}) == {}
+    assert list(trained_codecs(config)) == ["mask"]
+    assert trained_codecs({"system": {"name": "autoencode"}}) == {}
     streams.pop("mask")
     pretrained.import_codecs(tmp_path, config, facts(), unread())
     assert not list(tmp_path.iterdir())
-    assert pretrained.load(tmp_path, config) == ({}, {})
+    assert load_codecs(tmp_path, config) == ({}, {})
 
 
 def test_the_averaged_parameters_and_the_fields_are_copied(tmp_path):
     ema, config = codec_run(tmp_path / "codec"), joint_config(tmp_path / "codec")
     pretrained.import_codecs(tmp_path / "joint", config, facts(), unread())
-    specs, params = pretrained.load(tmp_path / "joint", config)
+    specs, params = load_codecs(tmp_path / "joint", config)
     same(params["mask"], ema)
     assert specs == {"mask": build.plain(CODEC)}
     assert sorted(p.name for p in (tmp_path / "joint/frozen").iterdir()) == [
@@ -134,7 +135,7 @@ def test_codecs_are_gathered_once(tmp_path):
     codec_run(tmp_path / "codec", seed=1)  # trained anew meanwhile
     pretrained.import_codecs(tmp_path / "joint", config, facts(), unread())
     assert (tmp_path / "joint/frozen/mask.json").read_bytes() == before
-    same(pretrained.load(tmp_path / "joint", config)[1]["mask"], ema)
+    same(load_codecs(tmp_path / "joint", config)[1]["mask"], ema)
 
 
 # ------------------------------------------------------------------------------- scale
@@ -146,7 +147,7 @@ def test_the_scale_is_the_codecs_own_unless_another_is_given(tmp_path):
     for name, changes in {"own": {}, "given": {"scale": 0.3}}.items():
         config = joint_config(tmp_path / "codec", **changes)
         pretrained.import_codecs(tmp_path / name, config, facts(), unread())
-        scales[name] = pretrained.load(tmp_path / name, config)[0]["mask"]["scale"]
+        scales[name] = load_codecs(tmp_path / name, config)[0]["mask"]["scale"]
     assert scales == {"own": 0.7, "given": 0.3}
 
 
@@ -155,7 +156,7 @@ def test_a_fitted_scale_makes_latents_of_unit_deviation(tmp_path, latent):
     codec_run(tmp_path / "codec", latent=latent, scale=0.7)
     config = joint_config(tmp_path / "codec", scale="fit")
     pretrained.import_codecs(tmp_path / "joint", config, facts(), batches())
-    specs, params = pretrained.load(tmp_path / "joint", config)
+    specs, params = load_codecs(tmp_path / "joint", config)
     made = build.codec(specs["mask"], facts(), "mask")
     first = np.concatenate([b["labels"] for b in itertools.islice(batches(), 8)])
     # float32: another batch size is another program
@@ -169,7 +170,7 @@ def test_a_joint_workdir_works_without_the_codecs(tmp_path):
     ema, config = codec_run(tmp_path / "codec"), joint_config(tmp_path / "codec", scale=0.3)
     joint = tmp_path / "joint"
     pretrained.import_codecs(joint, config, facts(), unread())
-    specs, _ = pretrained.load(joint, config)
+    specs, _ = load_codecs(joint, config)
     system = build.system(config, facts(), specs)
     leave(joint, config, facts(), parameters(system))
     shutil.rmtree(tmp_path / "codec")
@@ -202,17 +203,17 @@ def test_a_changed_file_is_refused(gathered):
     content[-1] ^= 1
     file.write_bytes(content)
     with pytest.raises(UserError, match=r"mask.safetensors: missing or not the file that mask.js"):
-        pretrained.load(workdir, config)
+        load_codecs(workdir, config)
 
 
 def test_a_lost_file_is_named(gathered):
     workdir, config = gathered
     (workdir / "frozen/mask.safetensors").unlink()
     with pytest.raises(UserError, match=r"mask.safetensors: missing"):
-        pretrained.load(workdir, config)
+        load_codecs(workdir, config)
     (workdir / "frozen/mask.json").unlink()
     with pytest.raises(UserError, match=r"mask.json: missing; the workdir lost its codec. Copy it"):
-        pretrained.load(workdir, config)
+        load_codecs(workdir, config)
 
 
 @pytest.mark.parametrize(
