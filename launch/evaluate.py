@@ -20,7 +20,7 @@ from absl import flags
 from jointseg_jax import cli
 from jointseg_jax.types import UserError
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a trained run.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a trained run.", required=True)
 NUM = flags.DEFINE_integer(
     "num", 256, "Pairs to generate and judge (joint runs, bridges).", lower_bound=1
 )
@@ -38,7 +38,6 @@ REFINE = flags.DEFINE_integer(
     lower_bound=0,
 )
 cli.define_process_flags()
-flags.mark_flags_as_required(["workdir"])
 
 
 def main() -> None:

@@ -25,8 +25,8 @@ from absl import flags
 from jointseg_jax import cli
 from jointseg_jax.types import UserError
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a trained `joint` run.")
-OUT = flags.DEFINE_string("out", None, "Folder for the pairs.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a trained `joint` run.", required=True)
+OUT = flags.DEFINE_string("out", None, "Folder for the pairs.", required=True)
 NUM = flags.DEFINE_integer(
     "num",
     None,
@@ -104,7 +104,6 @@ MAX_SHARE = flags.DEFINE_float(
 )
 PER_DEVICE = flags.DEFINE_integer("per_device", 16, "Pairs per device and batch.", lower_bound=1)
 cli.define_process_flags()
-flags.mark_flags_as_required(["workdir", "out"])
 
 
 def main() -> None:
@@ -112,43 +111,44 @@ def main() -> None:
     cli.start()
     from jointseg_jax.data.given import given_images, given_labels
     from jointseg_jax.generation.filters import Filters
-    from jointseg_jax.generation.generate import MORE, sample
+    from jointseg_jax.generation.sample import EXTRA_IMAGES, SampleOptions, sample
     from jointseg_jax.training.preemption import ExitOnSigterm
-    from jointseg_jax.training.workdir import load_info
+    from jointseg_jax.training.workdir import load_info, load_run
 
     kind, folder = _given(GIVEN.value, DIRECTION.value)
-    more = WRITE.value if WRITE.value is not None else (MORE if kind == "images" else ())
-    if set(more) - set(MORE):
-        raise UserError(f"ERROR [flags] --write={','.join(more)}: known are {', '.join(MORE)}.")
-    given = None
+    default = EXTRA_IMAGES if kind == "images" else ()
+    extra = tuple(default if WRITE.value is None else WRITE.value)
+    if set(extra) - set(EXTRA_IMAGES):
+        names = ", ".join(EXTRA_IMAGES)
+        raise UserError(f"ERROR [flags] --write={','.join(extra)}: known are {names}.")
+    condition = None
     if kind == "images":
-        given = given_images(folder, layout=LAYOUT.value, split=SPLIT.value, mode=FIT.value)
+        condition = given_images(folder, layout=LAYOUT.value, split=SPLIT.value, mode=FIT.value)
     elif kind == "annotations":
         classes = load_info(Path(WORKDIR.value)).classes
-        given = given_labels(
+        condition = given_labels(
             folder, classes, layout=LAYOUT.value, split=SPLIT.value, mode=FIT.value
         )
     with ExitOnSigterm():
-        report = sample(
-            Path(WORKDIR.value),
-            Path(OUT.value),
+        options = SampleOptions(
             num=NUM.value,
             prompts=_prompts(PROMPTS.value),
             features=_features(FEATURES.value),
-            given=given,
-            more=tuple(more),
+            condition=condition,
             seed=SEED.value,
             steps=STEPS.value,
             guidance=GUIDANCE.value,
             per_device=PER_DEVICE.value,
             absorb=ABSORB.value,
             min_instance=MIN_INSTANCE.value,
+            extra_images=extra,
             filters=Filters(
                 min_confidence=MIN_CONFIDENCE.value,
                 min_classes=MIN_CLASSES.value,
                 max_share=MAX_SHARE.value,
             ),
         )
+        report = sample(load_run(WORKDIR.value), Path(OUT.value), options)
     cli.last_line(report)
 
 
@@ -168,9 +168,9 @@ def _given(text: str | None, direction: str | None) -> tuple[str, Path]:
     return kind, Path(folder)
 
 
-def _prompts(path: str | None) -> list[str] | None:
+def _prompts(path: str | None) -> list[str]:
     if path is None:
-        return None
+        return []
     if not Path(path).is_file():
         raise UserError(
             f"ERROR [flags] --prompts={path}: no such file; give a text file, one prompt a line."

@@ -8,11 +8,12 @@ Image codecs take uint8 or float [-1, 1] and return float32 [-1, 1]; annotation 
 integer label maps in which ``VOID`` may stand, and return int32 label maps.
 """
 
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from jointseg_jax.types import Array, Params
 
 
+@runtime_checkable
 class Codec(Protocol):
     """Maps a batch of one stream to latents and back; ``kind`` is what the pixels are."""
 

@@ -72,33 +72,34 @@ class Alignment:
 
     def __init__(self, names: Sequence[str]):
         self.names = tuple(names)
-        self.own, self.strangers = Confusion(len(names)), Confusion(len(names))
+        self.own, self.others = Confusion(len(names)), Confusion(len(names))
 
-    def add(self, judged: Maps, mask: Maps, stranger: Maps | None = None) -> None:
+    def add(self, judged: Maps, mask: Maps, other: Maps | None = None) -> None:
         """Counts a pair.
 
         Args:
           judged: the judge's labels of the generated image.
           mask: the mask generated with it.
-          stranger: the mask of another image, for the level of chance.
+          other: the mask of another image, for the level of chance.
         """
         self.own.add(judged, mask)
-        if stranger is not None:
-            self.strangers.add(judged, stranger)
+        if other is not None:
+            self.others.add(judged, other)
 
     def report(self) -> dict[str, Any]:
         """The numbers as JSON values; None where there was nothing to measure."""
         return {
             "alignment_miou": number(self.own.miou()),
-            "chance_miou": number(self.strangers.miou()),
+            "chance_miou": number(self.others.miou()),
             "alignment_per_class": per_class(self.own, self.names),
         }
 
 
 def cycle(count: int, seed: int) -> Int64[np.ndarray, " count"]:
-    """A random order of 0 .. count-1; the stranger of each is the one before, in a circle.
+    """Returns a random order of 0 .. count-1, in which each is compared with the one before.
 
-    Nobody is its own stranger when there are two or more.
+    In a circle, so that none is compared with itself when there are two or more. A random one, for
+    neighbours of a sequence (frames of a film) look alike.
     """
     return np.random.default_rng(seed).permutation(count)
 
@@ -117,7 +118,7 @@ def worst(confusion: Confusion, names: Sequence[str]) -> dict[str, Any] | None:
     return {"name": names[lowest], "iou": number(iou[lowest])}
 
 
-def number(value: float, digits: int = 6) -> float | None:
+def number(value: float | np.floating, digits: int = 6) -> float | None:
     """A rounded float for JSON; None in place of what is not finite."""
     value = float(value)
     return round(value, digits) if math.isfinite(value) else None

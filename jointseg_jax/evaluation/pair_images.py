@@ -39,7 +39,7 @@ class ImageReconstruction:
     ) -> None:
         """Counts a batch of images and what came back for them, floats in [-1, 1]."""
         rows = slice(None) if valid is None else valid
-        back = quantise(decoded[rows])
+        back = np.asarray(quantise(decoded[rows]))
         self.psnr.append(psnr(images[rows], back))
         self.error.append(np.abs(images[rows].astype(np.float64) - back).mean((1, 2, 3)))
 

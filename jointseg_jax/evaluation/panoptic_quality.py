@@ -53,8 +53,10 @@ class PanopticQuality:
             )
         self.things, self.stuff = sorted(set(things)), sorted(set(stuff))
         self.categories = np.array(self.things + self.stuff, np.int64)
-        self._sums = {name: np.zeros(len(self.categories), np.int64) for name in COUNTS}
-        self._sums |= {name: np.zeros(len(self.categories)) for name in IOUS}
+        types = dict.fromkeys(COUNTS, np.int64) | dict.fromkeys(IOUS, np.float64)
+        self._sums: dict[str, np.ndarray] = {
+            name: np.zeros(len(self.categories), dtype) for name, dtype in types.items()
+        }
 
     def add(
         self,

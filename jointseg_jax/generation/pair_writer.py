@@ -1,16 +1,19 @@
 """Pairs on disk: PNG files and one manifest line each, written so that nothing is half there.
 
-``OUT/images/ID.png``, ``OUT/annotations/ID.png`` (palette PNG whose pixels are class indices, 255
-for void), ``OUT/manifest.jsonl`` in index order; if asked for, ``OUT/overlay/ID.png`` (the labels
-over the image) and ``OUT/confidence/ID.png`` (grey, 255 = certain). Of panoptic results also
-``OUT/panoptic/ID.png`` (RGB PNG of segment ids, ``data/segments.py``), whose COCO ``segments_info``
-stands in the manifest line, ``category_id`` being the class index. A file appears by rename; a
-manifest line follows its files; a torn last line is cut off when a run goes on, and pairs whose
-files are not what their line says are made again, they alone. Nothing written
-depends on the clock or the machine, so an interrupted run ends with the same bytes as one that was
-not. A file system that refuses ends the run with a sentence; what is whole stays.
+| file | what |
+|---|---|
+| ``images/ID.png`` | the image |
+| ``annotations/ID.png`` | palette PNG whose pixels are class indices, 255 for void |
+| ``panoptic/ID.png`` | of panoptic results: RGB PNG of segment ids (``data/segments.py``) |
+| ``overlay/ID.png``, ``confidence/ID.png`` | if asked for: labels over the image; 255 = certain |
+| ``manifest.jsonl`` | a line per pair, in index order |
+| ``settings.json`` | everything that the pairs depend on |
 
-A pair that a filter rejects (``generation/filters.py``) has a line that says why, and no files.
+The line of a panoptic pair has its COCO ``segments_info``, ``category_id`` being the class index;
+the line of a pair that a filter rejects has the reason, and there are no files of it.
+
+A file appears by rename, and a manifest line follows its files. Nothing written depends on the
+clock or the machine, so an interrupted run ends with the same bytes as one that was not.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from jointseg_jax import jsonl
 from jointseg_jax.annotations import viz
@@ -33,28 +37,26 @@ from jointseg_jax.data import files
 from jointseg_jax.data.classes import Classes
 from jointseg_jax.data.images import encode_segment_ids
 from jointseg_jax.data.segments import listed
-from jointseg_jax.types import UserError
+from jointseg_jax.types import FILE_VOID, VOID, UserError
 
 
 class PairWriter:
-    """Appends pairs to a folder; ``done`` says how many are there and whole.
+    """Appends pairs to a folder, which may hold some already.
 
     Args:
       settings: everything the pairs depend on; another run into the same folder must agree.
-      lines: of a process that only makes the ``files`` of pairs: their manifest is another's.
-
-    Attributes:
-      lines: of the manifest, one for each pair that is done.
-      kept: lines of pairs beyond the first that is not whole, by index: whole, and listed again
-        when their turn has come.
+      lines: False for a process that only writes the files of pairs, and not the manifest.
     """
 
     def __init__(
-        self, folder: Path, classes: Classes, settings: Mapping[str, Any], *, lines: bool = True
+        self, folder: Path, classes: Classes, settings: Mapping[str, object], *, lines: bool = True
     ):
         self.folder, self.classes = folder, classes
         self.lines: list[dict[str, Any]] = []
+        """Of the manifest, one for each pair that is done."""
         self.kept: dict[int, dict[str, Any]] = {}
+        """By index, lines of whole pairs that come after one that is not whole. They are listed
+        again when their turn has come, so that their files need not be made again."""
         self._manifest = folder / "manifest.jsonl"
         if not lines:
             if not (folder / "settings.json").exists():
@@ -66,31 +68,20 @@ class PairWriter:
         with self.explained():
             for name in ("images", "annotations"):
                 (folder / name).mkdir(parents=True, exist_ok=True)
-            _agree(folder / "settings.json", settings)
+            check_settings(folder / "settings.json", settings)
             self.lines, self.kept = self._verified()
             self._rewrite_manifest()
 
     @property
     def done(self) -> int:
-        """Pairs that need not be made again."""
+        """Number of pairs that are listed: these need not be made again."""
         return len(self.lines)
 
-    def write(
-        self,
-        index: int,
-        prompt: str,
-        image: np.ndarray,
-        labels: np.ndarray,
-        facts: Mapping[str, Any],
-        segments: np.ndarray | None = None,
-        *,
-        name: str | None = None,
-        more: Mapping[str, np.ndarray] | None = None,
-    ) -> None:
-        """Writes pair ``index``, the next one in order; as ``files``, then ``append``."""
+    def write(self, index: int, *pair: Any, **options: Any) -> None:
+        """Writes pair ``index``, the next one in order; arguments as of ``files``."""
         self._list_kept()
         self._require_next(index)
-        self.append(self.files(index, prompt, image, labels, facts, segments, name=name, more=more))
+        self.append(self.files(index, *pair, **options))
 
     def files(
         self,
@@ -98,31 +89,31 @@ class PairWriter:
         prompt: str,
         image: np.ndarray,
         labels: np.ndarray,
-        facts: Mapping[str, Any],
+        fields: Mapping[str, object],
         segments: np.ndarray | None = None,
         *,
         name: str | None = None,
-        more: Mapping[str, np.ndarray] | None = None,
+        extra_images: Mapping[str, np.ndarray] | None = None,
     ) -> dict[str, Any]:
         """Writes the files of pair ``index``, in any order; returns its manifest line.
 
         Args:
-          facts: what else its manifest line says.
-          segments: instance numbers, if it has any.
+          image: [height, width, 3] uint8.
+          labels: [height, width], VOID where nothing is annotated.
+          fields: what else its manifest line says.
+          segments: [height, width] instance numbers, if it has any.
           name: its ID, with folders if it holds "/"; the index in eight digits when not given.
-          more: further uint8 pictures by the name of their folder.
+          extra_images: further uint8 pictures by the name of their folder.
         """
         name = name or f"{index:08d}"
+        # The order of contents and fields is that of the line's keys, hence of the file's bytes.
         contents = {
             "image": (f"images/{name}.png", viz.png_bytes(image)),
-            "annotation": (
-                f"annotations/{name}.png",
-                viz.palette_png_bytes(labels, self.classes),
-            ),
+            "annotation": (f"annotations/{name}.png", viz.palette_png_bytes(labels, self.classes)),
         }
-        line: dict[str, Any] = {"id": name, "index": index, "prompt": prompt, **facts}
+        line: dict[str, Any] = {"id": name, "index": index, "prompt": prompt, **fields}
         line |= {"height": int(labels.shape[0]), "width": int(labels.shape[1])}
-        for folder, picture in (more or {}).items():
+        for folder, picture in (extra_images or {}).items():
             contents[folder] = (f"{folder}/{name}.png", viz.png_bytes(picture))
         if segments is not None:
             ids, line["segments_info"] = listed(labels, segments, self.classes)
@@ -138,14 +129,14 @@ class PairWriter:
         self,
         index: int,
         prompt: str,
-        facts: Mapping[str, Any],
+        fields: Mapping[str, object],
         reason: str,
         *,
         name: str | None = None,
     ) -> dict[str, Any]:
-        """The manifest line of pair ``index``, which a filter rejects: it has no files."""
+        """Returns the manifest line of pair ``index``, which a filter rejects: it has no files."""
         name = name or f"{index:08d}"
-        return {"id": name, "index": index, "prompt": prompt, **facts, "rejected": reason}
+        return {"id": name, "index": index, "prompt": prompt, **fields, "rejected": reason}
 
     def close(self) -> None:
         """Flushes the manifest to disk."""
@@ -153,17 +144,17 @@ class PairWriter:
         with self.explained(), self._manifest.open("a") as file:
             os.fsync(file.fileno())
 
-    def append(self, line: Mapping[str, Any]) -> None:
-        """Adds the next pair to the manifest, its files being there."""
+    def append(self, line: Mapping[str, object]) -> None:
+        """Adds the next pair to the manifest; its files must be there."""
         self._list_kept()
         self._require_next(line["index"])
-        self._add(line)
+        self._add_line(line)
 
     def _list_kept(self) -> None:
         while self.done in self.kept:
-            self._add(self.kept[self.done])
+            self._add_line(self.kept[self.done])
 
-    def _add(self, line: Mapping[str, Any]) -> None:
+    def _add_line(self, line: Mapping[str, object]) -> None:
         text = jsonl.line(line, ascii_only=False)
         with self.explained(self._manifest, len(text)), self._manifest.open("ab") as file:
             file.write(text)
@@ -175,7 +166,8 @@ class PairWriter:
         try:
             yield
         except OSError as error:
-            if path is not None:  # what is half there would keep the disk full
+            if path is not None:
+                # What is half there would keep the disk full.
                 with contextlib.suppress(OSError):
                     path.with_name(path.name + ".tmp").unlink()
             reason = f"cannot be written ({error.strerror or error})"
@@ -189,28 +181,29 @@ class PairWriter:
                 f"in {self._manifest.name} are whole, and the same command goes on from them."
             ) from error
 
-    def _require_next(self, index: int) -> None:
+    def _require_next(self, index: object) -> None:
         if index != self.done:
             raise ValueError(f"pair {index} out of order; {self.done} is next.")
 
     def _verified(self) -> tuple[list[dict[str, Any]], dict[int, dict[str, Any]]]:
-        """Manifest lines up to the first of files not whole; those after it, by index.
+        """Returns the manifest's lines up to the first pair that is not whole; those after it.
 
         A line that is torn or out of order ends the manifest.
         """
         lines: list[dict[str, Any]] = []
         kept: dict[int, dict[str, Any]] = {}
-        found = jsonl.read_until_damaged(self._manifest) if self._manifest.exists() else ()
-        for index, line in enumerate(found):
+        saved = jsonl.read_until_damaged(self._manifest) if self._manifest.exists() else ()
+        for index, line in enumerate(saved):
             if line.get("index") != index:
                 break
-            if self._whole(line):
+            if self._is_whole(line):
                 kept[index] = line
             if index == len(lines) and index in kept:
                 lines.append(kept.pop(index))
         return lines, kept
 
-    def _whole(self, line: Mapping[str, Any]) -> bool:
+    def _is_whole(self, line: Mapping[str, object]) -> bool:
+        """True if all files of a line are there with the bytes that it says."""
         if isinstance(line.get("rejected"), str):
             return True
         for key in (k.removesuffix("_sha256") for k in line if k.endswith("_sha256")):
@@ -221,20 +214,48 @@ class PairWriter:
                 return False
         return {"image_sha256", "annotation_sha256"} <= line.keys()
 
-    def _inside(self, name: Any) -> Path | None:
-        """A file of this folder that a line names; None for any other place, which is not read."""
+    def _inside(self, name: object) -> Path | None:
+        """Returns the file of this folder that a line names; None for any other place."""
+        # A manifest may come from somebody else: what it names elsewhere must not even be read.
         if not isinstance(name, str) or "\0" in name:
             return None
         path = self.folder / name
         return path if path.resolve().is_relative_to(self.folder.resolve()) else None
 
     def _rewrite_manifest(self) -> None:
+        """Cuts off what is torn or damaged; leaves the file alone where nothing is."""
         text = b"".join(jsonl.line(line, ascii_only=False) for line in self.lines)
         if not self._manifest.exists() or self._manifest.read_bytes() != text:
             files.write(self._manifest, text)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_mask(path: Path) -> np.ndarray:
+    """Reads a written annotation: [height, width] int16 labels, VOID where the file says 255."""
+    values = np.asarray(Image.open(path)).astype(np.int16)
+    return np.where(values == FILE_VOID, VOID, values).astype(np.int16)
+
+
+def check_settings(path: Path, settings: Mapping[str, object]) -> None:
+    """Writes the settings, or refuses other ones than those the folder was made with.
+
+    Raises:
+      UserError: they differ, or what is there is not readable.
+    """
+    if not path.exists():
+        files.write(path, (json.dumps(settings, indent=1) + "\n").encode())
+        return
+    saved = _read_settings(path)
+    keys = sorted(set(saved) | set(settings))
+    changed = [k for k in keys if saved.get(k) != settings.get(k)]
+    if changed:
+        changes = "; ".join(f"{k}: {saved.get(k)} -> {settings.get(k)}" for k in changed)
+        raise UserError(
+            f"{path.parent}: made with other settings: {changes}. "
+            "Give the same settings to go on, or another --out."
+        )
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
     try:
         saved = json.loads(path.read_bytes())
     except ValueError:
@@ -245,19 +266,3 @@ def _read(path: Path) -> dict[str, Any]:
             "file back from a copy, or choose another --out."
         )
     return saved
-
-
-def _agree(path: Path, settings: Mapping[str, Any]) -> None:
-    """Writes the settings, or refuses other ones than those the folder was made with."""
-    if path.exists():
-        saved = _read(path)
-        keys = sorted(set(saved) | set(settings))
-        changed = [k for k in keys if saved.get(k) != settings.get(k)]
-        if changed:
-            listed = "; ".join(f"{k}: {saved.get(k)} -> {settings.get(k)}" for k in changed)
-            raise UserError(
-                f"{path.parent}: made with other settings: {listed}. "
-                "Give the same settings to go on, or another --out."
-            )
-        return
-    files.write(path, (json.dumps(settings, indent=1) + "\n").encode())

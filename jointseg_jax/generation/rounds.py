@@ -2,15 +2,15 @@
 
 1. Every process makes a batch and writes the files of its pairs: that is one round.
 2. The first process then lists the pairs of the round in the manifest, in index order, from the
-   lines that the others send it. Nobody waits for it.
-3. A run that goes on asks the manifest alone what is there: pairs whose round was never listed are
-   made again, with the same bytes, and so are those whose files are no longer whole.
+   lines that the others send it. The others do not wait for it.
+3. A run that goes on relies on the manifest alone: pairs whose round was never listed are made
+   again, with the same bytes, and so are those whose files are no longer whole.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,61 +22,70 @@ from jointseg_jax.generation.pair_writer import PairWriter
 
 
 class RoundWriter:
-    """The writer of this process; in a lone one, a plain ``PairWriter``.
+    """The writer of this process; of a lone process, a plain ``PairWriter``.
 
     Args:
       settings: see ``PairWriter``.
-
-    Attributes:
-      start: the first pair that is to be made.
-      there: how many pairs were there already.
-      pairs: the writer, whose ``lines`` are complete on the first process.
     """
 
-    def __init__(self, folder: Path, classes: Classes, settings: Mapping[str, Any]):
-        found = []
+    def __init__(self, folder: Path, classes: Classes, settings: Mapping[str, object]):
+        opened: list[PairWriter] = []
 
-        def first() -> str:
-            found.append(PairWriter(folder, classes, settings))
-            start, kept = found[0].done, found[0].kept
+        def open_folder() -> str:
+            opened.append(PairWriter(folder, classes, settings))
+            start, kept = opened[0].done, opened[0].kept
             end = max(kept, default=start - 1) + 1
             return json.dumps([start, end, [i for i in range(start, end) if i not in kept]])
 
-        self.start, self._end, gaps = json.loads(distributed.from_first(first))
-        self.there = self._end - len(gaps)
-        self._gaps = np.array(gaps, np.int64)
-        self.pairs = found[0] if found else PairWriter(folder, classes, settings, lines=False)
+        # One process verifies the files of all, and says so: hashing a large folder takes minutes.
+        state = json.loads(distributed.from_first(open_folder))
+        self.start: int = state[0]
+        """The first pair that is to be made."""
+        self._end: int = state[1]
+        self._gaps = np.array(state[2], np.int64)
+        """Pairs before ``_end`` that are not whole; from there on there are none at all."""
+        self.there = self._end - len(self._gaps)
+        """Number of pairs that were there already."""
+        self.pairs = opened[0] if opened else PairWriter(folder, classes, settings, lines=False)
+        """The writer, whose ``lines`` are complete on the first process."""
         self._together = distributed.several()
         self._lines: list[dict[str, Any]] = []
+        """Of this round."""
 
     def needed(self, indices: np.ndarray) -> np.ndarray:
-        """Which of some pairs are not there."""
+        """Marks the pairs that are not there."""
         return np.isin(indices, self._gaps) | (indices >= self._end)
 
     def write(self, *pair: Any, **options: Any) -> int:
-        """Writes a pair as ``PairWriter.write`` does; how many are listed by that."""
+        """Writes a pair's files as ``PairWriter.files`` does; returns how many pairs that lists."""
         return self._list(self.pairs.files(*pair, **options))
 
     def reject(self, *pair: Any, **options: Any) -> int:
-        """Lists a pair as ``PairWriter.rejected`` does; how many are listed by that."""
+        """Lists a pair as ``PairWriter.rejected`` does; returns how many pairs that lists."""
         return self._list(self.pairs.rejected(*pair, **options))
+
+    def end_round(self) -> int:
+        """Lists the pairs of all processes after a batch, even an empty one.
+
+        Returns:
+          How many were listed: 0 on all processes but the first, and on a lone one.
+        """
+        if not self._together:
+            return 0
+        texts = distributed.gather(json.dumps(self._lines))
+        self._lines = []
+        # Processes hold ascending batches of a round, so their order is that of the indices.
+        return self._append(line for text in texts for line in json.loads(text))
 
     def _list(self, line: dict[str, Any]) -> int:
         if self._together:
             self._lines.append(line)
             return 0
-        before = self.pairs.done
-        self.pairs.append(line)
-        return self.pairs.done - before
+        return self._append([line])
 
-    def end_round(self) -> int:
-        """After a batch, if it was empty too: lists the pairs of all; how many on the first."""
-        if not self._together:
-            return 0
-        texts = distributed.gather(json.dumps(self._lines))
-        self._lines = []
+    def _append(self, lines: Iterable[Mapping[str, object]]) -> int:
         before = self.pairs.done
-        for text in texts:
-            for line in json.loads(text):
-                self.pairs.append(line)
+        for line in lines:
+            self.pairs.append(line)
+        # More than were given where pairs that are kept come after them.
         return self.pairs.done - before

@@ -2,12 +2,13 @@
 
 1. ``sampler``: one batch of pairs on the devices; time until the last chip is done.
 2. ``written``: the same with its copy to the host, clean-up and files, one batch made ahead of the
-   one that is written, as in ``generation.loop``.
+   one that is written, as in ``generation.sample``.
 3. FLOPs = forward x calls of the network x 2 where there is guidance; codecs get no credit.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 import time
 from collections.abc import Mapping
@@ -15,19 +16,20 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jointseg_jax import profiling, sharding
-from jointseg_jax.generation.generate import (
+from jointseg_jax.generation.pair_writer import PairWriter
+from jointseg_jax.generation.sample import cleaned
+from jointseg_jax.generation.sampler import (
     ANNOTATIONS,
     PER_DEVICE,
-    cleaned,
-    made_batches,
-    sampler,
+    Sampler,
+    jit_sample_batch,
+    one_ahead,
+    pending_batches,
     sampling_params,
 )
-from jointseg_jax.generation.pair_writer import PairWriter
 from jointseg_jax.perf import abstract, machine, subject, trace
 from jointseg_jax.perf.ceiling import ceiling
 from jointseg_jax.perf.harness import Action, Job, Request
@@ -66,10 +68,18 @@ class _Sampling:
         if params is None:
             params = subject.parameters(self.system, everywhere)
         params = sampling_params(self.system, params)
-        self.params, self.frozen = jax.device_put((params, self.subject.frozen), everywhere)
+        params, frozen = jax.device_put((params, self.subject.frozen), everywhere)
         start = time.perf_counter()
-        inputs = self._inputs(self.text, self.known, 0, np.arange(self.batch))
-        lowered = sampler(self.system, self.mesh).lower(self.params, self.frozen, *inputs)
+        jitted = jit_sample_batch(self.system, self.mesh)
+        sampler = Sampler(
+            sample_batch=jitted,
+            mesh=self.mesh,
+            params=params,
+            frozen=frozen,
+            batch_size=self.batch,
+        )
+        inputs = sampler.inputs(0, np.arange(self.batch), self.text, self.known)
+        lowered = jitted.lower(params, frozen, *inputs)
         if not jax.tree.leaves(lowered.out_info):
             raise UserError(
                 "ERROR [flags] --what=sample: all streams of this config are latents that nothing "
@@ -79,44 +89,24 @@ class _Sampling:
         self.lower_s = time.perf_counter() - start
         self.compiled = lowered.compile()
         self.compile_s = time.perf_counter() - start - self.lower_s
-
-    def _inputs(self, text: Any, given: Any, seed: int, indices: np.ndarray) -> tuple[Any, ...]:
-        rows = sharding.batch_sharding(self.mesh)
-        text, given, placed = jax.device_put((text, given, indices.astype(np.uint32)), rows)
-        return text, given, jnp.uint32(seed), placed
-
-    def make(self, text: Any, seed: int, indices: np.ndarray, given: Any) -> Any:
-        """One batch of pairs, on its way."""
-        with jax.set_mesh(self.mesh):
-            inputs = self._inputs(text, given, seed, indices)
-            return self.compiled(self.params, self.frozen, *inputs)
+        self.sampler = dataclasses.replace(sampler, sample_batch=self.compiled)
 
     def run(self, count: int) -> float:
         """So many batches in a row; the seconds until the last one is done."""
         start = time.perf_counter()
         for n in range(count):
-            pairs = self.make(self.text, n, np.arange(self.batch), self.known)
+            pairs = self.sampler(n, np.arange(self.batch), self.text, self.known)
         jax.block_until_ready(pairs)
         return time.perf_counter() - start
 
     def write(self, count: int) -> float:
         """So many batches, all the way to their files."""
-
-        def make(*inputs: Any) -> Any:
-            return self.make(*inputs)
-
-        make.batch = self.batch
         first, start = self.writer.done, time.perf_counter()
-        made = made_batches(
-            make,
-            self.text,
-            seed=0,
-            start=first,
-            stop=first + count * self.batch,
-            known=lambda indices: self.known,
-        )
-        for indices, pairs in made:
-            for row, index in enumerate(indices.tolist()):
+        batches = pending_batches(first, first + count * self.batch, self.batch)
+        started = ((b, self.sampler(0, b.indices, self.text, self.known)) for b in batches)
+        for batch, made in one_ahead(started):
+            pairs = {k: np.asarray(v) for k, v in made.items()}
+            for row, index in enumerate(batch.indices.tolist()):
                 self._write(index, {k: v[row] for k, v in pairs.items()})
         return time.perf_counter() - start
 
@@ -138,7 +128,7 @@ class _Sampling:
         total = plan.argument_size_in_bytes + plan.temp_size_in_bytes if plan else 0
         return {
             **subject.facts(self.subject),
-            "parameters": sum(x.size for x in jax.tree.leaves(self.params)),
+            "parameters": sum(x.size for x in jax.tree.leaves(self.sampler.params)),
             "batch": self.batch,
             "steps": self.system.solver.steps,
             "guidance": {k: s.guidance for k, s in self.system.streams.items()},

@@ -1,7 +1,7 @@
 """The real programs of a config, lowered for devices that need not exist.
 
 Both are what the loops run: the update of ``training.program`` with the config's mesh, sharding,
-trainable rules and optimizer, and the sampler of ``generation.loop``, which splits rows over all
+trainable rules and optimizer, and the sampler of ``generation.sampler``, which splits rows over all
 devices and keeps a whole copy of the parameters on each.
 """
 
@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jointseg_jax import build, profiling, sharding
-from jointseg_jax.generation.generate import PER_DEVICE, sampler, sampling_params
+from jointseg_jax.generation.sampler import PER_DEVICE, jit_sample_batch, sampling_params
 from jointseg_jax.perf import abstract
 from jointseg_jax.perf.ideal import ideal_bytes
 from jointseg_jax.systems.system import LATENTS, Generator
@@ -153,7 +153,7 @@ def lower_sampling(
     indices = jax.ShapeDtypeStruct((batch,), jnp.uint32, sharding=rows)
     seed = jax.ShapeDtypeStruct((), jnp.uint32, sharding=everywhere)
     with jax.set_mesh(mesh):
-        lowered = sampler(system, mesh).lower(
+        lowered = jit_sample_batch(system, mesh).lower(
             _at(params, everywhere), _at(frozen, everywhere), text, _at(known, rows), seed, indices
         )
     each = profiling.sampling_flops(system, known)

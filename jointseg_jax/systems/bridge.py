@@ -23,7 +23,7 @@ Source: SemFlow (2405.20282), eqs. 9-14 and section 3.4; 6 is ours, after the id
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -195,7 +195,7 @@ class Bridge:
         ((field, values),) = condition.items()
         return directions[field](params, frozen, values, keys)
 
-    def check_condition(self, condition: Pairs) -> None:
+    def check_condition(self, condition: Collection[str]) -> None:
         """Refuses anything but one end."""
         if set(condition) not in ({"image"}, {"labels"}):
             raise ValueError(

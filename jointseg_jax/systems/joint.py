@@ -13,7 +13,7 @@ Source: JoDiffusion (joint training and sampling), PDM Alg. 1 and 2, UniDiffuser
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -183,7 +183,7 @@ class Joint:
         latents = self.solver(predict, processes, start, keys=fold(keys, "solver"), condition=known)
         return self.decode(frozen, latents)
 
-    def check_condition(self, condition: Pairs) -> None:
+    def check_condition(self, condition: Collection[str]) -> None:
         """Refuses fields that are no stream's, and the lack of one that the network must see."""
         fields = {k: s.field for k, s in self.streams.items() if k != TEXT_STREAM}
         strangers = sorted(set(condition) - set(fields.values()))

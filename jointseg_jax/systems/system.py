@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from collections.abc import Collection, Mapping
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 from jointseg_jax.types import Array, Params
 
@@ -54,12 +54,13 @@ class Encodable(Protocol):
 class Generator(Protocol):
     """Something that makes pairs, with a solver."""
 
+    __dataclass_fields__: ClassVar[dict[str, Any]]  # a dataclass, for ``dataclasses.replace``
     size: tuple[int, int]
     solver: Any
     streams: Mapping[str, Any]
     text: Any
 
-    def check_condition(self, condition: Pairs) -> None:
+    def check_condition(self, condition: Collection[str]) -> None:
         """Refuses (ValueError) batch fields that it cannot start from, or that it needs."""
         ...
 

@@ -137,7 +137,7 @@ def test_fifty_kills_do_not_show(launch, straight, tmp_path, workers, kills):
 
 WRAPPED = """
 import os, runpy, signal, sys
-from jointseg_jax.evaluation import loop as evaluation
+from jointseg_jax.evaluation import evaluate as evaluation
 from jointseg_jax.training import checkpoints, loop
 
 where = sys.argv.pop(1)

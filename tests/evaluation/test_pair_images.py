@@ -13,7 +13,7 @@ from jointseg_jax.codecs.image_tiny import ImageTiny
 from jointseg_jax.codecs.palette import Palette
 from jointseg_jax.codecs.pixels import Pixels, normalise
 from jointseg_jax.data.sources.scenes import Scenes
-from jointseg_jax.evaluation import evaluate
+from jointseg_jax.evaluation.codec_report import autoencoder_report, codec_report
 from jointseg_jax.evaluation.pair_images import IDENTICAL, ImageReconstruction, psnr
 from jointseg_jax.systems.autoencode import Autoencode
 from jointseg_jax.training.workdir import Run
@@ -69,7 +69,7 @@ def run_of(system, params):
 
 
 def test_pixels_are_perfect_and_every_record_counts_once():
-    report = evaluate.codec_report(run_of(SimpleNamespace(), {}), Pixels(), {}, "image", None)
+    report = codec_report(run_of(SimpleNamespace(), {}), Pixels(), {}, "image", None)
     assert report["psnr"] == IDENTICAL and report["mean_absolute_error"] == 0.0
     assert report["validation_records"] == 20
     latents = normalise(np.stack([SCENES[i]["image"] for i in range(20)]))
@@ -85,17 +85,17 @@ def test_a_codec_with_a_palette_reports_labels_too():
         field="image",
         palette=Palette(classes=len(SCENES.classes)),
     )
-    report = evaluate.autoencoder_report(run_of(system, {}), 0, 0, ())
+    report = autoencoder_report(run_of(system, {}), 0, 0, ())
     assert report["psnr"] == IDENTICAL
     assert report["chain"]["reconstruction_miou"] == 1.0
     assert report["chain"]["validation_records"] == 20
     alone = Autoencode(codec=Pixels(), size=(SIZE, SIZE), field="image")
-    assert "chain" not in evaluate.autoencoder_report(run_of(alone, {}), 0, 0, ())
+    assert "chain" not in autoencoder_report(run_of(alone, {}), 0, 0, ())
 
 
 def test_an_untrained_codec_is_measured():
     codec = ImageTiny(widths=(4, 4), blocks=(1, 0), up_widths=(4, 4), up_blocks=(0, 1))
     params = jax.jit(codec.init)(jax.random.key(0))
-    report = evaluate.codec_report(run_of(SimpleNamespace(), params), codec, params, "image", 5)
+    report = codec_report(run_of(SimpleNamespace(), params), codec, params, "image", 5)
     assert 0 < report["worst_psnr"] <= report["psnr"] < 20  # it knows nothing of images
     assert 20 < report["mean_absolute_error"] < 255 and report["validation_records"] == 5

@@ -11,7 +11,7 @@ from jointseg_jax.build import DISTRIBUTIONS, SOLVERS, TIMES, DatasetInfo
 from jointseg_jax.codecs.bits import Bits
 from jointseg_jax.codecs.pixels import Pixels
 from jointseg_jax.data.classes import Classes
-from jointseg_jax.generation.generate import generator, made_batches
+from jointseg_jax.generation.sampler import make_sampler, one_ahead, pending_batches
 from jointseg_jax.models.uvit import UViT
 from jointseg_jax.systems.joint import Joint
 from jointseg_jax.systems.stream import Stream
@@ -58,17 +58,22 @@ def test_a_short_last_batch_compiles_nothing(system, tmp_path, monkeypatch, comp
     params = jax.jit(system.init)(jax.random.key(0))
     known = DatasetInfo(Classes(names=("a", "b", "c")), (), ())
     run = Run(tmp_path, {}, known, system, params, frozen={}, step=0, digest="")
-    make = generator(run, system, per_device=ROWS)
+    sampler = make_sampler(run, system, per_device=ROWS)
     text = np.ones((3, WORDS, 4), np.float32)
     compilations.clear()
-    made = made_batches(make, text, seed=0, start=0, stop=2 * ROWS + 3)
-    first, _ = next(made)
-    assert compilations.count("jit(pairs)") == 1
+
+    def made(seed, start, stop):
+        pending = pending_batches(start, stop, sampler.batch_size)
+        started = ((b, sampler(seed, b.indices, text[b.indices % 3], {})) for b in pending)
+        for batch, pairs in one_ahead(started):
+            yield len(batch.indices[batch.needed]), len(np.asarray(pairs["labels"])[batch.needed])
+
+    straight = made(0, 0, 2 * ROWS + 3)
+    first = next(straight)
+    assert compilations.count("jit(sample_batch)") == 1
     compilations.clear()
-    rest = [(len(indices), len(pairs["labels"])) for indices, pairs in made]
-    assert (len(first), *rest) == (ROWS, (ROWS, ROWS), (3, 3))
-    resumed = made_batches(make, text, seed=7, start=ROWS + 1, stop=2 * ROWS + 1)
-    assert [len(indices) for indices, _ in resumed] == [ROWS - 1, 1]
+    assert [first, *straight] == [(ROWS, ROWS), (ROWS, ROWS), (3, 3)]
+    assert [n for n, _ in made(7, ROWS + 1, 2 * ROWS + 1)] == [ROWS - 1, 1]
     assert compilations == []
-    make(text, 0, np.arange(3), {})  # what is spared by filling up the last batch
-    assert compilations == ["jit(pairs)"]
+    sampler(0, np.arange(3), text, {})  # what is spared by filling up the last batch
+    assert compilations == ["jit(sample_batch)"]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jointseg_jax import rules
-from jointseg_jax.generation.generate import sampling_params
+from jointseg_jax.generation.sampler import sampling_params
 from jointseg_jax.models.two_stream import TwoStream
 
 STREAMS = {

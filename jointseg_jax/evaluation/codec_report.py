@@ -1,0 +1,84 @@
+"""What a codec gives back of the validation split, and the moments of its latents."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jointseg_jax import sharding
+from jointseg_jax.codecs.chain import Chain
+from jointseg_jax.codecs.codec import Codec
+from jointseg_jax.data.classes import Classes
+from jointseg_jax.evaluation.alignment import Reconstruction, number
+from jointseg_jax.evaluation.held_out import PER_DEVICE, validation_batches
+from jointseg_jax.evaluation.pair_images import ImageReconstruction
+from jointseg_jax.evaluation.panoptic_quality import PanopticReconstruction
+from jointseg_jax.training.workdir import Run
+from jointseg_jax.types import Array, Params
+
+
+class Measure(Protocol):
+    """Compares what a codec decodes with what it encoded, batch by batch."""
+
+    def add(self, values: np.ndarray, decoded: np.ndarray, valid: np.ndarray, /) -> None:
+        """Counts a batch; rows that are not valid are left out."""
+        ...
+
+    def report(self) -> dict[str, Any]:
+        """Returns the numbers as JSON values."""
+        ...
+
+
+RECONSTRUCTIONS: dict[str, Callable[[Classes], Measure]] = {
+    "labels": lambda classes: Reconstruction(classes.names),
+    "panoptic": PanopticReconstruction,
+    "image": lambda classes: ImageReconstruction(),
+}
+"""What measures a codec, by its kind, given the classes."""
+
+
+def autoencoder_report(run: Run, num: int, seed: int, steps: Sequence[int]) -> dict[str, Any]:
+    """Measures the run's codec; under ``chain`` also labels through its palette, if it has one."""
+    codec, palette = run.system.codec, run.system.palette
+    report = codec_report(run, codec, run.params, run.system.field, None)
+    if palette is None:
+        return report
+    chain = Chain(first=palette, second=codec)
+    return report | {"chain": codec_report(run, chain, run.params, "labels", None)}
+
+
+def codec_report(
+    run: Run, codec: Codec, params: Params, field: str, limit: int | None
+) -> dict[str, Any]:
+    """Measures a codec on a field of the validation records (the first ``limit``)."""
+    mesh = sharding.own_mesh()
+    rows = sharding.batch_sharding(mesh)
+    round_trip = jax.jit(functools.partial(_round_trip, codec))
+    measure = RECONSTRUCTIONS[codec.kind](run.info.classes)
+    moments: list[np.ndarray] = []
+    params = jax.device_put(params, sharding.replicated(mesh))
+    for batch in validation_batches(run, PER_DEVICE * mesh.size, limit, "codec"):
+        with jax.set_mesh(mesh):
+            values = jax.device_put(batch[field], rows)
+            decoded, mean, square = map(np.asarray, round_trip(params, values))
+        valid = batch["valid"]
+        measure.add(batch[field], decoded, valid)
+        moments.append(np.stack([mean, square], axis=-1)[valid])
+    # var z = E z^2 - (E z)^2, in float64 over float32 means of rows, which all have one size.
+    mean, square = np.concatenate(moments).mean(axis=0, dtype=np.float64)
+    deviation = number(np.sqrt(max(square - mean**2, 0.0)))
+    records = sum(len(rows) for rows in moments)
+    return measure.report() | {"latent_std": deviation, "validation_records": records}
+
+
+def _round_trip(codec: Codec, params: Params, values: Array) -> tuple[Array, Array, Array]:
+    """Decodes what it encodes; with the mean and the mean square of each row's latents."""
+    latents = codec.encode(params, values).astype(jnp.float32)  # [batch, rows, columns, channels]
+    per_row = tuple(range(1, latents.ndim))
+    moments = jnp.mean(latents, per_row), jnp.mean(jnp.square(latents), per_row)  # [batch] each
+    return codec.decode(params, latents), *moments

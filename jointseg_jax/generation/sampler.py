@@ -1,0 +1,217 @@
+"""Batches of pairs on the devices of one process: solver, decoders and uint8 in one jitted call.
+
+The batch size is the same at every call (a short last batch is filled up), so there is one
+compilation. Several processes take the batches in turn, each on its own devices, without exchanging
+anything: a pair depends on (seed, index) alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jointseg_jax import chips, rules, sharding
+from jointseg_jax.rng import sample_keys
+from jointseg_jax.systems.system import Generator, Pairs
+from jointseg_jax.training.workdir import Run
+from jointseg_jax.types import Array, Params, UserError
+
+Item = TypeVar("Item")
+
+PER_DEVICE = 16
+"""Pairs that a device makes at a time."""
+
+ANNOTATIONS = {"labels", "panoptic"}
+"""Kinds of codecs that decode to labels."""
+
+ROUNDED = (
+    r"^denoiser/.*(in_blocks|mid_block|out_blocks)/(\d+/)?(attn|mlp|join|join_skip|kernel|bias)\b"
+)
+"""Paths of the parameters that blocks round; the last two are the exchange's of two streams."""
+
+
+def with_options(system: object, *, steps: int | None, guidance: float | None) -> Generator:
+    """Returns the system with another number of solver steps, or one guidance for all streams.
+
+    Raises:
+      UserError: the system makes no pairs, or cannot take these options.
+    """
+    if not isinstance(system, Generator):
+        raise UserError("this workdir holds a codec; pairs are sampled from a joint or bridge run.")
+    kinds = {k: s.codec.kind for k, s in system.streams.items()}
+    # A bridge has no streams, and always both ends.
+    if kinds and ("image" not in kinds.values() or not ANNOTATIONS & set(kinds.values())):
+        raise UserError(
+            f"the streams of this run decode to {kinds}; sampling writes an image and its labels. "
+            "A run on cached latents needs an image codec that can decode them instead."
+        )
+    if guidance is not None and system.text is None:
+        raise UserError("--guidance: this run has no text to be guided by; leave it out.")
+    changes: dict[str, Any] = {}
+    try:
+        if steps is not None:
+            changes["solver"] = dataclasses.replace(system.solver, steps=steps)
+        if guidance is not None:
+            changes["streams"] = {
+                k: dataclasses.replace(s, guidance=guidance) for k, s in system.streams.items()
+            }
+        return dataclasses.replace(system, **changes)
+    except ValueError as error:
+        raise UserError(f"--steps {steps}, --guidance {guidance}: {error}") from error
+
+
+def sampling_params(system: object, params: Params) -> Params:
+    """Returns the parameters as the network multiplies by them: half the memory, the same pairs.
+
+    A network of dtype bfloat16 rounds the kernels of its blocks before every product; here that is
+    done once. Norms and what is outside the blocks compute in float32 and stay.
+    """
+    dtype = getattr(getattr(system, "denoiser", None), "dtype", None)
+    if dtype is None or jnp.dtype(dtype).itemsize != 2:
+        return params
+    leaves, structure = jax.tree.flatten(params)
+    cast = [
+        jnp.asarray(leaf, dtype) if re.search(ROUNDED, path) else leaf
+        for path, leaf in zip(rules.paths(params), leaves, strict=True)
+    ]
+    return jax.tree.unflatten(structure, cast)
+
+
+def sample_batch(
+    system: Generator,
+    mesh: jax.sharding.Mesh,
+    params: Params,
+    frozen: Params,
+    text: Array | None,
+    condition: Mapping[str, Array],
+    seed: Array,
+    indices: Array,
+) -> Pairs:
+    """Generates the pairs of some indices, rows over the mesh; this is what is compiled.
+
+    Args:
+      text: ids or features of the prompts, a row per index (None: the run has no text).
+      condition: batch fields to start from, a row per index.
+    """
+    # The key of a pair follows from (seed, index): not from the batch, the device or the process.
+    keys = sample_keys(seed, indices)
+    pairs = system.generate(params, frozen, text, keys, condition=dict(condition))
+    return jax.lax.with_sharding_constraint(pairs, sharding.batch_sharding(mesh))
+
+
+def jit_sample_batch(system: Generator, mesh: jax.sharding.Mesh) -> jax.stages.Wrapped:
+    """Returns jitted ``(params, frozen, text, condition, seed, indices) -> pairs``."""
+    options = chips.compiler_options(mesh)
+    return jax.jit(functools.partial(sample_batch, system, mesh), compiler_options=options)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampler:
+    """Makes the pairs of given indices on the devices of this process."""
+
+    sample_batch: Callable[..., Pairs]
+    """(params, frozen, text, condition, seed, indices) -> pairs, jitted or compiled."""
+    mesh: jax.sharding.Mesh
+    params: Params
+    """On every device, as ``sampling_params`` returns them."""
+    frozen: Params
+    """Of the codecs, on every device."""
+    batch_size: int
+    """Number of indices of a call; another number would be compiled again."""
+
+    def __call__(
+        self,
+        seed: int,
+        indices: np.ndarray,
+        text: np.ndarray | None,
+        condition: Mapping[str, np.ndarray],
+    ) -> Pairs:
+        """Starts a batch and returns its pairs before they are done; {} without indices."""
+        if not len(indices):
+            return {}
+        # The mesh is set for ``sharding.constrain``, which does nothing outside of one.
+        with jax.set_mesh(self.mesh):
+            inputs = self.inputs(seed, indices, text, condition)
+            return self.sample_batch(self.params, self.frozen, *inputs)
+
+    def inputs(
+        self,
+        seed: int,
+        indices: np.ndarray,
+        text: np.ndarray | None,
+        condition: Mapping[str, np.ndarray],
+    ) -> tuple[Any, ...]:
+        """Returns text, condition, seed and indices of a batch, each row on its device."""
+        rows = sharding.batch_sharding(self.mesh)
+        values = jax.device_put((text, condition, indices.astype(np.uint32)), rows)
+        return *values[:2], jnp.uint32(seed), values[2]
+
+
+def make_sampler(run: Run, system: Generator, *, per_device: int = PER_DEVICE) -> Sampler:
+    """Returns the sampler of a trained run; ``system`` is the run's, or one ``with_options``."""
+    mesh = sharding.own_mesh()
+    everywhere = sharding.replicated(mesh)
+    return Sampler(
+        sample_batch=jit_sample_batch(system, mesh),
+        mesh=mesh,
+        params=jax.device_put(sampling_params(system, run.params), everywhere),
+        frozen=jax.device_put(run.frozen, everywhere),
+        batch_size=per_device * mesh.size,
+    )
+
+
+class PendingBatch(NamedTuple):
+    """Indices of a whole batch, and which of them are needed."""
+
+    indices: np.ndarray
+    needed: np.ndarray
+
+
+def pending_batches(
+    start: int,
+    stop: int,
+    batch_size: int,
+    is_needed: Callable[[np.ndarray], np.ndarray] = lambda indices: indices >= 0,
+) -> Iterator[PendingBatch]:
+    """Yields the batches that this process is to make of the pairs ``start .. stop - 1``, in order.
+
+    Process p of n gets every n-th batch, from the p-th on. All get the same number of batches,
+    since each ends a round of all processes; the last batch of a process may be empty.
+
+    Args:
+      is_needed: marks the indices whose pairs are not there; batches without any are left out.
+    """
+    batch = functools.partial(_batch, start, stop, batch_size, is_needed)
+    # From a multiple of the batch on: a run that goes on makes the batches of one that was not
+    # interrupted, and with the same rows beside it a pair has the same bytes.
+    firsts = range(start - start % batch_size, stop, batch_size)
+    pending = [first for first in firsts if batch(first).needed.any()]
+    own = pending[jax.process_index() :: jax.process_count()]
+    yield from map(batch, own)
+    if len(own) < -(-len(pending) // jax.process_count()):
+        yield PendingBatch(np.arange(0), np.zeros(0, bool))
+
+
+def _batch(start: int, stop: int, batch_size: int, is_needed: Callable, first: int) -> PendingBatch:
+    indices = np.arange(first, first + batch_size)
+    return PendingBatch(indices, is_needed(indices) & (indices >= start) & (indices < stop))
+
+
+def one_ahead(items: Iterable[Item]) -> Iterator[Item]:
+    """Yields each item after the one that follows it was asked for.
+
+    Of batches on the devices: the next one is being made while the reader writes this one.
+    """
+    rest = iter(items)
+    for item in rest:
+        for ahead in rest:
+            yield item
+            item = ahead
+        yield item
