@@ -175,7 +175,7 @@ def _system(config: Config, absent: Absent) -> tuple[Any, dict[str, Any], tuple[
     found = abstract.codecs(config, known, absent.codec)
     words = f"{len(known.vocabulary)} words" if known.vocabulary else "no words"
     notes = (f"{len(known.classes)} classes, {words}",)
-    return build.system(config, known, found.specs), found.frozen, notes
+    return build.system(config, known, found.specs), found.pretrained, notes
 
 
 def _cached(batch: Mapping[str, Any]) -> tuple[str, ...]:
