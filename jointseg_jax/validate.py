@@ -247,8 +247,8 @@ def _memory(
     config: Config, workdir: Path, devices: list[Any], topology: str | None, found: Rehearsal
 ) -> Any:
     """Compiles the update; returns the shapes of the state."""
-    absent = programs.Absent(codec=_gathered(config, workdir))
-    lowered = found.attempt(lambda: programs.lower_training(config, devices, absent=absent))
+    missing = programs.Missing(codec=_gathered(config, workdir))
+    lowered = found.attempt(lambda: programs.lower_training(config, devices, missing=missing))
     if lowered is None:
         return None
     chip = chips.chip_of(topology) if topology else present_chip()

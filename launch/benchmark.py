@@ -32,7 +32,7 @@ How to read the page:
 
 --against C2 measures two configs in turns, A B A B ..., and prints the ratio of their medians with
 its spread; on CPU each in a process of its own. Its fields are set by --against.PATH=VALUE, those
-of the first by --config.PATH=VALUE. Two contenders on an accelerator share its memory.
+of the first by --config.PATH=VALUE. Two configs on an accelerator share its memory.
 
 The last line of output is one JSON object with all that is on the page. Single host.
 """
@@ -97,21 +97,20 @@ ONLY = {
 def main() -> None:
     """Measures, prints."""
     _check()
-    from jointseg_jax.perf import bench, bench_page
-    from jointseg_jax.perf.race import race, ratios
+    from jointseg_jax.perf import bench, page
 
     cli.use_compile_cache()
     bench.set_cache(CACHE.value)
-    requests = [_request("config", CONFIG.value)]
+    benches = [_bench_config("config", CONFIG.value)]
     if AGAINST.value is not None:
-        requests.append(_request("against", AGAINST.value))
+        benches.append(_bench_config("against", AGAINST.value))
     count = REPETITIONS.value or (3 if WHAT.value == "startup" else 5)
-    results = race(requests, count, lambda text: print(text, file=sys.stderr))
-    print(bench_page.page(results, WHAT.value))
+    results = bench.interleave(benches, count, lambda text: print(text, file=sys.stderr))
+    print(page.bench_page(results, WHAT.value))
     found = {"what": WHAT.value, "machine": results[0].machine, **results[0].values()}
     if len(results) > 1:
-        ratio = ratios(*results)
-        print(bench_page.comparison(*results, ratio))
+        ratio = bench.ratios(*results)
+        print(page.comparison(*results, ratio))
         found |= {"against": results[1].values(), "ratio": ratio}
     cli.last_line(found)
 
@@ -135,12 +134,12 @@ def _check() -> None:
         raise UserError("\n".join(f"ERROR [flags] {text}" for text in found))
 
 
-def _request(flag: str, config: Any) -> Any:
-    """What one contender is asked."""
-    from jointseg_jax.perf.harness import Request
+def _bench_config(flag: str, config: Any) -> Any:
+    """What is measured of one config."""
+    from jointseg_jax.perf.harness import BenchConfig
 
     name = WORKDIR.value or ("label maps" if config is None else _called(flag))
-    return Request(
+    return BenchConfig(
         what=WHAT.value,
         name=name,
         config=config.to_dict() if config is not None else {},

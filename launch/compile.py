@@ -112,7 +112,7 @@ def main() -> int:
 
     jax.config.update("jax_platforms", "cpu")  # what the program is lowered on; nothing runs
     from jointseg_jax import chips
-    from jointseg_jax.perf import abstract, programs, report, report_page
+    from jointseg_jax.perf import abstract, page, programs, report
 
     chip = chips.chip_of(TOPOLOGY.value)
     options = chips.options_of(TOPOLOGY.value) | _options(OPTIONS.value)
@@ -121,20 +121,20 @@ def main() -> int:
         CONFIG.value.to_dict(), remat=REMAT.value, scan=SCAN.value, attention=ATTENTION.value
     )
     codec = CODEC.value.to_dict() if CODEC.value is not None else None
-    absent = programs.Absent(classes=CLASSES.value, codec=codec, cached=CACHED.value)
+    missing = programs.Missing(classes=CLASSES.value, codec=codec, cached=CACHED.value)
     if SWEEP.value:
-        return _sweep(config, devices, absent, options)
+        return _sweep(config, devices, missing, options)
     if WHAT.value == "train":
         if STEPS.value or GIVEN.value:
             raise UserError("ERROR [flags] --steps and --given are for --what=sample.")
-        lowered = programs.lower_training(config, devices, absent=absent, per_chip=PER_CHIP.value)
+        lowered = programs.lower_training(config, devices, missing=missing, per_chip=PER_CHIP.value)
     else:
         if CACHED.value:
             raise UserError("ERROR [flags] --cached is for --what=train.")
         lowered = programs.lower_sampling(
             config,
             devices,
-            absent=absent,
+            missing=missing,
             per_chip=PER_CHIP.value,
             steps=STEPS.value,
             given=GIVEN.value,
@@ -143,13 +143,15 @@ def main() -> int:
     if HLO.value and text:
         Path(HLO.value).write_text(text)
     source = flags.FLAGS["config"].config_filename
-    print(report_page.page(made, f"{WHAT.value} of {source} on {TOPOLOGY.value}"))
+    print(page.report_page(made, f"{WHAT.value} of {source} on {TOPOLOGY.value}"))
     names = {"config": source, "what": WHAT.value, "topology": TOPOLOGY.value}
     cli.last_line(names | made.values())
     return 0 if made.memory is not None else 1
 
 
-def _sweep(config: dict[str, Any], devices: list[Any], absent: Any, options: dict[str, str]) -> int:
+def _sweep(
+    config: dict[str, Any], devices: list[Any], missing: Any, options: dict[str, str]
+) -> int:
     """Prints the table of a sweep; 1 if nothing fits."""
     from jointseg_jax import chips
     from jointseg_jax.perf import sweep
@@ -170,7 +172,7 @@ def _sweep(config: dict[str, Any], devices: list[Any], absent: Any, options: dic
     print(f"sweep of {source} on {TOPOLOGY.value}: up to {len(grid)} programs\n{sweep.COLUMNS}")
     tried = []
     chip = chips.chip_of(TOPOLOGY.value)
-    for trial in sweep.trials(config, devices, chip, grid, absent=absent, options=options):
+    for trial in sweep.trials(config, devices, chip, grid, missing=missing, options=options):
         print(sweep.line(trial), flush=True)
         tried.append(trial)
     best = sweep.best(tried)

@@ -1,88 +1,104 @@
-"""One config under measurement, in this process or in one of its own.
+"""One config under measurement, in this process or in one of its own, and two in turns.
 
 On CPU two programs in one process disturb each other: the threads of the one that rests keep
-spinning. So there each contender is a process, which waits on its input while the other works. An
-accelerator belongs to one process, and both contenders share it, one resting while the other works.
+spinning. So there each config gets a process, which waits on its input while the other works. An
+accelerator belongs to one process, and both configs share it, one resting while the other works.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import jax
 
-from jointseg_jax.perf import machine
-from jointseg_jax.perf.harness import Request
-from jointseg_jax.perf.table import JOBS
-from jointseg_jax.perf.timing import Timing
+from jointseg_jax.perf import (
+    bench_codec,
+    bench_input,
+    bench_masks,
+    bench_sampling,
+    bench_startup,
+    bench_training,
+    harness,
+)
+from jointseg_jax.perf.harness import BenchConfig, Timing, Values
 from jointseg_jax.types import UserError
+
+JOBS = {
+    "train": bench_training.prepare,
+    "sample": bench_sampling.prepare,
+    "data": bench_input.prepare,
+    "masks": bench_masks.prepare,
+    "codec": bench_codec.prepare,
+    "startup": bench_startup.prepare,
+}
+"""What can be measured: name -> ``(BenchConfig) -> Benchmark``."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What came out; plain values but for the timings."""
+    """Timings and derived figures of one measured config."""
 
     name: str
-    machine: dict[str, Any]
-    facts: dict[str, Any]
+    machine: Values
+    facts: Values
     timings: dict[str, Timing]
-    after: dict[str, Any]
+    after: Values
 
-    def values(self) -> dict[str, Any]:
+    def values(self) -> Values:
         """Everything as plain values, for the last line."""
         times = {name: timing.values() for name, timing in self.timings.items()}
         return {"config": self.name, **self.facts, "times": times, **self.after}
 
 
-class Here:
-    """A contender in this process."""
+class InProcess:
+    """A config measured in this process."""
 
-    def __init__(self, request: Request):
-        self.request = request
-        self.job = JOBS[request.what](request)
+    def __init__(self, bench: BenchConfig):
+        self.bench = bench
+        self.job = JOBS[bench.what](bench)
         self.timings = {k: Timing(images=a.images) for k, a in self.job.actions.items()}
 
     def warm_up(self) -> None:
-        """First calls."""
+        """Makes the first calls of every action."""
         for name, action in self.job.actions.items():
-            self.timings[name].warm_up(action, self.request.warmups, self.request.calls)
+            self.timings[name].warm_up(action, self.bench.warmups, self.bench.calls)
 
     def repeat(self) -> None:
-        """One repetition of every action."""
+        """Makes one repetition of every action."""
         for name, action in self.job.actions.items():
             self.timings[name].repeat(action)
 
     def result(self) -> Result:
-        """What came out."""
+        """The figures so far; may run the actions once more, for a trace."""
         after = self.job.after({name: timing.median for name, timing in self.timings.items()})
-        facts = self.job.facts
-        return Result(self.request.name, machine.machine(), facts, self.timings, after)
+        return Result(self.bench.name, harness.machine(), self.job.facts, self.timings, after)
 
     def close(self) -> None:
         """Frees what it holds."""
         self.job.close()
 
 
-class Child:
-    """A contender in a process of its own, which is told in JSON lines what to do next."""
+class Subprocess:
+    """A config measured in a process of its own, which gets JSON lines that say what to do next."""
 
-    def __init__(self, request: Request):
+    def __init__(self, bench: BenchConfig):
         command = [sys.executable, "-m", "jointseg_jax.perf.bench"]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         environment = dict(os.environ)
         if folder := jax.config.jax_compilation_cache_dir:
             environment["JAX_COMPILATION_CACHE_DIR"] = folder
-        self.process = subprocess.Popen(command, env=environment, **pipes)
-        self.name = request.name
-        self._ask(request.values())
+        self.process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self.name = bench.name
+        self._ask(bench.values())
 
-    def _ask(self, what: Any) -> Any:
+    def _ask(self, what: object) -> dict:
         try:
             self.process.stdin.write(json.dumps(what) + "\n")
             self.process.stdin.flush()
@@ -93,23 +109,23 @@ class Child:
             status = self.process.wait()
             raise RuntimeError(f"the process of {self.name} ended with status {status}; see above")
         answer = json.loads(line)
-        if "mistake" in answer:
-            raise UserError(f"{self.name}: {answer['mistake']}")
+        if "error" in answer:
+            raise UserError(f"{self.name}: {answer['error']}")
         return answer
 
     def warm_up(self) -> None:
-        """First calls."""
+        """Makes the first calls of every action."""
         self._ask("warm_up")
 
     def repeat(self) -> None:
-        """One repetition of every action."""
+        """Makes one repetition of every action."""
         self._ask("repeat")
 
     def result(self) -> Result:
-        """What came out."""
-        found = self._ask("result")
-        timings = {name: Timing(**values) for name, values in found.pop("timings").items()}
-        return Result(timings=timings, **found)
+        """The figures so far."""
+        values = self._ask("result")
+        timings = {name: Timing(**timing) for name, timing in values.pop("timings").items()}
+        return Result(timings=timings, **values)
 
     def close(self) -> None:
         """Ends the process."""
@@ -121,43 +137,85 @@ class Child:
             self.process.wait()
 
 
+def interleave(
+    benches: Sequence[BenchConfig], repetitions: int, log: Callable[[str], None]
+) -> list[Result]:
+    """Measures one config, or two in turns; the results in the order of the configs.
+
+    All are prepared and warmed up first; then each repetition is one turn of all of them.
+
+    Args:
+      log: called with a line at each stage.
+    """
+    apart = len(benches) > 1 and jax.default_backend() == "cpu"
+    with contextlib.ExitStack() as stack:
+        processes: list[InProcess | Subprocess] = []
+        for bench in benches:
+            log(f"preparing {bench.what} of {bench.name}")
+            process = (Subprocess if apart else InProcess)(bench)
+            stack.callback(process.close)
+            process.warm_up()
+            processes.append(process)
+        for turn in range(repetitions):
+            log(f"repetition {turn + 1} of {repetitions}")
+            for process in processes:
+                process.repeat()
+        log("speed, memory, trace")
+        return [process.result() for process in processes]
+
+
+def ratios(one: Result, other: Result) -> dict[str, dict[str, float]]:
+    """For each action that both have: how many times as long the second takes.
+
+    Where actions are about images, times are of one image, so that batches may differ.
+    """
+    return {
+        name: harness.ratio(timing.per_image, other.timings[name].per_image)
+        for name, timing in one.timings.items()
+        if name in other.timings
+    }
+
+
+# --------------------------------------------------- the process at the other end of Subprocess
+
+
 def set_cache(on: bool) -> None:
-    """Says whether compiled programs may come from the compile cache; before anything compiles."""
+    """Allows compiled programs from the compile cache, or not; before anything compiles."""
     jax.config.update("jax_enable_compilation_cache", on)
 
 
-def serve(contender: Here, word: str) -> Mapping[str, Any]:
-    """Does what a ``Child`` asks for."""
+def serve(process: InProcess, word: str) -> Values:
+    """Does what a ``Subprocess`` asks for."""
     if word == "result":
-        return dataclasses.asdict(contender.result())
-    getattr(contender, word)()
+        return dataclasses.asdict(process.result())
+    getattr(process, word)()
     return {}
 
 
 def main() -> None:
-    """The other end of ``Child``: one request, then one word a line until the input ends."""
+    """Reads one ``BenchConfig``, then one word a line until the input ends."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print must not get between the answers
 
-    def answer(values: Mapping[str, Any]) -> None:
+    def answer(values: Values) -> None:
         answers.write(json.dumps(values) + "\n")
         answers.flush()
 
-    contender = None
+    process = None
     try:
         for line in sys.stdin:
-            if contender is None:
-                request = Request.of(json.loads(line))
-                set_cache(request.cache)
-                contender = Here(request)
+            if process is None:
+                bench = BenchConfig.of(json.loads(line))
+                set_cache(bench.cache)
+                process = InProcess(bench)
                 answer({})
             else:
-                answer(serve(contender, json.loads(line)))
+                answer(serve(process, json.loads(line)))
     except UserError as error:
-        answer({"mistake": str(error)})
+        answer({"error": str(error)})
     finally:
-        if contender is not None:
-            contender.close()
+        if process is not None:
+            process.close()
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,32 +18,33 @@ import jax
 import numpy as np
 
 from jointseg_jax.evaluation.confusion import Confusion
-from jointseg_jax.perf import bench_masks, machine, subject
-from jointseg_jax.perf.harness import Action, Job, Request, wall
+from jointseg_jax.perf import bench_masks, harness, under_test
+from jointseg_jax.perf.harness import Action, BenchConfig, Benchmark, Values, wall
+from jointseg_jax.perf.under_test import ModelUnderTest
 from jointseg_jax.systems.bridge import IMAGE
-from jointseg_jax.types import UserError
+from jointseg_jax.types import Array, Params, UserError
 
 ROWS = 8
-"""Images in a batch, where nobody says."""
+"""Images in a batch by default."""
 
 REGIONS = 40
 """Regions in a made-up label map."""
 
 
 class Coded(NamedTuple):
-    """A codec, its parameters, and the batch field that it codes."""
+    """A codec under test."""
 
     codec: Any
-    params: Any
-    field: str
+    params: Params
+    field: str  # the batch field that it codes
 
 
-def codecs(found: subject.Subject) -> dict[str, Coded]:
+def codecs(model: ModelUnderTest) -> dict[str, Coded]:
     """The codecs of a system that have something to do."""
-    system, frozen = found.system, found.frozen
+    system, frozen = model.system, model.frozen
     key = jax.random.key(0)
     if hasattr(system, "codec"):
-        params = found.params if found.params is not None else jax.jit(system.init)(key)
+        params = model.params if model.params is not None else jax.jit(system.init)(key)
         return {"codec": Coded(system.codec, params, system.field)}
     if not system.streams:
         image = frozen.get(IMAGE, {}) or system.mask.second.init(key)
@@ -56,16 +57,16 @@ def codecs(found: subject.Subject) -> dict[str, Coded]:
     }
 
 
-def inputs(found: subject.Subject, rows: int) -> tuple[dict[str, np.ndarray], str]:
+def inputs(model: ModelUnderTest, rows: int) -> tuple[dict[str, np.ndarray], str]:
     """A host batch with pictures in it, and where it comes from."""
-    spec = found.config["data"]["train"]
+    spec = model.config["data"]["train"]
     if "root" not in spec or Path(spec["root"]).is_dir():
-        pictures = dict(found.config["data"]) | {"cache": ""}
-        config = dict(found.config) | {"batch": rows, "data": pictures}
-        with subject.real_batches(found._replace(config=config)) as batches:
+        data = dict(model.config["data"]) | {"cache": ""}  # pictures, not latents
+        config = dict(model.config) | {"batch": rows, "data": data}
+        with under_test.real_batches(config, model.info) as batches:
             return next(batches), "the config's data"
-    made = subject.random_rows(found, rows, 0)
-    (height, width), count = found.system.size, len(found.known.classes)
+    made = under_test.random_rows(model, rows, 0)
+    (height, width), count = model.system.size, len(model.info.classes)
     maps = [
         bench_masks.label_map(max(height, width), REGIONS, classes=min(count, 200), seed=n)
         for n in range(rows)
@@ -74,16 +75,16 @@ def inputs(found: subject.Subject, rows: int) -> tuple[dict[str, np.ndarray], st
     return made, "random images and blobs"
 
 
-def prepare(request: Request) -> Job:
-    """The job of ``--what codec``."""
-    found = subject.subject(request)
-    chosen = codecs(found)
+def prepare(bench: BenchConfig) -> Benchmark:
+    """The benchmark of ``--what codec``."""
+    model = under_test.model_under_test(bench)
+    chosen = codecs(model)
     if not chosen:
         raise UserError(
             "ERROR [flags] --what=codec: every stream of this config is latents that were cached; "
             "there is nothing to encode. Give the config of the codec itself."
         )
-    batch, origin = inputs(found, request.batch or ROWS)
+    batch, origin = inputs(model, bench.batch or ROWS)
     rows = len(batch["labels"])
     actions, quality = {}, {}
     for name, coded in chosen.items():
@@ -91,41 +92,41 @@ def prepare(request: Request) -> Job:
         decode = jax.jit(coded.codec.decode)
         params, values = jax.device_put((coded.params, batch[coded.field]))
         latents = encode(params, values)
-        quality[name] = _quality(coded, batch, np.asarray(decode(params, latents)), found)
+        quality[name] = _quality(coded, batch, np.asarray(decode(params, latents)), model)
         quality[name]["latent"] = list(latents.shape[1:])
-        quality[name]["parameters"] = _origin(params, request)
+        quality[name]["parameters"] = _origin(params, bench)
         actions[f"{name} encode"] = _action(encode, params, values, rows)
         actions[f"{name} decode"] = _action(decode, params, latents, rows)
     facts = {
         "codecs": {name: type(c.codec).__name__ for name, c in chosen.items()},
-        "size": list(found.system.size),
-        "classes": len(found.known.classes),
+        "size": list(model.system.size),
+        "classes": len(model.info.classes),
         "batch": rows,
         "input": origin,
         "round_trip": quality,
-        "notes": list(found.notes),
+        "notes": list(model.notes),
     }
 
-    def after(medians: Mapping[str, float]) -> dict[str, Any]:
+    def after(medians: Mapping[str, float]) -> Values:
         del medians
-        return {"memory": machine.memory()}
+        return {"memory": harness.memory()}
 
-    return Job(actions, facts, after)
+    return Benchmark(actions, facts, after)
 
 
-def _origin(params: Any, request: Request) -> str:
+def _origin(params: Params, bench: BenchConfig) -> str:
     if not jax.tree.leaves(params):
         return "none"
-    return "trained" if request.workdir else "random"
+    return "trained" if bench.workdir else "random"
 
 
-def _action(call: Any, params: Any, values: Any, rows: int) -> Action:
+def _action(call: Callable[..., Array], params: Params, values: Array, rows: int) -> Action:
     return Action(wall(lambda: jax.block_until_ready(call(params, values))), rows)
 
 
 def _quality(
-    coded: Coded, batch: Mapping[str, np.ndarray], decoded: np.ndarray, found: subject.Subject
-) -> dict[str, Any]:
+    coded: Coded, batch: Mapping[str, np.ndarray], decoded: np.ndarray, model: ModelUnderTest
+) -> Values:
     """What a round trip keeps: mIoU of labels, root mean square error of images in 0 .. 255."""
     if coded.codec.kind == "image":
         wanted = batch[coded.field].astype(np.float32)
@@ -133,7 +134,7 @@ def _quality(
     labels = batch["labels"]
     if coded.codec.kind == "panoptic":
         decoded = decoded[..., 0]
-    confusion = Confusion(len(found.known.classes))
+    confusion = Confusion(len(model.info.classes))
     confusion.add(labels, decoded.astype(np.int64))
     return {
         "miou": round(float(confusion.miou()), 5),

@@ -17,14 +17,12 @@ import itertools
 import math
 import time
 from collections.abc import Mapping
-from typing import Any
 
 from jointseg_jax import build, sharding
 from jointseg_jax.data.cached.loader import CachedSource
 from jointseg_jax.data.pipeline import make_rows
-from jointseg_jax.perf import machine, subject
-from jointseg_jax.perf.harness import Action, Job, Request
-from jointseg_jax.perf.timing import LENGTH, MOST
+from jointseg_jax.perf import harness, under_test
+from jointseg_jax.perf.harness import LENGTH, MAX_CALLS, Action, BenchConfig, Benchmark, Values
 
 STRIDE = 7919
 """From one record to the next: far apart, so that no file is in any cache by its neighbour."""
@@ -36,15 +34,15 @@ STEPS = 10
 class _Input:
     """The config's source, and its batches."""
 
-    def __init__(self, request: Request):
-        config = dict(request.config)
-        config["batch"] = self.batch = request.batch or config["batch"]
+    def __init__(self, bench: BenchConfig):
+        config = dict(bench.config)
+        config["batch"] = self.batch = bench.batch or config["batch"]
         self.source = build.source(config, "train")
         self.encoded = isinstance(self.source, CachedSource)
-        known = build.dataset_info(self.source, captions=0)
-        self.config, self.step = config, request.step_ms / 1e3
+        info = build.dataset_info(self.source, captions=0)
+        self.config, self.step = config, bench.step_ms / 1e3
         self.mesh = sharding.make_mesh((-1, 1, 1))
-        tokenizer = build.tokenizer(config, known.vocabulary)
+        tokenizer = build.tokenizer(config, info.vocabulary)
         self.rows = make_rows(
             self.source,
             build.transforms(config),
@@ -57,22 +55,20 @@ class _Input:
             instances=build.instances(config),
         )
         self.at = itertools.count()
-        self.batches = subject.real_batches(
-            subject.Subject(config, known, None, None, {}, ()),
-        )
+        self.batches = under_test.real_batches(config, info)
         data = config["data"]
         self.workers, self.threads = data.get("workers", 0), data.get("threads", 2)
         self.ahead = data.get("prefetch", 4) * (1 + 2 * self.workers)
 
     def pair(self, count: int) -> float:
-        """Processor seconds of so many pairs, made one after the other."""
+        """Processor seconds of ``count`` pairs, made one after the other."""
         start = time.process_time()
         for position in itertools.islice(self.at, count):
             self.rows(position, position * STRIDE % len(self.source))
         return time.process_time() - start
 
     def deliver(self, count: int) -> float:
-        """Seconds for so many batches, beyond those that were ready."""
+        """Seconds for ``count`` batches, beyond those that were ready."""
         for _ in range(self.ahead + 1):
             next(self.batches)
         start = time.perf_counter()
@@ -81,16 +77,16 @@ class _Input:
         return time.perf_counter() - start
 
     def calls(self) -> int:
-        """How many batches in a repetition: as many as are ready and again, and a second's worth.
+        """Batches in a repetition: one more than can be ready, or a second's worth.
 
         One batch alone says nothing, for the next ones are half made when it comes.
         """
         self.deliver(1)  # threads and compiled code start
         least = self.ahead + 1
-        return min(max(math.ceil(LENGTH * least / self.deliver(least)), least), MOST)
+        return min(max(math.ceil(LENGTH * least / self.deliver(least)), least), MAX_CALLS)
 
     def wait(self, count: int) -> float:
-        """Seconds that a device waits in so many steps, after what was ready is used up.
+        """Seconds that a device waits in ``count`` steps, after what was ready is used up.
 
         The device is a clock; as in training, the host runs one step ahead of it and no further.
         """
@@ -104,7 +100,7 @@ class _Input:
             free = begun + self.step
         return waited
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> Values:
         """What was prepared."""
         pair = "" if self.encoded else "pair: processor seconds of one, in one thread; "
         return {
@@ -120,7 +116,7 @@ class _Input:
             "step_ms": 1e3 * self.step,
         }
 
-    def after(self, medians: Mapping[str, float]) -> dict[str, Any]:
+    def after(self, medians: Mapping[str, float]) -> Values:
         """Rates, and the part of a step that is waiting."""
         wait, found = medians["wait"], {}
         if "pair" in medians:
@@ -129,16 +125,16 @@ class _Input:
         return found | {
             rate: float(f"{self.batch / medians['batch']:.5g}"),
             "data_wait": float(f"{wait / (wait + self.step):.4g}"),
-            "memory": machine.memory(),
+            "memory": harness.memory(),
         }
 
 
-def prepare(request: Request) -> Job:
-    """The job of ``--what data``."""
-    source = _Input(request)
+def prepare(bench: BenchConfig) -> Benchmark:
+    """The benchmark of ``--what data``."""
+    source = _Input(bench)
     single = {} if source.encoded else {"pair": Action(source.pair, 1)}
     actions = single | {
         "batch": Action(source.deliver, source.batch, warm=False, calls=source.calls()),
         "wait": Action(source.wait, calls=STEPS),
     }
-    return Job(actions, source.facts(), source.after, source.batches.close)
+    return Benchmark(actions, source.facts(), source.after, source.batches.close)

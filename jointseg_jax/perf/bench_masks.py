@@ -1,21 +1,23 @@
 """Mask clean-up on label maps of three levels of noise, against the original's algorithm.
 
-``plain`` is the original's way (``plain_masks``); ``crops`` is ours in numpy and scipy and
-``compiled`` ours with numba, both to give the same map to the last pixel, which is checked here;
-``fast`` is the other mode, with a result of its own. One map a call, one thread, by processor time.
+``plain`` is the original's way; ``crops`` is ours in numpy and scipy and ``compiled`` ours with
+numba, both to give the same map to the last pixel, which is checked here; ``fast`` is the other
+mode, with a result of its own. One map a call, one thread, by processor time.
+
+Source: ``plain`` JoDiffusion, section 3.3 (mask optimisation); written from its description, no
+code taken.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import numpy as np
+from jaxtyping import Integer
 from scipy import ndimage
 
 from jointseg_jax.annotations import masks
-from jointseg_jax.perf import plain_masks
-from jointseg_jax.perf.harness import Action, Job, Request, on_processor
+from jointseg_jax.perf.harness import Action, BenchConfig, Benchmark, Values, on_processor
 
 LEVELS = {"clean": 160, "medium": 709, "noisy": 2447}
 """Regions in a map of 512 x 512 pixels, by level of noise."""
@@ -27,11 +29,37 @@ BLOBS = 8
 LARGEST = 7
 """Sides of a speck at most."""
 
+BACKGROUND = 0
+RING = np.ones((3, 3), bool)
+
+Labels = Integer[np.ndarray, "height width"]
 Absorb = Callable[[np.ndarray, int], np.ndarray]
 
 
+def absorb_plain(labels: Labels, area: int) -> Labels:
+    """Merges every region of fewer than ``area`` pixels into what surrounds it, the slow way.
+
+    The rule, and the result, is that of ``masks.absorb`` with ``mode="sequential"``; here every
+    region costs several passes over the whole map, as it does in the original.
+    """
+    labels = labels.copy()
+    for label in np.unique(labels):
+        if label == BACKGROUND:
+            continue
+        regions, count = ndimage.label(labels == label)
+        for number in range(1, count + 1):
+            region = regions == number
+            if region.sum() >= area:
+                continue
+            ring = ndimage.binary_dilation(region, RING) & ~region
+            values, votes = np.unique(labels[ring], return_counts=True)
+            if len(values):
+                labels[region] = values[votes.argmax()]  # ascending: the smallest of equals
+    return labels
+
+
 def label_map(size: int, regions: int, *, classes: int = CLASSES, seed: int = 0) -> np.ndarray:
-    """A map of smooth blobs, and as many specks upon them as make about so many regions."""
+    """A map of smooth blobs, and as many specks on them as make about ``regions`` regions."""
     rng = np.random.default_rng(seed)
     coarse = rng.standard_normal((classes, BLOBS, BLOBS))
     field = ndimage.zoom(coarse, (1, size / BLOBS, size / BLOBS), order=1)
@@ -62,26 +90,22 @@ def _small(labels: np.ndarray, area: int) -> int:
 
 def crops(labels: np.ndarray, area: int) -> np.ndarray:
     """Our sequential mode where numba is not installed."""
-    return _sequential(labels, area, masks.sweep_crops)
-
-
-def _sequential(labels: np.ndarray, area: int, sweep: Any) -> np.ndarray:
     ranked = masks._ranked(labels)
-    masks.sequential(ranked, area, masks.NONE, sweep)
+    masks.sequential(ranked, area, masks.NONE, masks.sweep_crops)
     return ranked.values[ranked.ranks].astype(labels.dtype)
 
 
 def ways() -> dict[str, Absorb]:
-    """The ways to clean a map that are there, by name; ``compiled`` only with numba."""
-    found: dict[str, Absorb] = {"plain": plain_masks.absorb, "crops": crops}
+    """The available ways to clean a map, by name; ``compiled`` only with numba."""
+    found: dict[str, Absorb] = {"plain": absorb_plain, "crops": crops}
     if masks.compiled() is not None:
         found["compiled"] = masks.absorb
     return found | {"fast": lambda labels, area: masks.absorb(labels, area, mode="fast")}
 
 
-def prepare(request: Request) -> Job:
-    """The job of ``--what masks``."""
-    made, found, area = maps(request.size), ways(), request.area
+def prepare(bench: BenchConfig) -> Benchmark:
+    """The benchmark of ``--what masks``."""
+    made, found, area = maps(bench.size), ways(), bench.area
     exact = {
         level: {
             way: bool(np.array_equal(absorb(labels, area), wanted))
@@ -89,7 +113,7 @@ def prepare(request: Request) -> Job:
             if way not in ("plain", "fast")
         }
         for level, labels in made.items()
-        for wanted in [plain_masks.absorb(labels, area)]
+        for wanted in [absorb_plain(labels, area)]
     }
     actions = {
         f"{level} {way}": Action(on_processor(lambda a=absorb, m=labels: a(m, area)), 1)
@@ -97,7 +121,7 @@ def prepare(request: Request) -> Job:
         for way, absorb in found.items()
     }
     facts = {
-        "size": [request.size, request.size],
+        "size": [bench.size, bench.size],
         "area": area,
         "classes": CLASSES,
         "regions": {level: _regions(labels) for level, labels in made.items()},
@@ -108,7 +132,7 @@ def prepare(request: Request) -> Job:
         "all_exact": all(same for row in exact.values() for same in row.values()),
     }
 
-    def after(medians: Mapping[str, float]) -> dict[str, Any]:
+    def after(medians: Mapping[str, float]) -> Values:
         speedups = {
             level: {
                 way: float(f"{medians[f'{level} plain'] / medians[f'{level} {way}']:.4g}")
@@ -119,4 +143,4 @@ def prepare(request: Request) -> Job:
         }
         return {"times_as_fast_as_plain": speedups}
 
-    return Job(actions, facts, after)
+    return Benchmark(actions, facts, after)

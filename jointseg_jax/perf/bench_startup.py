@@ -18,9 +18,8 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
-from jointseg_jax.perf.harness import Action, Job, Request
+from jointseg_jax.perf.harness import Action, BenchConfig, Benchmark, Values
 from jointseg_jax.types import UserError
 
 PATIENCE = 1800
@@ -42,15 +41,15 @@ def get_config() -> ConfigDict:
 class _Startup:
     """Starts runs, each in a new workdir."""
 
-    def __init__(self, request: Request):
+    def __init__(self, bench: BenchConfig):
         quiet = {"log": {"every": 1}, "finish": {"num": 0}}
-        self.config = dict(request.config) | quiet
+        self.config = dict(bench.config) | quiet
         self.config["preview"] = dict(self.config["preview"]) | {"every": 0}
-        if request.batch:
-            self.config["batch"] = request.batch
+        if bench.batch:
+            self.config["batch"] = bench.batch
         if self.config["steps"] < 2:
             raise UserError("ERROR [flags] --what=startup: config.steps must be 2 or more.")
-        self.launcher = request.launcher
+        self.launcher = bench.launcher
         self.folder = tempfile.TemporaryDirectory()
         self.root = Path(self.folder.name)
         (self.root / "config.py").write_text(CONFIG.format(config=self.config))
@@ -73,8 +72,8 @@ class _Startup:
         command = [sys.executable, self.launcher]
         command += [f"--config={self.root}/config.py", f"--workdir={workdir}"]
         environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(self.cache)}
-        said = self.root / f"said{self.runs}.txt"
-        with said.open("w") as out:
+        output = self.root / f"output{self.runs}.txt"
+        with output.open("w") as out:
             start = time.perf_counter()
             process = subprocess.Popen(command, env=environment, stdout=out, stderr=out)
             with _ended(process):
@@ -83,20 +82,20 @@ class _Startup:
                     if process.poll() is not None or seconds > PATIENCE:
                         raise UserError(
                             f"ERROR [startup] {' '.join(command)}: no update after {seconds:.0f} "
-                            f"s. It said:\n{said.read_text()[-3000:]}"
+                            f"s. It said:\n{output.read_text()[-3000:]}"
                         )
                     time.sleep(POLL)
                 seconds = time.perf_counter() - start
-        found = re.search(r"update compiled in ([\d.]+) s", said.read_text())
+        found = re.search(r"update compiled in ([\d.]+) s", output.read_text())
         self.compiled[kind].append(float(found.group(1)) if found else -1.0)
         return seconds
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> Values:
         """What was prepared."""
         timed = "seconds from the start of the process to its first update, compile cache empty "
         return {"timed": timed + "(cold) and filled (warm)", "batch": self.config["batch"]}
 
-    def after(self, medians: Mapping[str, float]) -> dict[str, Any]:
+    def after(self, medians: Mapping[str, float]) -> Values:
         """Seconds of it that the compiler took, as the runs say (-1: one did not)."""
         del medians
         return {"compile_s": self.compiled}
@@ -113,15 +112,15 @@ def _ended(process: subprocess.Popen) -> Iterator[None]:
 
 
 def _updated(metrics: Path) -> bool:
-    """Whether a run has logged the loss of an update."""
+    """Returns True if a run has logged the loss of an update."""
     if not metrics.exists():
         return False
     lines = metrics.read_text().split("\n")[:-1]  # what is behind the last line end may be torn
     return any("loss" in json.loads(line) for line in lines)
 
 
-def prepare(request: Request) -> Job:
-    """The job of ``--what startup``."""
-    startup = _Startup(request)
+def prepare(bench: BenchConfig) -> Benchmark:
+    """The benchmark of ``--what startup``."""
+    startup = _Startup(bench)
     actions = {"cold": Action(startup.cold, warm=False), "warm": Action(startup.warm, warm=False)}
-    return Job(actions, startup.facts(), startup.after, startup.folder.cleanup)
+    return Benchmark(actions, startup.facts(), startup.after, startup.folder.cleanup)

@@ -1,4 +1,6 @@
-"""What a compiled program does, read off its text: products, collectives, estimated cycles.
+"""What a compiled program does, read off its text, and the collectives that it cannot do without.
+
+Of the text, products, collectives and estimated cycles:
 
 1. ``dot``: ``2 x elements of the result x contracted length``.
 2. ``convolution`` (TPUs write every product as one): ``2 x elements of the result x input
@@ -9,6 +11,18 @@
    computations under one channel, and counts once.
 4. XLA:TPU writes the cycles it expects of each fusion into the text; time = cycles / clock. Kernels
    of our own (``custom-call``) have none and are listed.
+
+Collectives that an update needs at least, by the places of its parameters (``ideal_bytes``):
+
+5. a parameter of n numbers that is whole on every chip: one all-reduce of its gradient, ``n``
+6. split over ``fsdp``: gathered in the forward and in the backward pass, ``2 n``; its gradient
+   reduce-scattered, ``n``, and the own part all-reduced over ``data``, ``n / fsdp``
+7. whole, with its optimizer state split (zero1): gradient reduce-scattered, ``n``, and the new
+   parameter gathered, ``n``
+
+Each number has the dtype of the network's products; only the new parameters of 7 are float32. A
+frozen parameter that is split is gathered once or, where a gradient passes through it, twice; once
+is what counts here. Samplers need none.
 """
 
 from __future__ import annotations
@@ -20,10 +34,14 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
+from jointseg_jax import rules
 from jointseg_jax.perf.hlo import Instruction, Module, Visit, num_bytes, sizes
 from jointseg_jax.profiling import FORWARD_FLOPS
+from jointseg_jax.training.program import Program
 
 COLLECTIVES = (
     "all-gather",
@@ -41,9 +59,8 @@ SCATTERED = re.compile(r"all-reduce-?_?scatter")
 KERNELS = ("tpu_custom_call", "MosaicTPU", "mosaic", "cudnn")
 """Parts of the targets of custom calls that compute; the others only place or move buffers."""
 
-
 SHORT = 256
-"""Scores of so few tokens are small, and an axis so short may be something else."""
+"""Up to this number of tokens scores are small, and such an axis may be something else."""
 
 TILES = (1, 8, 16, 128)
 """Multiples to which a number of tokens may be padded."""
@@ -57,21 +74,13 @@ class Traffic(NamedTuple):
 
 
 class Costs(NamedTuple):
-    """One run of a program on one device.
+    """One run of a program on one device."""
 
-    Attributes:
-      flops: of its matrix products and convolutions.
-      collectives: by kind.
-      cycles: as the compiler estimates, by part of the program.
-      kernels: custom calls without an estimate -> how many run.
-      squares: types of buffers with two axes as long as attention's.
-    """
-
-    flops: int
-    collectives: dict[str, Traffic]
-    cycles: dict[str, int]
-    kernels: dict[str, int]
-    squares: tuple[str, ...] = ()
+    flops: int  # of its matrix products and convolutions
+    collectives: dict[str, Traffic]  # by kind
+    cycles: dict[str, int]  # as the compiler estimates, by part of the program
+    kernels: dict[str, int]  # custom calls without an estimate -> how many run
+    squares: tuple[str, ...] = ()  # types of buffers with two axes as long as attention's
 
 
 def costs(module: Module, lengths: Sequence[int] = ()) -> Costs:
@@ -80,6 +89,7 @@ def costs(module: Module, lengths: Sequence[int] = ()) -> Costs:
     Args:
       lengths: numbers of tokens that attend to each other; the long ones may leave no squares.
     """
+    # A kernel may pad its tokens, so a square of scores has any of these sides.
     sides = {-(-n // unit) * unit for n in lengths if n > SHORT for unit in TILES}
     fused, squares = module.fused(), {}
     flops, cycles, kernels = 0, collections.Counter(), collections.Counter()
@@ -91,6 +101,7 @@ def costs(module: Module, lengths: Sequence[int] = ()) -> Costs:
         if sides and visit.computation not in fused:
             squares |= dict.fromkeys(_squares(instruction.type, sides))
         if kind := collective_kind(visit):
+            # An asynchronous collective stands in several computations under one channel.
             key = (kind, _channel(visit))
             if key not in seen:
                 count, total = traffic.get(kind, Traffic(0, 0))
@@ -154,6 +165,7 @@ def _convolution(convolution: Instruction, left: str, right: str) -> int:
         field("rhs_dilate", "1"),
     )
     for axis, stride, pad, spread, step in rows:
+        # Of ``pad=low_high`` the low end says where the window starts; it may be negative.
         low = int(re.match(r"-?\d+", pad).group())
         sides = (taken[axis], kernel[axis], made[axis])
         total = total * _taps(*sides, int(stride), low, int(spread), int(step)) // made[axis]
@@ -193,7 +205,7 @@ def _channel(visit: Visit) -> str:
 
 
 def collective_bytes(module: Module, visit: Visit) -> int:
-    """Bytes of one run of a collective on one device; see the module docstring's 3."""
+    """Bytes of one run of a collective on one device: the larger of what goes in and comes out."""
     given = sum(map(num_bytes, module.operand_types(visit)))
     made = num_bytes(visit.instruction.type)
     if visit.instruction.op.endswith("-start") and visit.instruction.type.startswith("("):
@@ -202,7 +214,7 @@ def collective_bytes(module: Module, visit: Visit) -> int:
 
 
 def part_of(instruction: Instruction) -> str:
-    """Which part of the program an instruction is of: its pass, and where in the network it is."""
+    """The part of the program that an instruction is of: its pass and its place in the network."""
     name = instruction.attribute(r'op_name="([^"]*)"') or ""
     step = next((step for step, sign in PASSES.items() if re.search(sign, name)), None)
     if step is None:
@@ -226,3 +238,50 @@ PARTS = {
     *("text_out", "image_out", "mask_out", "state_out", "clip_out"),
 }
 """Modules of the networks by which cycles are grouped, the innermost first."""
+
+
+# ------------------------------------------------- collectives that there must be
+
+
+def ideal_bytes(program: Program, dtype: jax.typing.DTypeLike) -> int:
+    """Bytes of all collectives on one chip, counted as ``costs`` counts them.
+
+    Args:
+      dtype: of the network's products.
+    """
+    wire = jnp.dtype(dtype).itemsize
+    trained = set(rules.paths(program.state.ema))
+    places = rules.by_path(program.state.params)
+    moments = _split_moments(program)
+    return sum(
+        _needed(leaf, wire, path in trained, path in moments) for path, leaf in places.items()
+    )
+
+
+def _split_moments(program: Program) -> set[str]:
+    """Paths of parameters of which optimizer state of the same shape is split."""
+    split = [
+        path for path, leaf in rules.by_path(program.state.opt).items() if _parts(leaf.sharding) > 1
+    ]
+    return {p for p in rules.paths(program.state.params) if any(q.endswith("/" + p) for q in split)}
+
+
+def _parts(place: jax.sharding.NamedSharding) -> int:
+    names = [n for axes in place.spec if axes for n in ([axes] if isinstance(axes, str) else axes)]
+    return math.prod(place.mesh.shape[n] for n in names)
+
+
+def _needed(leaf: jax.ShapeDtypeStruct, wire: int, trained: bool, split_moments: bool) -> int:
+    """Bytes for one parameter, by rules 5 to 7 at the top."""
+    numbers, parts, chips = leaf.size, _parts(leaf.sharding), leaf.sharding.mesh.size
+    if chips == 1:
+        return 0
+    if parts > 1:
+        if not trained:
+            return wire * numbers
+        # (6) 2 n gathered, n reduce-scattered, n / fsdp all-reduced if other axes have copies
+        return wire * (3 * numbers + (numbers // parts if chips > parts else 0))
+    if not trained:
+        return 0
+    # (7) n reduce-scattered and n gathered in float32; (5) n all-reduced
+    return numbers * (wire + 4) if split_moments else numbers * wire

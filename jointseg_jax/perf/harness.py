@@ -1,73 +1,78 @@
-"""What a benchmark is asked and what it consists of: actions that can be done again and again."""
+"""What a benchmark is asked, what it consists of, how it is timed, and on which machine.
+
+1. The first call and ``warmups`` further ones are shown and do not count.
+2. A repetition is ``calls`` calls in a row; its figure is the mean of one call.
+3. The median of the repetitions is the figure, their lowest and highest its spread.
+4. Two configs are timed in turns, A B A B ...; their ratio is the quotient of the medians, its
+   spread the lowest and highest quotient of one turn.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import datetime
+import importlib.metadata
+import math
+import os
+import platform
+import resource
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
 
 from jointseg_jax import build
+from jointseg_jax.chips import peak_flops
+from jointseg_jax.perf.abstract import Config
 from jointseg_jax.types import UserError
+
+Values = dict[str, object]
+"""Plain values, ready for JSON."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
-    """What is to be measured, in plain values, so that another process can be asked.
+class BenchConfig:
+    """What is to be measured, in plain values, so that another process can be asked."""
 
-    Attributes:
-      what: a name of ``table.JOBS``.
-      name: how the config is called on the page.
-      config: plain nested mapping; empty where the job needs none.
-      codec: config of the run that would train a codec that is not on this machine.
-      classes: number of classes, for data that are not on this machine.
-      batch: rows over all chips; 0: the config's (train), 16 a chip (sample), 8 (codec).
-      real: train on the config's data, through its pipeline, in place of random batches.
-      steps: of the solver; 0: the config's.
-      given: the batch field that sampling starts from, or empty.
-      workdir: a trained run whose parameters and codecs take the place of random ones.
-      size: side of the label maps (masks).
-      area: regions of fewer pixels are absorbed (masks).
-      step_ms: length of the synthetic step (data).
-      warmups: calls before the repetitions, after the first.
-      calls: in one repetition; 0: as many as take about ``LENGTH`` seconds.
-      cache: whether compiled programs may come from the compile cache.
-      launcher: path of ``launch/train.py`` (startup).
-    """
+    what: str  # a name of ``bench.JOBS``
+    name: str  # how the config is called on the page
+    config: Config = field(default_factory=dict)  # empty where the benchmark needs none
+    codec: Config = field(default_factory=dict)  # of the run that would train an absent codec
+    classes: int = 0  # number of classes, for data that are not on this machine
+    batch: int = 0  # rows over all chips; 0: the config's (train), 16 a chip (sample), 8 (codec)
+    real: bool = False  # train: batches of the config's data, through its pipeline
+    cached: bool = False  # train: random batches as a cache that is still to be made would hold
+    steps: int = 0  # of the solver; 0: the config's
+    given: str = ""  # the batch field that sampling starts from, or empty
+    workdir: str = ""  # a trained run; its parameters and codecs replace random ones
+    size: int = 512  # masks: side of the label maps
+    area: int = 50  # masks: regions of fewer pixels are absorbed
+    step_ms: float = 100.0  # data: length of the synthetic step
+    warmups: int = 2  # calls before the repetitions, after the first
+    calls: int = 0  # in one repetition; 0: as many as take about ``LENGTH`` seconds
+    trace: bool = True  # train, sample: one more call under the profiler
+    cache: bool = False  # whether compiled programs may come from the compile cache
+    launcher: str = ""  # startup: path of ``launch/train.py``
 
-    what: str
-    name: str
-    config: Mapping[str, Any] = field(default_factory=dict)
-    codec: Mapping[str, Any] = field(default_factory=dict)
-    classes: int = 0
-    batch: int = 0
-    real: bool = False
-    steps: int = 0
-    given: str = ""
-    workdir: str = ""
-    size: int = 512
-    area: int = 50
-    step_ms: float = 100.0
-    warmups: int = 2
-    calls: int = 0
-    cache: bool = False
-    launcher: str = ""
-
-    def values(self) -> dict[str, Any]:
-        """What ``of`` makes an equal request from."""
+    def values(self) -> Values:
+        """Plain values, of which ``of`` makes an equal one."""
         return build.plain(dataclasses.asdict(self))
 
     @staticmethod
-    def of(values: Mapping[str, Any]) -> Request:
-        """The request with these values."""
-        return Request(**build.from_plain(values))
+    def of(values: Config) -> BenchConfig:
+        """The inverse of ``values``."""
+        return BenchConfig(**build.from_plain(values))
 
     def batch_of(self, default: int, shards: int) -> int:
         """The rows of a batch.
 
         Raises:
-          UserError: so many cannot be shared evenly.
+          UserError: they cannot be shared evenly among the devices.
         """
         rows = self.batch or default
         if rows % shards:
@@ -78,49 +83,44 @@ class Request:
 
 
 class Action(NamedTuple):
-    """Something to time.
+    """Something to time."""
 
-    Attributes:
-      run: does it so many times and returns the seconds that it took, by a clock of its choice.
-      images: images (or maps, or pairs) that one call is about; 0: it is not about images.
-      warm: whether the first calls are slower and do not count.
-      calls: in one repetition, where nobody says; 0: as many as make it long enough.
-    """
-
-    run: Callable[[int], float]
-    images: int = 0
-    warm: bool = True
-    calls: int = 0
+    run: Callable[[int], float]  # does it n times; the seconds it took, by a clock of its choice
+    images: int = 0  # images (or maps, or pairs) that one call is about; 0: not about images
+    warm: bool = True  # the first calls are slower and do not count
+    calls: int = 0  # in one repetition by default; 0: as many as make it long enough
 
 
-class Job(NamedTuple):
-    """A prepared measurement.
+class Benchmark(NamedTuple):
+    """A prepared measurement."""
 
-    Attributes:
-      actions: by name, in the order in which they are timed.
-      facts: what was prepared, plain values.
-      after: from the median seconds of the actions to what only then can be said; it may run the
-        actions again, for a trace.
-      close: frees what the job holds outside this process.
-    """
-
-    actions: Mapping[str, Action]
-    facts: dict[str, Any]
-    after: Callable[[Mapping[str, float]], dict[str, Any]] = lambda medians: {}
-    close: Callable[[], None] = lambda: None
+    actions: Mapping[str, Action]  # in the order in which they are timed
+    facts: Values  # what was prepared
+    # from the median seconds of the actions to what only then can be said; may run them again
+    after: Callable[[Mapping[str, float]], Values] = lambda medians: {}
+    close: Callable[[], None] = lambda: None  # frees what is held outside this process
 
 
-def wall(call: Callable[[], Any]) -> Callable[[int], float]:
+# ------------------------------------------------------------------------------- timing
+
+LENGTH = 1.0
+"""Seconds that a repetition takes at least, unless the number of its calls is given."""
+
+MAX_CALLS = 200
+"""Most calls in a repetition, unless their number is given."""
+
+
+def wall(call: Callable[[], object]) -> Callable[[int], float]:
     """An action's ``run`` by the wall clock."""
     return _timed(call, time.perf_counter)
 
 
-def on_processor(call: Callable[[], Any]) -> Callable[[int], float]:
+def on_processor(call: Callable[[], object]) -> Callable[[int], float]:
     """An action's ``run`` by the time of all processors that worked for this process."""
     return _timed(call, time.process_time)
 
 
-def _timed(call: Callable[[], Any], clock: Callable[[], float]) -> Callable[[int], float]:
+def _timed(call: Callable[[], object], clock: Callable[[], float]) -> Callable[[int], float]:
     def run(count: int) -> float:
         start = clock()
         for _ in range(count):
@@ -128,3 +128,201 @@ def _timed(call: Callable[[], Any], clock: Callable[[], float]) -> Callable[[int
         return clock() - start
 
     return run
+
+
+@dataclass(kw_only=True)
+class Timing:
+    """Everything that was timed of one action, in seconds of one call."""
+
+    images: int
+    first: float = math.nan
+    warmups: list[float] = field(default_factory=list)
+    calls: int = 1
+    repetitions: list[float] = field(default_factory=list)
+
+    def warm_up(self, action: Action, warmups: int, calls: int) -> None:
+        """Makes the first calls and settles how many there are in a repetition."""
+        calls = calls or action.calls
+        if not action.warm:
+            self.calls = calls or 1
+            return
+        self.first = action.run(1)
+        self.warmups = [action.run(1) for _ in range(warmups)]
+        # The shortest call decides: the first one holds compilation and cold caches.
+        shortest = max(min([self.first, *self.warmups]), 1e-9)
+        self.calls = calls or min(max(math.ceil(LENGTH / shortest), 1), MAX_CALLS)
+
+    def repeat(self, action: Action) -> None:
+        """Makes one repetition."""
+        self.repetitions.append(action.run(self.calls) / self.calls)
+
+    @property
+    def median(self) -> float:
+        """The figure."""
+        return median(self.repetitions)
+
+    @property
+    def per_image(self) -> list[float]:
+        """Seconds of one image in each repetition, or of one call where there are no images."""
+        return [seconds / max(self.images, 1) for seconds in self.repetitions]
+
+    def values(self) -> Values:
+        """Plain values: times in ms, and images/s where the action is about images."""
+        times = {
+            "median_ms": self.median,
+            "min_ms": min(self.repetitions),
+            "max_ms": max(self.repetitions),
+        }
+        out: Values = {k: rounded(1e3 * v) for k, v in times.items()}
+        if math.isfinite(self.first):
+            out["first_ms"] = rounded(1e3 * self.first)
+            out["warmup_ms"] = [rounded(1e3 * v) for v in self.warmups]
+        out |= {"repetitions": len(self.repetitions), "calls": self.calls}
+        if self.images and self.median > 0:
+            out |= {"images": self.images, "images_per_second": rounded(self.images / self.median)}
+        return out
+
+
+def ratio(one: Sequence[float], other: Sequence[float]) -> dict[str, float]:
+    """How many times as long the second takes: above 1, the first is the faster one."""
+    # Pairs of one turn ran at the same time, so their quotients share what else the machine did.
+    turns = [b / a for a, b in zip(one, other)]
+    values = (median(other) / median(one), min(turns), max(turns))
+    return dict(zip(("median", "min", "max"), map(rounded, values)))
+
+
+def rounded(value: float) -> float:
+    """Five significant digits: more than any of this is worth."""
+    return float(f"{value:.5g}")
+
+
+# ------------------------------------------------------------------------------ machine
+
+PACKAGES = ("jointseg_jax", "jax", "jaxlib", "libtpu", "flax", "numpy", "scipy", "numba", "grain")
+
+
+def machine() -> Values:
+    """The machine that figures are taken on: chips, host, versions, load, as of now."""
+    device = jax.devices()[0]
+    return {
+        "platform": device.platform,
+        "device": device.device_kind,
+        "chips": num_chips(),
+        "devices": jax.device_count(),
+        "processor": _processor(),
+        "cores": cores(),
+        "load": round(os.getloadavg()[0], 1),
+        "date": datetime.date.today().isoformat(),
+        "python": platform.python_version(),
+        "versions": {name: v for name in PACKAGES if (v := _version(name))},
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+    }
+
+
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def num_chips() -> int:
+    """Devices that compute at the same time."""
+    # XLA's several CPU devices share the cores of one processor.
+    return 1 if jax.devices()[0].platform == "cpu" else jax.device_count()
+
+
+def memory() -> dict[str, float]:
+    """GiB: the most that a chip held so far, and the most that this process did on the host."""
+    found = [d.memory_stats() or {} for d in jax.local_devices()]
+    peaks = [stats["peak_bytes_in_use"] for stats in found if "peak_bytes_in_use" in stats]
+    unit = 2**10 if platform.system() == "Darwin" else 1  # bytes there, KiB elsewhere
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit / 2**20
+    out = {"host_peak_gib": round(host, 3)}
+    return out | ({"chip_peak_gib": round(max(peaks) / 2**30, 3)} if peaks else {})
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+# --------------------------------------------------------- what the machine can do at most
+
+SIZES = {"cpu": (512, 1024, 2048)}
+OTHER_SIZES = (4096, 8192)
+"""Sides of the matrices, by platform."""
+
+TRIES = 5
+"""How often each size is timed; the fastest counts."""
+
+
+class Ceiling(NamedTuple):
+    """FLOP/s of one chip, and the matrix product that reached it."""
+
+    flops: float
+    size: int
+    dtype: str
+
+
+def ceiling(dtype: str, sizes: tuple[int, ...] = (), seconds: float = 0.1) -> Ceiling:
+    """Times products of random matrices; the best of all sizes is what MFU is measured by.
+
+    A maker's peak is reached by nothing, and XLA:CPU has none; a product of two large square
+    matrices in the network's own dtype is the most that any network can hope for.
+
+    Args:
+      seconds: length of a run of products, of which ``TRIES`` are made.
+    """
+    sizes = sizes or SIZES.get(jax.devices()[0].platform, OTHER_SIZES)
+    rates = {size: 2.0 * size**3 / _product_seconds(size, dtype, seconds) for size in sizes}
+    best = max(rates, key=rates.__getitem__)
+    return Ceiling(rates[best], best, jnp.dtype(dtype).name)
+
+
+def _product_seconds(size: int, dtype: str, length: float) -> float:
+    device = jax.local_devices()[0]
+    keys = jax.random.split(jax.random.key(size))
+    # Random, never constant: chips draw less power, and so run faster, on zeros.
+    draw = jax.jit(lambda key: jax.random.normal(key, (size, size), dtype))
+    left, right = (jax.device_put(draw(key), device) for key in keys)
+    product = jax.jit(jnp.matmul)
+    product(left, right).block_until_ready()
+
+    def run(count: int) -> float:
+        start = time.perf_counter()
+        for _ in range(count):
+            made = product(left, right)
+        made.block_until_ready()
+        return time.perf_counter() - start
+
+    count = min(max(int(length / run(1)), 1), 32)  # no more than fit into memory side by side
+    return min(run(count) / count for _ in range(TRIES))
+
+
+def speed(flops: float | None, seconds: float, dtype: str) -> Values:
+    """FLOP/s of one chip, and their part of the measured ceiling and of the maker's peak.
+
+    Args:
+      flops: that the network needs for one call on one chip; None: not known.
+      dtype: of the network's products.
+    """
+    measured, peak = ceiling(dtype), peak_flops(jax.devices()[0].device_kind)
+    out: Values = {
+        "ceiling_tflops": measured.flops / 1e12,
+        "ceiling_of": f"{measured.size} x {measured.size} {measured.dtype} product",
+        "dtype": dtype,
+    }
+    if flops:
+        rate = flops / seconds
+        out |= {"tflop": flops / 1e12, "tflops": rate / 1e12, "mfu": rate / measured.flops}
+        if peak:
+            out |= {"datasheet_tflops": peak / 1e12, "mfu_datasheet": rate / peak}
+    return {k: rounded(v) if isinstance(v, float) else v for k, v in out.items()}

@@ -1,85 +1,69 @@
 """The real programs of a config, lowered for devices that need not exist.
 
 Both are what the loops run: the update of ``training.program`` with the config's mesh, sharding,
-trainable rules and optimizer, and the sampler of ``generation.sampler``, which splits rows over all
-devices and keeps a whole copy of the parameters on each.
+trainable rules and optimizer, and the sampler of ``generation.sampler``, which splits rows over
+all devices and keeps a whole copy of the parameters on each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import PyTree
 
 from jointseg_jax import build, profiling, sharding
 from jointseg_jax.generation.sampler import PER_DEVICE, jit_sample_batch, sampling_params
 from jointseg_jax.perf import abstract
-from jointseg_jax.perf.ideal import ideal_bytes
+from jointseg_jax.perf.abstract import Config, Shapes, System
+from jointseg_jax.perf.costs import ideal_bytes
 from jointseg_jax.systems.system import LATENTS, Generator
 from jointseg_jax.training.program import check_batch, make_program, placed
 from jointseg_jax.types import UserError
 
-Config = Mapping[str, Any]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Lowered:
-    """A program before the compiler has it.
+    """A program before the compiler has it."""
 
-    Attributes:
-      program: ``jax.stages.Lowered``.
-      mesh: sizes of (data, fsdp, model).
-      batch: rows over all devices.
-      flops: that the network needs for the batch by its sizes, or None where nobody knows.
-      notes: what was made up.
-      attention: part of ``flops`` that are scores and weighted sums.
-      lengths: numbers of tokens that attend to each other.
-      passes: over attention by a kernel, in forward passes of one; see ``report``.
-      ideal: bytes of collectives that there must be on one chip (None: not known).
-    """
-
-    program: Any
-    mesh: tuple[int, ...]
-    batch: int
-    flops: float | None
-    notes: tuple[str, ...]
-    attention: float = 0.0
-    lengths: tuple[int, ...] = ()
-    passes: float = 1.0
-    ideal: int | None = None
+    program: Any  # jax.stages.Lowered
+    mesh: tuple[int, ...]  # sizes of (data, fsdp, model)
+    batch: int  # rows over all devices
+    flops: float | None  # that the network needs for the batch by its sizes; None: unknown
+    notes: tuple[str, ...]  # what was made up
+    attention: float = 0.0  # part of ``flops`` that are scores and weighted sums
+    lengths: tuple[int, ...] = ()  # numbers of tokens that attend to each other
+    passes: float = 1.0  # of attention by a kernel, in units of ``flops``; see ``KERNEL_PASSES``
+    ideal: int | None = None  # bytes of collectives that there must be on one chip; None: unknown
 
 
-PASSES = {False: 3.5, True: 4.5}
+KERNEL_PASSES = {False: 3.5, True: 4.5}
 """Products of an attention kernel's update over those of its forward pass: 2 forward, 5 backward, 2
-more where it is recomputed."""
+more where remat recomputes it."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Absent:
-    """What stands in for data and runs that are not on this machine; see ``standin``.
+class Missing:
+    """What replaces data and runs that are not on this machine; see ``abstract``."""
 
-    Attributes:
-      cached: training reads latents of a cache that is still to be made.
-    """
-
-    classes: int | None = None
-    codec: Config | None = None
-    cached: bool = False
+    classes: int | None = None  # number of made-up classes
+    codec: Config | None = None  # of the run that would train a codec
+    cached: bool = False  # training reads latents of a cache that is still to be made
 
 
 def lower_training(
-    config: Config, devices: Sequence[Any], *, absent: Absent, per_chip: int | None = None
+    config: Config, devices: Sequence[jax.Device], *, missing: Missing, per_chip: int | None = None
 ) -> Lowered:
     """The update of a training run.
 
     Args:
-      per_chip: rows for each data-parallel shard, in place of ``config.batch``.
+      per_chip: rows for each data-parallel shard, instead of ``config.batch``.
 
     Raises:
-      UserError: whatever would refuse the run: mesh, batch, rules, fields.
+      UserError: what would refuse the run too: mesh, batch, rules, fields.
     """
     mesh = sharding.make_mesh(config["mesh"], devices)
     if per_chip is not None:
@@ -88,15 +72,15 @@ def lower_training(
         check_batch(config, mesh)
     except UserError as error:
         raise UserError(f"{error} Or give rows per chip: --batch_per_chip=N.") from error
-    system, frozen, notes = _system(config, absent)
+    system, frozen, notes = _system(config, missing)
     program = make_program(system, config, mesh)
-    kept = frozen if absent.cached else None
-    batch = abstract.training_shapes(config, system, config["batch"], kept)
-    notes = (*notes, *_cached(batch))
+    rows = abstract.training_shapes(
+        config, system, config["batch"], frozen if missing.cached else None
+    )
     everywhere = sharding.replicated(mesh)
     with jax.set_mesh(mesh):
         lowered = program.update.lower(
-            program.state, _at(frozen, everywhere), _at(batch, sharding.batch_sharding(mesh))
+            program.state, _at(frozen, everywhere), _at(rows, sharding.batch_sharding(mesh))
         )
     forward, denoiser = profiling.forward_flops(system), getattr(system, "denoiser", None)
     return Lowered(
@@ -104,19 +88,19 @@ def lower_training(
         mesh=tuple(mesh.devices.shape),
         batch=config["batch"],
         flops=3.0 * forward * config["batch"] if forward else None,
-        notes=notes,
+        notes=(*notes, *_from_cache(rows)),
         attention=profiling.attention_share(system),
         lengths=profiling.lengths(system),
-        passes=PASSES[getattr(denoiser, "remat", "none") == "full"] / 3.0,
+        passes=KERNEL_PASSES[getattr(denoiser, "remat", "none") == "full"] / 3.0,
         ideal=ideal_bytes(program, getattr(denoiser, "dtype", jnp.float32)),
     )
 
 
 def lower_sampling(
     config: Config,
-    devices: Sequence[Any],
+    devices: Sequence[jax.Device],
     *,
-    absent: Absent,
+    missing: Missing,
     per_chip: int | None = None,
     steps: int | None = None,
     given: str | None = None,
@@ -125,14 +109,14 @@ def lower_sampling(
 
     Args:
       per_chip: pairs on each device.
-      steps: of the solver, in place of the config's.
+      steps: of the solver, instead of the config's.
       given: ``image`` or ``labels``: the batch field to start from.
 
     Raises:
       UserError: the config makes no pairs, or it must be given something else.
     """
     mesh = sharding.make_mesh((-1, 1, 1), devices)
-    system, frozen, notes = _system(config, absent)
+    system, frozen, notes = _system(config, missing)
     if not isinstance(system, Generator):
         raise UserError(
             "ERROR [flags] --what=sample: this config trains a codec; it makes no pairs."
@@ -154,7 +138,12 @@ def lower_sampling(
     seed = jax.ShapeDtypeStruct((), jnp.uint32, sharding=everywhere)
     with jax.set_mesh(mesh):
         lowered = jit_sample_batch(system, mesh).lower(
-            _at(params, everywhere), _at(frozen, everywhere), text, _at(known, rows), seed, indices
+            _at(params, everywhere),
+            _at(frozen, everywhere),
+            text,
+            _at(known, rows),
+            seed,
+            indices,
         )
     each = profiling.sampling_flops(system, known)
     return Lowered(
@@ -169,24 +158,27 @@ def lower_sampling(
     )
 
 
-def _system(config: Config, absent: Absent) -> tuple[Any, dict[str, Any], tuple[str, ...]]:
+def _system(
+    config: Config, missing: Missing
+) -> tuple[System | Generator, dict[str, Any], tuple[str, ...]]:
     """The system, the shapes of its frozen parameters, and what was made up."""
-    known = abstract.dataset_info(config, absent.classes)
-    found = abstract.codecs(config, known, absent.codec)
-    words = f"{len(known.vocabulary)} words" if known.vocabulary else "no words"
-    notes = (f"{len(known.classes)} classes, {words}",)
-    return build.system(config, known, found.specs), found.pretrained, notes
+    info = abstract.dataset_info(config, missing.classes)
+    codecs = abstract.codecs(config, info, missing.codec)
+    words = f"{len(info.vocabulary)} words" if info.vocabulary else "no words"
+    notes = (f"{len(info.classes)} classes, {words}",)
+    return build.system(config, info, codecs.specs), codecs.frozen, notes
 
 
-def _cached(batch: Mapping[str, Any]) -> tuple[str, ...]:
+def _from_cache(batch: Shapes) -> tuple[str, ...]:
     names = [name.removeprefix(LATENTS) for name in batch if name.startswith(LATENTS)]
     return (f"latents read from a cache: {', '.join(names)}",) if names else ()
 
 
-def _undecoded(system: Any) -> tuple[str, ...]:
+def _undecoded(system: Generator) -> tuple[str, ...]:
     names = [k for k, s in system.streams.items() if s.codec.kind == "latents" and k != "text"]
     return (f"not decoded, for their latents were cached: {', '.join(names)}",) if names else ()
 
 
-def _at(shapes: Any, place: Any) -> Any:
+def _at(shapes: PyTree, place: jax.sharding.NamedSharding) -> PyTree:
+    """The shapes, all of them with one sharding."""
     return placed(shapes, jax.tree.map(lambda _: place, shapes))

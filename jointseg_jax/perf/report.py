@@ -3,31 +3,23 @@
 1. HBM: the compiler's own plan for one chip; a program that does not fit is refused by it.
 2. ``estimate_ms`` = estimated cycles x trip counts / clock. Kernels of our own (Pallas) and waiting
    for other chips are not in it. It is the compiler's, not measured: good for comparing programs.
-3. ``roofline_ms`` = analytic FLOPs / chips / peak: no program of this network can be faster.
-4. ``kernel_ms`` = FLOPs of attention kernels / (peak x ``Chip.attention``), for what 2 leaves out:
-   the share of the peak that the packed kernel reaches by the compiler's schedule of it
-   (``schedule``; splash stays behind that). ``step_ms`` = ``estimate_ms + kernel_ms + ici_ms``, as
-   if nothing were hidden behind anything, ``image_ms`` its part for one row, and ``mfu`` =
-   ``roofline_ms / step_ms``. Made for choosing between programs, not for quoting.
-5. ``matmul_ratio`` = products in the program / those of the network, attention left out of both
-   where kernels do it. 1 is none too many; remat ``full`` recomputes the forward pass: 4/3.
-6. ``collective_ratio`` = bytes of collectives / those that there must be (``ideal``).
-7. ``ici_ms`` = bytes of all collectives on one chip / its links together: less cannot be waited for
-   unless it is hidden behind computation.
+3. ``step_ms`` = ``estimate_ms + kernel_ms + ici_ms``, as if nothing were hidden behind anything,
+   and ``mfu`` = ``roofline_ms / step_ms``. Made for choosing between programs, not for quoting.
 """
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import jax
 
 from jointseg_jax.chips import Chip
 from jointseg_jax.perf.costs import Costs, costs
+from jointseg_jax.perf.harness import Values
 from jointseg_jax.perf.hlo import Module
 from jointseg_jax.perf.programs import Lowered
 from jointseg_jax.types import UserError
@@ -65,28 +57,29 @@ class Report:
     @property
     def chips(self) -> int:
         """Number of chips."""
-        total = 1
-        for n in self.lowered.mesh:
-            total *= n
-        return total
+        return math.prod(self.lowered.mesh)
 
     @property
     def roofline_ms(self) -> float | None:
-        """See the module docstring's 3."""
+        """Analytic FLOPs / chips / peak: no program of this network can be faster."""
         if self.lowered.flops is None:
             return None
         return self.lowered.flops / self.chips / self.chip.peak / 1e9
 
     @property
     def estimate_ms(self) -> float | None:
-        """See the module docstring's 2."""
+        """Estimated cycles x trip counts / clock."""
         if self.costs is None or not self.costs.cycles:
             return None
         return sum(self.costs.cycles.values()) / self.chip.clock / 1e6
 
     @property
     def kernel_ms(self) -> float | None:
-        """See the module docstring's 4."""
+        """FLOPs of attention kernels / (peak x ``Chip.attention``), which the estimate leaves out.
+
+        ``Chip.attention`` is the part of the peak that the packed kernel reaches by the compiler's
+        schedule of it (``schedule``); splash stays behind that.
+        """
         if self.roofline_ms is None or self.costs is None:
             return None
         if not self.costs.kernels:
@@ -96,7 +89,10 @@ class Report:
 
     @property
     def matmul_ratio(self) -> float | None:
-        """See the module docstring's 5."""
+        """Products in the program / those of the network; remat ``full`` makes it 4/3.
+
+        Attention is left out of both where kernels do it.
+        """
         if self.lowered.flops is None or self.costs is None:
             return None
         share = 1.0 - (self.lowered.attention if self.costs.kernels else 0.0)
@@ -111,20 +107,23 @@ class Report:
 
     @property
     def collective_ratio(self) -> float | None:
-        """See the module docstring's 6."""
+        """Bytes of collectives / those that there must be (``costs.ideal_bytes``)."""
         if not self.lowered.ideal or self.costs is None:
             return None
         return self.collective_bytes / self.lowered.ideal
 
     @property
     def ici_ms(self) -> float | None:
-        """See the module docstring's 7."""
+        """Bytes of all collectives on one chip / its links together.
+
+        Waiting takes at least this long unless it is hidden behind computation.
+        """
         moved = self.collective_bytes
         return None if moved is None else moved / self.chip.ici / 1e6
 
     @property
     def step_ms(self) -> float | None:
-        """See the module docstring's 4."""
+        """``estimate_ms + kernel_ms + ici_ms``."""
         parts = (self.estimate_ms, self.kernel_ms, self.ici_ms)
         return None if None in parts else sum(parts)
 
@@ -138,9 +137,9 @@ class Report:
         """``step_ms`` over the rows that one chip does."""
         return None if self.step_ms is None else self.step_ms * self.chips / self.lowered.batch
 
-    def values(self) -> dict[str, Any]:
+    def values(self) -> Values:
         """The report as plain values: sizes in GiB, traffic in GB (10^9), times in ms."""
-        found: dict[str, Any] = {
+        found: Values = {
             "fits": self.memory is not None,
             "chips": self.chips,
             "mesh": list(self.lowered.mesh),
@@ -152,12 +151,11 @@ class Report:
             "notes": list(self.lowered.notes),
             "compiler_options": dict(self.options),
         }
-        if self.refusal:
+        if self.memory is None or self.costs is None:
             return found | {"refusal": self.refusal}
-        return found | self._memory_values() | self._cost_values()
+        return found | self._memory_values(self.memory) | self._cost_values(self.costs)
 
-    def _memory_values(self) -> dict[str, Any]:
-        m = self.memory
+    def _memory_values(self, m: Memory) -> Values:
         sizes = {
             "hbm_gb": m.peak,
             "arguments_gb": m.arguments,
@@ -169,25 +167,24 @@ class Report:
         share = {"hbm_share": _rounded(m.peak, self.chip.hbm)}
         return {k: _rounded(v) for k, v in sizes.items()} | share
 
-    def _cost_values(self) -> dict[str, Any]:
-        traffic = self.costs.collectives
+    def _cost_values(self, costs: Costs) -> Values:
+        cycles_per_ms = 1e6 * self.chip.clock
         return {
-            "matmul_tflop": _rounded(self.costs.flops, 1e12),
+            "matmul_tflop": _rounded(costs.flops, 1e12),
             "estimate_ms": _rounded(self.estimate_ms),
-            "estimate_parts_ms": {
-                k: _rounded(v, 1e6 * self.chip.clock) for k, v in self.costs.cycles.items()
-            },
-            "not_estimated": self.costs.kernels,
+            "estimate_parts_ms": {k: _rounded(v, cycles_per_ms) for k, v in costs.cycles.items()},
+            "not_estimated": costs.kernels,
             "kernel_ms": _rounded(self.kernel_ms),
             "step_ms": _rounded(self.step_ms),
             "image_ms": _rounded(self.image_ms),
             "mfu": _rounded(self.mfu),
             "matmul_ratio": _rounded(self.matmul_ratio),
-            "squares": list(self.costs.squares),
+            "squares": list(costs.squares),
             "collective_gb": _rounded(self.collective_bytes, 1e9),
             "collective_ratio": _rounded(self.collective_ratio),
             "collectives": {
-                k: {"count": t.count, "gb": _rounded(t.bytes, 1e9)} for k, t in traffic.items()
+                k: {"count": t.count, "gb": _rounded(t.bytes, 1e9)}
+                for k, t in costs.collectives.items()
             },
             "ici_ms": _rounded(self.ici_ms),
             "unknown_loops": list(self.unknown_loops),
@@ -206,16 +203,17 @@ def compiled(
     Raises:
       UserError: the compiler refuses for another reason than memory (an option it does not know).
     """
-    start, given = time.perf_counter(), dict(options or {})
+    start, options = time.perf_counter(), dict(options or {})
     try:
-        done = lowered.program.compile(compiler_options=given)
+        done = lowered.program.compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
-        seconds = time.perf_counter() - start
+        seconds, refusal = time.perf_counter() - start, _shortened(str(error))
         if "RESOURCE_EXHAUSTED" not in str(error):
-            raise UserError(f"ERROR [compiler] {_shortened(str(error))}") from error
-        refusal = _shortened(str(error))
-        facts = {"lowered": lowered, "chip": chip, "seconds": seconds, "options": given}
-        return Report(**facts, refusal=refusal), ""
+            raise UserError(f"ERROR [compiler] {refusal}") from error
+        report = Report(
+            lowered=lowered, chip=chip, seconds=seconds, options=options, refusal=refusal
+        )
+        return report, ""
     seconds = time.perf_counter() - start
     text = done.as_text()
     module = Module(text)
@@ -223,15 +221,16 @@ def compiled(
         lowered=lowered,
         chip=chip,
         seconds=seconds,
-        memory=_memory(done.memory_analysis()),
+        memory=_memory(done),
         costs=costs(module, lowered.lengths),
-        unknown_loops=tuple(sorted(module.unknown_loops)),
-        options=given,
+        unknown_loops=tuple(sorted(module.unknown_loops)),  # filled while ``costs`` counted
+        options=options,
     )
     return report, text
 
 
-def _memory(stats: Any) -> Memory:
+def _memory(done: jax.stages.Compiled) -> Memory:
+    stats = done.memory_analysis()
     arguments, outputs = stats.argument_size_in_bytes, stats.output_size_in_bytes
     shared, temporaries = stats.alias_size_in_bytes, stats.temp_size_in_bytes
     sum_of_all = arguments + outputs - shared + temporaries

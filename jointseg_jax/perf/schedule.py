@@ -27,9 +27,12 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from jointseg_jax.types import UserError
+import jax
+import jax.numpy as jnp
+
+from jointseg_jax.types import Array, UserError
 
 BUNDLE = re.compile(r"\s*(?:0x[0-9a-f]+|0)\s*(?:[A-Z]{2}\s*)?:\s*(>*)")
 LAST_TURN = re.compile(r"scmp\.ge\.s32\.totalorder %\w+, (\d+) /\* loop exit test")
@@ -49,7 +52,7 @@ class Kernel(NamedTuple):
 
 
 def cycles(text: str) -> int:
-    """Cycles of a kernel from its final bundles; see the module docstring's 1.
+    """``bundles in the loop x steps of the grid + bundles around it``, from the final bundles.
 
     Raises:
       ValueError: there is no bundle, or more than the loop over the grid.
@@ -58,12 +61,13 @@ def cycles(text: str) -> int:
     turns = [int(n) for n in LAST_TURN.findall(text)]
     if not depths or len(turns) > 1:
         raise ValueError(f"schedule: {len(depths)} bundles and loops of {turns} turns; not known.")
+    # The first turns fetch blocks and the last ones store them; those in between compute.
     steps = max(turns[0] - FETCHES, 1) if turns else 1
     inside = sum(depth > 0 for depth in depths)
     return inside * steps + len(depths) - inside
 
 
-def kernels(program: Callable[[], Any], folder: Path) -> list[Kernel]:
+def kernels(compile_it: Callable[[], None], folder: Path) -> list[Kernel]:
     """Compiles a program and reads the schedules of its attention kernels from the dump folder.
 
     Raises:
@@ -71,7 +75,7 @@ def kernels(program: Callable[[], Any], folder: Path) -> list[Kernel]:
     """
     for old in folder.iterdir():
         old.unlink()
-    program()
+    compile_it()
     found = ((FILE.fullmatch(path.name), path) for path in sorted(folder.iterdir()))
     made = [Kernel(name.group(1), cycles(path.read_text())) for name, path in found if name]
     if not made:
@@ -83,20 +87,19 @@ def kernels(program: Callable[[], Any], folder: Path) -> list[Kernel]:
 
 def dump_to(folder: Path) -> None:
     """Tells libtpu, which must not be loaded yet, to write its last schedules there."""
-    words = (
+    new = (
         f"--xla_jf_dump_to={folder}",
         "--xla_jf_dump_llo_text=true",
         "--xla_jf_dump_llo_pass_label_regex=final_bundles",
     )
     before = os.environ.get("LIBTPU_INIT_ARGS", "")
-    os.environ["LIBTPU_INIT_ARGS"] = " ".join((before, *words)).strip()
+    os.environ["LIBTPU_INIT_ARGS"] = " ".join((before, *new)).strip()
 
 
-def program(backend: str, device: Any, flags: argparse.Namespace, queries: int | None) -> Callable:
+def program(
+    backend: str, device: jax.Device, flags: argparse.Namespace, queries: int | None
+) -> Callable[[], None]:
     """Compiles attention forward and backward, as the layers call it, for one device."""
-    import jax
-    import jax.numpy as jnp
-
     from jointseg_jax import sharding
     from jointseg_jax.models import packed_attention, splash
 
@@ -110,7 +113,7 @@ def program(backend: str, device: Any, flags: argparse.Namespace, queries: int |
     mesh = sharding.make_mesh((1, 1, 1), [device])
     x = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=sharding.replicated(mesh))
 
-    def gradients(q: Any, k: Any, v: Any, dy: Any) -> Any:
+    def gradients(q: Array, k: Array, v: Array, dy: Array) -> tuple[Array, ...]:
         return jax.vjp(attend, q, k, v)[1](dy)
 
     def compile_it() -> None:
@@ -122,8 +125,6 @@ def program(backend: str, device: Any, flags: argparse.Namespace, queries: int |
 
 def lines(flags: argparse.Namespace, folder: Path) -> Iterator[str]:
     """The table, a line at a time."""
-    import jax
-
     jax.config.update("jax_platforms", "cpu")  # nothing runs
     from jointseg_jax import chips
     from jointseg_jax.models import packed_attention

@@ -9,22 +9,25 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import jax
+
 from jointseg_jax.chips import Chip
 from jointseg_jax.perf import abstract, programs, report
+from jointseg_jax.perf.abstract import Config
+from jointseg_jax.perf.harness import Values
 from jointseg_jax.types import UserError
 
-Config = Mapping[str, Any]
-
 HEADS = 2
-"""Chips over which ``fsdp+model`` splits heads and hidden units where the mesh does not say."""
+"""Chips over which ``fsdp+model`` splits heads and hidden units, unless the mesh says."""
 
 GROUP = 16
-"""Chips over which ``fsdp`` splits the state where the config's mesh does not say: kernels of 1024
-and more rows keep at least 64 on each."""
+"""Chips over which ``fsdp`` splits the state, unless the config's mesh says: kernels of 1024 and
+more rows keep at least 64 on each."""
 
 
 class Setting(NamedTuple):
@@ -59,7 +62,7 @@ class Trial(NamedTuple):
 
     @property
     def fits(self) -> bool:
-        """Source: the module's 2."""
+        """Returns True if the compiler took it and its peak is at most ``TIGHT`` of HBM."""
         found = self.report
         if found is None or found.memory is None:
             return False
@@ -67,7 +70,7 @@ class Trial(NamedTuple):
 
     @property
     def order(self) -> tuple[float, int]:
-        """Source: the module's 3."""
+        """What the best is chosen by: least ``image_ms``, then fewest rows."""
         time = self.report.image_ms if self.report is not None else None
         return (float("inf") if time is None else time, self.setting.rows)
 
@@ -89,46 +92,35 @@ def configured(config: Config, setting: Setting, chips: int) -> dict[str, Any]:
 
 def trials(
     config: Config,
-    devices: Sequence[Any],
+    devices: Sequence[jax.Device],
     chip: Chip,
     grid: Grid,
     *,
-    absent: programs.Absent,
+    missing: programs.Missing,
     options: Mapping[str, str],
     compiled: Callable = report.compiled,
 ) -> Iterator[Trial]:
     """Compiles one setting after the other.
 
     Args:
-      compiled: ``report.compiled``, or what stands in for it.
+      compiled: compiles a lowered program, as ``report.compiled`` does.
     """
-    for attention in grid.attention:
-        for preset in grid.sharding:
-            for remat in grid.remat:
-                for rows in sorted(grid.rows):
-                    setting = Setting(attention, preset, remat, rows)
-                    given = configured(config, setting, len(devices))
-                    trial = _tried(setting, given, devices, chip, absent, options, compiled)
-                    yield trial
-                    if not trial.fits:
-                        break
 
+    def tried(setting: Setting) -> Trial:
+        changed = configured(config, setting, len(devices))
+        try:
+            lowered = programs.lower_training(changed, devices, missing=missing)
+            made, _ = compiled(lowered, chip, options)
+        except UserError as error:
+            return Trial(setting, changed["mesh"], None, str(error))
+        return Trial(setting, lowered.mesh, made, made.refusal)
 
-def _tried(
-    setting: Setting,
-    config: Config,
-    devices: Sequence[Any],
-    chip: Chip,
-    absent: programs.Absent,
-    options: Mapping[str, str],
-    compiled: Callable,
-) -> Trial:
-    try:
-        lowered = programs.lower_training(config, devices, absent=absent)
-        made, _ = compiled(lowered, chip, options)
-    except UserError as error:
-        return Trial(setting, config["mesh"], None, str(error))
-    return Trial(setting, lowered.mesh, made, made.refusal)
+    for choice in itertools.product(grid.attention, grid.sharding, grid.remat):
+        for rows in sorted(grid.rows):
+            trial = tried(Setting(*choice, rows))
+            yield trial
+            if not trial.fits:
+                break  # more rows need more memory
 
 
 def best(tried: Sequence[Trial]) -> Trial | None:
@@ -168,7 +160,7 @@ def lines_to_use(trial: Trial) -> list[str]:
     ]
 
 
-def values(trial: Trial) -> dict[str, Any]:
+def values(trial: Trial) -> Values:
     """A trial as plain values."""
     found = trial.report.values() if trial.report is not None else {}
     keys = ("estimate_ms", "kernel_ms", "ici_ms", "step_ms", "image_ms", "hbm_gb", "hbm_share")

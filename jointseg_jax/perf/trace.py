@@ -18,7 +18,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 
@@ -39,27 +39,30 @@ class Event(NamedTuple):
     length: float
 
 
-class Row(NamedTuple):
-    """Operations of one name in one part of the program.
+@runtime_checkable
+class Line(Protocol):
+    """A line of a plane in JAX's ``ProfileData``."""
 
-    Attributes:
-      share: of the time of all operations.
-      count: runs in one call.
-    """
+    name: str
+    events: Iterable[Any]
+
+
+class Row(NamedTuple):
+    """Operations of one name in one part of the program."""
 
     name: str
     part: str
     milliseconds: float
-    share: float
-    count: float
+    share: float  # of the time of all operations
+    count: float  # runs in one call
 
 
-def traced(run: Callable[[], Any], text: str, calls: int = 1) -> dict[str, Any]:
+def traced(run: Callable[[], object], text: str, calls: int = 1) -> dict[str, object]:
     """Runs something under the profiler and says where its time went, as plain values.
 
     Args:
       run: makes ``calls`` calls of the program and waits for their end.
-      text: of the optimized program; without it nothing is known of parts.
+      text: of the optimized program; without it there are no parts.
     """
     with tempfile.TemporaryDirectory() as folder:
         with _tracing(folder):
@@ -91,7 +94,7 @@ def events(path: Path) -> list[list[Event]]:
     return [line for line in lines if line]
 
 
-def _operations(plane: str, line: Any) -> list[Event]:
+def _operations(plane: str, line: Line) -> list[Event]:
     tpu = plane.startswith("/device:TPU") and line.name == "XLA Ops"
     gpu = plane.startswith("/device:GPU") and line.name.startswith("Stream")
     host = plane.startswith("/host:CPU") and line.name != "python"
@@ -123,6 +126,7 @@ def own_times(line: Iterable[Event]) -> Iterator[tuple[str, float]]:
     open_events: list[list[Any]] = []  # name, end, own time
     for event in sorted(line, key=lambda e: (e.start, -e.length)):
         end = event.start + event.length
+        # Events nest: whatever ended before this one starts is complete.
         while open_events and open_events[-1][1] <= event.start:
             name, _, own = open_events.pop()
             yield name, own
@@ -138,6 +142,7 @@ def table(lines: Iterable[Iterable[Event]], part: dict[str, str], calls: int = 1
     times, counts = collections.Counter(), collections.Counter()
     for line in lines:
         for name, own in own_times(line):
+            # fusion.12.remat2 -> fusion
             row = (re.sub(r"([._]\d+|\.clone|\.remat\d*)+$", "", name), part.get(name, ELSEWHERE))
             times[row] += max(own, 0.0)
             counts[row] += 1
@@ -148,7 +153,7 @@ def table(lines: Iterable[Iterable[Event]], part: dict[str, str], calls: int = 1
     ]
 
 
-def _plain(row: Row) -> dict[str, Any]:
+def _plain(row: Row) -> dict[str, object]:
     return {
         "name": row.name,
         "part": row.part,

@@ -17,14 +17,13 @@ from jointseg_jax.perf import (
     abstract,
     costs,
     hlo,
-    ideal,
+    page,
     programs,
     report,
-    report_page,
     schedule,
     sweep,
 )
-from jointseg_jax.perf.programs import Absent
+from jointseg_jax.perf.programs import Missing
 from jointseg_jax.training import program
 from jointseg_jax.types import UserError
 
@@ -352,7 +351,7 @@ def check_products(found, lowered):
 def test_the_update_of_training_on_other_devices():
     """On the CPU's eight: what the compiler says there is of the same kind."""
     given = small()
-    lowered = programs.lower_training(given, jax.devices(), absent=Absent(), per_chip=2)
+    lowered = programs.lower_training(given, jax.devices(), missing=Missing(), per_chip=2)
     assert (lowered.mesh, lowered.batch) == ((8, 1, 1), 16)
     found = on_hosts(lowered)
     values = found.values()
@@ -368,7 +367,9 @@ def test_the_update_of_training_on_other_devices():
 
 
 def test_the_sampler_needs_no_collective():
-    lowered = programs.lower_sampling(small(), jax.devices(), absent=Absent(), per_chip=2, steps=4)
+    lowered = programs.lower_sampling(
+        small(), jax.devices(), missing=Missing(), per_chip=2, steps=4
+    )
     found = on_hosts(lowered)
     assert lowered.batch == 16
     assert found.costs.collectives == {} and found.collective_ratio is None
@@ -377,7 +378,7 @@ def test_the_sampler_needs_no_collective():
 
 def test_a_frozen_codec_is_part_of_the_program():
     given, codec = config("jodiffusion", "smoke"), config("jodiffusion_codec", "smoke")
-    lowered = programs.lower_training(given, jax.devices(), absent=Absent(codec=codec))
+    lowered = programs.lower_training(given, jax.devices(), missing=Missing(codec=codec))
     assert lowered.batch == 8 and "12 classes" in lowered.notes[0]
 
 
@@ -401,21 +402,21 @@ def test_ideal_collectives_by_the_places_of_parameters(preset, mesh, per_number)
     large = sum(leaves[path].size for path in split)
     small_ones = sum(leaf.size for leaf in leaves.values()) - large
     assert large > 10 * small_ones > 0
-    assert ideal.ideal_bytes(made, "float32") == per_number * large + 4 * small_ones
+    assert costs.ideal_bytes(made, "float32") == per_number * large + 4 * small_ones
 
 
 def test_mistakes_are_refused():
     given, devices = config("quickstart", "smoke"), jax.devices()
     with pytest.raises(UserError, match=r"batch = 12: must be a multiple.*--batch_per_chip=N"):
-        programs.lower_training(given | {"batch": 12}, devices, absent=Absent())
+        programs.lower_training(given | {"batch": 12}, devices, missing=Missing())
     with pytest.raises(UserError, match=r"config.mesh = \(3, 1, 1\)"):
-        programs.lower_training(given | {"mesh": (3, 1, 1)}, devices, absent=Absent())
+        programs.lower_training(given | {"mesh": (3, 1, 1)}, devices, missing=Missing())
     with pytest.raises(UserError, match="trains a codec; it makes no pairs"):
-        programs.lower_sampling(config("image_codec", "smoke"), devices, absent=Absent())
+        programs.lower_sampling(config("image_codec", "smoke"), devices, missing=Missing())
     with pytest.raises(UserError, match=r"exactly one of .*--given=labels or --given=image"):
-        programs.lower_sampling(config("semflow", "smoke"), devices, absent=Absent())
+        programs.lower_sampling(config("semflow", "smoke"), devices, missing=Missing())
     with pytest.raises(UserError, match=r"--steps=0"):
-        programs.lower_sampling(given, devices, absent=Absent(), steps=0)
+        programs.lower_sampling(given, devices, missing=Missing(), steps=0)
 
 
 # ------------------------------------------------------------------------------- reports
@@ -447,7 +448,7 @@ def test_a_page_and_its_values():
     assert values["roofline_ms"] == pytest.approx(1e12 / 197e12 * 1e3, rel=1e-4)  # rounded
     assert values["estimate_ms"] == pytest.approx(3.0)  # 4.5 M cycles at 1.5 GHz
     assert values["ici_ms"] == pytest.approx(20.0)  # 3.6 GB over 4 links of 45 GB/s
-    text = report_page.page(made, "train of C on v5e:2x2")
+    text = page.report_page(made, "train of C on v5e:2x2")
     for line in (
         r"chips +4 +mesh data 2 x fsdp 2 x model 1",
         r"batch +64 +16 per data-parallel shard",
@@ -491,7 +492,7 @@ def test_what_does_not_fit_is_reported_in_the_compilers_words():
     assert text == "" and values["fits"] is False and values["roofline_ms"] is None
     assert values["refusal"].splitlines()[-1] == "     Shape: bf16[6,65536,65536]"
     assert "Source Location" not in values["refusal"] and "https" not in values["refusal"]
-    shown = report_page.page(made, "heading")
+    shown = page.report_page(made, "heading")
     assert "DOES NOT FIT" in shown
     assert "(84.31G) exceeds available HBM (15.75G)" in " ".join(shown.split())
     assert max(map(len, shown.splitlines())) <= 100
@@ -542,7 +543,7 @@ def stand_in(lowered, chip, options):
 def unlowered(monkeypatch):
     """No program, only what is known of it before it is lowered."""
 
-    def lower(given, devices, absent):
+    def lower(given, devices, missing):
         mesh = sharding.make_mesh(given["mesh"], devices).devices.shape
         passes = 5.5 / 3 if given["system"]["denoiser"]["remat"] == "full" else 1.5
         return programs.Lowered(
@@ -562,7 +563,7 @@ def test_a_sweep_picks_the_fastest_that_fits(unlowered):
             jax.devices(),
             chips.CHIPS["v5e"],
             grid,
-            absent=Absent(),
+            missing=Missing(),
             options={},
             compiled=stand_in,
         )
@@ -604,7 +605,7 @@ def test_a_sweep_splits_the_state_as_the_preset_asks(sharding, mesh, want):
 def test_a_setting_that_is_refused_is_a_row_of_its_own():
     grid = sweep.Grid(attention=["flash"], sharding=["replicate"], remat=["none"], rows=[1, 2])
     run = functools.partial(sweep.trials, small(), jax.devices(), chips.CHIPS["v5e"], grid)
-    found = [*run(absent=Absent(), options={}, compiled=stand_in)]
+    found = [*run(missing=Missing(), options={}, compiled=stand_in)]
     assert len(found) == 1 and not found[0].fits and sweep.best(found) is None
     assert "refused" in sweep.line(found[0]) and "attention: one of" in sweep.line(found[0])
 
@@ -685,7 +686,7 @@ def test_a_smoke_config_compiles_for_a_tpu():
     """The only test that compiles for a TPU; ten seconds of a CPU."""
     given = small()
     lowered = programs.lower_training(
-        given, chips.devices_of("v5e:2x2"), absent=Absent(), per_chip=2
+        given, chips.devices_of("v5e:2x2"), missing=Missing(), per_chip=2
     )
     made, text = report.compiled(lowered, chips.CHIPS["v5e"])
     values = made.values()

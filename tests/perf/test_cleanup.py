@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from jointseg_jax.annotations import masks
-from jointseg_jax.perf import bench_masks, plain_masks
-from jointseg_jax.perf.harness import Request
+from jointseg_jax.perf import bench_masks
+from jointseg_jax.perf.harness import BenchConfig
 
 
 def test_the_plain_way_by_hand():
@@ -17,19 +17,19 @@ def test_the_plain_way_by_hand():
     labels[5, 4] = 0
     want = labels.copy()
     want[1, 4] = 3
-    np.testing.assert_array_equal(plain_masks.absorb(labels, 10), want)
+    np.testing.assert_array_equal(bench_masks.absorb_plain(labels, 10), want)
     tie = np.array([[5, 5, 5, 9, 3, 3]] * 3, np.uint8)
-    assert (plain_masks.absorb(tie, 4)[:, 3] == 3).all()  # of equals the smallest
-    np.testing.assert_array_equal(plain_masks.absorb(tie, 3), tie)  # strictly smaller
+    assert (bench_masks.absorb_plain(tie, 4)[:, 3] == 3).all()  # of equals the smallest
+    np.testing.assert_array_equal(bench_masks.absorb_plain(tie, 3), tie)  # strictly smaller
     alone = np.full((2, 2), 7, np.uint8)
-    np.testing.assert_array_equal(plain_masks.absorb(alone, 99), alone)
+    np.testing.assert_array_equal(bench_masks.absorb_plain(alone, 99), alone)
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_it_is_what_we_do_faster(seed):
     labels = bench_masks.label_map(48, 150, seed=seed)
     for area in (2, 8, 50):
-        want = plain_masks.absorb(labels, area)
+        want = bench_masks.absorb_plain(labels, area)
         np.testing.assert_array_equal(masks.absorb(labels, area), want)
         np.testing.assert_array_equal(bench_masks.crops(labels, area), want)
         assert area < 8 or (want != labels).any()
@@ -45,13 +45,13 @@ def test_maps_have_as_many_regions_as_they_say():
 
 
 def test_the_job_checks_every_way(monkeypatch):
-    request = Request(what="masks", name="maps", size=64, area=20)
-    job = bench_masks.prepare(request)
+    bench = BenchConfig(what="masks", name="maps", size=64, area=20)
+    job = bench_masks.prepare(bench)
     assert job.facts["all_exact"] and set(job.facts["exact"]) == set(bench_masks.LEVELS)
     assert set(job.actions) == {f"{k} {w}" for k in bench_masks.LEVELS for w in bench_masks.ways()}
     medians = {name: 4.0 if name.endswith("plain") else 0.5 for name in job.actions}
     found = job.after(medians)["times_as_fast_as_plain"]
     assert {n for row in found.values() for n in row.values()} == {8.0}
     monkeypatch.setattr(bench_masks, "crops", lambda labels, area: labels)
-    facts = bench_masks.prepare(request).facts
+    facts = bench_masks.prepare(bench).facts
     assert not facts["all_exact"] and facts["exact"]["noisy"] == {"crops": False, "compiled": True}

@@ -1,4 +1,4 @@
-"""Which calls count, what they come to, and in which order contenders take turns."""
+"""Which calls count, what they come to, and in which order configs take turns."""
 
 import io
 import json
@@ -9,11 +9,11 @@ import time
 
 import pytest
 
-from jointseg_jax.perf import bench, race, table, timing
-from jointseg_jax.perf.harness import Action, Request, on_processor, wall
+from jointseg_jax.perf import bench, harness
+from jointseg_jax.perf.harness import Action, BenchConfig, on_processor, wall
 from jointseg_jax.types import UserError
 
-MASKS = Request(what="masks", name="maps", size=64, warmups=1, calls=1)
+MASKS = BenchConfig(what="masks", name="maps", size=64, warmups=1, calls=1)
 
 
 def scripted(seconds):
@@ -29,7 +29,7 @@ def scripted(seconds):
 
 def test_first_and_warm_up_calls_do_not_count():
     action, asked = scripted([9.0, 2.0, 0.5, *[0.4] * 2, *[0.1] * 2, *[0.2] * 2])
-    timed = timing.Timing(images=action.images)
+    timed = harness.Timing(images=action.images)
     timed.warm_up(action, 2, 0)
     for _ in range(3):
         timed.repeat(action)
@@ -41,15 +41,15 @@ def test_first_and_warm_up_calls_do_not_count():
     assert values["images_per_second"] == 20.0  # 4 images in 0.2 s
 
 
-@pytest.mark.parametrize(("seconds", "calls"), [(1e-9, timing.MOST), (0.3, 4), (5.0, 1)])
+@pytest.mark.parametrize(("seconds", "calls"), [(1e-9, harness.MAX_CALLS), (0.3, 4), (5.0, 1)])
 def test_a_repetition_is_about_a_second(seconds, calls):
-    timed = timing.Timing(images=0)
+    timed = harness.Timing(images=0)
     timed.warm_up(Action(lambda count: count * seconds), 1, 0)
     assert timed.calls == calls
 
 
 def test_what_has_no_warm_up_counts_from_the_first_call():
-    timed = timing.Timing(images=0)
+    timed = harness.Timing(images=0)
     timed.warm_up(Action(lambda count: 7.0, warm=False), 2, 0)
     timed.repeat(Action(lambda count: 7.0))
     assert math.isnan(timed.first) and timed.repetitions == [7.0]
@@ -57,7 +57,7 @@ def test_what_has_no_warm_up_counts_from_the_first_call():
 
 
 def test_ratio_of_medians_and_of_turns():
-    found = timing.ratio([1.0, 2.0, 4.0], [3.0, 3.0, 3.0])
+    found = harness.ratio([1.0, 2.0, 4.0], [3.0, 3.0, 3.0])
     assert found == {"median": 1.5, "min": 0.75, "max": 3.0}  # above 1: the first is faster
 
 
@@ -70,51 +70,51 @@ def test_clocks_by_wall_and_by_processor():
 
 def test_requests_survive_the_way_to_another_process():
     config = {"mesh": (-1, 1, 1), "system": {"size": (8, 8), "scale": 1.0, "text": None}}
-    request = Request(what="train", name="a", config=config, batch=4, step_ms=1.5)
-    assert Request.of(request.values()) == request
+    request = BenchConfig(what="train", name="a", config=config, batch=4, step_ms=1.5)
+    assert BenchConfig.of(request.values()) == request
     with pytest.raises(UserError, match="--batch=6: must be a multiple of the 4 devices"):
-        Request(what="sample", name="a", batch=6).batch_of(16, 4)
+        BenchConfig(what="sample", name="a", batch=6).batch_of(16, 4)
 
 
-class Noted(bench.Here):
-    """A real contender that leaves a note of its turns."""
+class Noted(bench.InProcess):
+    """A real measurement that leaves a note of its turns."""
 
     notes: list = []  # noqa: RUF012
 
     def warm_up(self):
-        self.notes.append(f"{self.request.name} warm")
+        self.notes.append(f"{self.bench.name} warm")
         super().warm_up()
 
     def repeat(self):
-        self.notes.append(self.request.name)
+        self.notes.append(self.bench.name)
         super().repeat()
 
     def close(self):
-        self.notes.append(f"{self.request.name} closed")
+        self.notes.append(f"{self.bench.name} closed")
         super().close()
 
 
-def test_contenders_take_turns(monkeypatch):
-    monkeypatch.setattr(race, "Child", Noted)
-    one, other = (Request(**vars(MASKS) | {"name": n}) for n in "AB")
-    results = race.race([one, other], 2, lambda text: None)
+def test_configs_take_turns(monkeypatch):
+    monkeypatch.setattr(bench, "Subprocess", Noted)
+    one, other = (BenchConfig(**vars(MASKS) | {"name": n}) for n in "AB")
+    results = bench.interleave([one, other], 2, lambda text: None)
     assert Noted.notes == [*("A warm", "B warm"), *"ABAB", *("B closed", "A closed")]
     assert [len(t.repetitions) for r in results for t in r.timings.values()] == [2] * 24
-    ratios = race.ratios(*results)
+    ratios = bench.ratios(*results)
     assert set(ratios) == set(results[0].timings)
 
 
 def test_ratios_are_of_one_image():
     def result(images, seconds):
-        timed = timing.Timing(images=images, repetitions=[seconds])
+        timed = harness.Timing(images=images, repetitions=[seconds])
         return bench.Result("r", {}, {}, {"update": timed}, {})
 
-    found = race.ratios(result(4, 1.0), result(8, 1.0))
+    found = bench.ratios(result(4, 1.0), result(8, 1.0))
     assert found["update"]["median"] == 0.5  # as long for twice as many: the second is faster
 
 
-def test_a_contender_in_a_process_of_its_own():
-    child = bench.Child(MASKS)
+def test_a_config_in_a_process_of_its_own():
+    child = bench.Subprocess(MASKS)
     try:
         child.warm_up()
         child.repeat()
@@ -125,15 +125,15 @@ def test_a_contender_in_a_process_of_its_own():
     assert found.facts["all_exact"] and len(found.timings["noisy plain"].repetitions) == 1
 
 
-def test_a_mistake_in_another_process_is_told_here(monkeypatch, tmp_path):
+def test_an_error_in_another_process_is_reported_here(monkeypatch, tmp_path):
     def refuse(request):
         raise UserError(f"no {request.size}")
 
     answers = os.open(tmp_path / "answers", os.O_CREAT | os.O_WRONLY)
-    monkeypatch.setitem(table.JOBS, "masks", refuse)
+    monkeypatch.setitem(bench.JOBS, "masks", refuse)
     monkeypatch.setattr(bench, "set_cache", lambda on: None)  # of this whole process
     monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(MASKS.values()) + "\n"))
     monkeypatch.setattr(os, "dup", lambda fd: answers)
     monkeypatch.setattr(os, "dup2", lambda one, other: other)
     bench.main()
-    assert (tmp_path / "answers").read_text() == '{"mistake": "no 64"}\n'
+    assert (tmp_path / "answers").read_text() == '{"error": "no 64"}\n'

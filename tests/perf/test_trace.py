@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from jointseg_jax.perf import trace
-from jointseg_jax.perf.ceiling import ceiling
+from jointseg_jax.perf.harness import ceiling
 from jointseg_jax.perf.trace import Event
 
 

@@ -16,7 +16,7 @@ from jointseg_jax.data.pipeline import batches, evaluation_batches
 from jointseg_jax.data.sources.scenes import Scenes
 from jointseg_jax.data.transforms import Flip
 from jointseg_jax.perf import abstract, bench_input
-from jointseg_jax.perf.harness import Request
+from jointseg_jax.perf.harness import BenchConfig
 from jointseg_jax.systems.system import LATENTS
 from jointseg_jax.training import loop, pretrained
 from jointseg_jax.training import state as states
@@ -263,7 +263,7 @@ def test_the_step_that_reads_latents_is_known_by_the_index_alone(config, made, t
 
 def test_the_input_benchmark_reads_the_cache(config, made):
     job = bench_input.prepare(
-        Request(what="data", name="made", config=cached(config, made[0]), step_ms=1.0)
+        BenchConfig(what="data", name="made", config=cached(config, made[0]), step_ms=1.0)
     )
     try:
         medians = {name: action.run(2) for name, action in job.actions.items()}
