@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Container
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+from jaxtyping import PyTree
 
 from jointseg_jax.models import trunk, two_stream, uvit
 
@@ -18,32 +19,31 @@ FORWARD_FLOPS = {
     uvit.UViT: uvit.forward_flops,
     two_stream.TwoStream: two_stream.forward_flops,
 }
-"""Networks whose cost is known from their sizes; of one sample's forward pass."""
-
+"""Network -> FLOPs of one sample's forward pass, by its sizes."""
 
 LENGTHS = {uvit.UViT: uvit.lengths, two_stream.TwoStream: two_stream.lengths}
-"""Their numbers of tokens that attend to each other, at native sizes."""
+"""Network -> numbers of tokens that attend to each other, at native sizes."""
 
 
-def lengths(system: Any) -> tuple[int, ...]:
+def lengths(system: object) -> tuple[int, ...]:
     """Numbers of tokens that attend to each other in the system's network; () if unknown."""
     denoiser = getattr(system, "denoiser", None)
     count = LENGTHS.get(type(denoiser))
     return count(denoiser) if count else ()
 
 
-def attention_share(system: Any) -> float:
+def attention_share(system: object) -> float:
     """Part of ``forward_flops`` that are scores and weighted sums of attention."""
     total = forward_flops(system)
     if not total:
         return 0.0
-    denoiser = system.denoiser
+    denoiser = getattr(system, "denoiser", None)
     products = trunk.Trunk.of(denoiser).attention_products
     return 2 * sum(products(denoiser.width, n) for n in lengths(system)) / total
 
 
-def forward_flops(system: Any) -> int | None:
-    """FLOPs of the network on one sample, where its sizes tell them."""
+def forward_flops(system: object) -> int | None:
+    """FLOPs of the network on one sample; None where its sizes do not tell them."""
     denoiser = getattr(system, "denoiser", None)
     count = FORWARD_FLOPS.get(type(denoiser))
     return count(denoiser) if count else None
@@ -60,23 +60,28 @@ def sampling_flops(system: Any, given: Container[str] = ()) -> float | None:
         return None
     streams = {k: s for k, s in system.streams.items() if s.field not in given}
     processes = {k: s.process for k, s in streams.items()} or {"state": system.process}
+    # A stream that is known has nothing to be guided to.
     free = [s for k, s in streams.items() if k not in system.known] if streams else []
     guided = system.text is not None and any(s.guidance != 1 for s in free)
+    # Guidance calls the network with and without text, each time the solver calls it.
     return float(forward * len(table(processes).t_network) * (2 if guided else 1))
 
 
-def step_flops(system: Any, compiled: Any, batch: int) -> float | None:
+def step_flops(system: object, compiled: jax.stages.Compiled, batch: int) -> float | None:
     """FLOPs of one training step: 3 x forward on the unpadded tokens, no credit for recomputation.
 
     Without an analytic count of the network, the compiler's own count (only right without scans).
     """
+    # A backward pass has two products for each of the forward pass.
     if forward := forward_flops(system):
         return 3.0 * forward * batch
     cost = compiled.cost_analysis() or {}
     return float(cost["flops"]) * jax.device_count() if cost.get("flops", 0) > 0 else None
 
 
-def summary(params: Any, compiled: Any, seconds: float, flops: float | None) -> str:
+def summary(
+    params: PyTree, compiled: jax.stages.Compiled, seconds: float, flops: float | None
+) -> str:
     """One line: parameters, memory of the step per device, FLOPs, compile time."""
     count = sum(x.size for x in jax.tree.leaves(params))
     memory = compiled.memory_analysis()
@@ -90,7 +95,7 @@ def summary(params: Any, compiled: Any, seconds: float, flops: float | None) -> 
 
 
 @contextlib.contextmanager
-def window(folder: Path, step: int, start: int, steps: int) -> Any:
+def window(folder: Path, step: int, start: int, steps: int) -> Iterator[None]:
     """Traces steps ``start .. start + steps - 1`` into ``folder`` (view with XProf)."""
     if steps <= 0 or not start <= step < start + steps:
         yield
@@ -101,5 +106,6 @@ def window(folder: Path, step: int, start: int, steps: int) -> Any:
     with jax.profiler.StepTraceAnnotation("train", step_num=step):
         yield
     if step == start + steps - 1:
+        # Steps are dispatched ahead; the trace would end before their work does.
         jax.block_until_ready(jax.live_arrays())
         jax.profiler.stop_trace()
