@@ -17,6 +17,13 @@
   startup   launch/train.py from its start to the first update, with an empty compile cache and
             with a full one
 
+--plan gpu runs what one GPU is asked in --plan_minutes (10), most valuable first, and skips what
+no longer fits: numerics of its attention, training and sampling of JoDiffusion's size and of
+PDM-S, the same network in torch where that is installed, the quickstart trained for four minutes.
+Each in a process of its own; OUT/JOB.json after each, OUT/summary.json and a table at the end.
+  python launch/benchmark.py --plan gpu --out runs/gpu
+  JAX_PLATFORMS=cpu python launch/benchmark.py --plan gpu --smoke --out runs/smoke      tiny sizes
+
 Neither data nor checkpoints have to be there (but for --data and data): weights and batches are
 random; --classes and --codec say what cannot be known without data, as in launch/compile.py.
 --workdir RUN takes a trained run in place of --config (sample, codec).
@@ -39,6 +46,7 @@ The last line of output is one JSON object with all that is on the page. Single 
 
 from __future__ import annotations
 
+import datetime
 import sys
 from pathlib import Path
 from typing import Any
@@ -79,10 +87,26 @@ STEP_MS = flags.DEFINE_float("step_ms", 100.0, "data: length of the synthetic st
 REPETITIONS = flags.DEFINE_integer("repetitions", None, "Default: 5; startup: 3.", lower_bound=1)
 WARMUPS = flags.DEFINE_integer("warmups", 2, "Calls after the first that do not count.", 0)
 CALLS = flags.DEFINE_integer("calls", None, "In one repetition; default: about a second's.", 1)
+CACHED = flags.DEFINE_bool(
+    "cached", False, "train: random latents, as from launch/encode.py's cache, not label maps."
+)
+REMAT = flags.DEFINE_enum(
+    "remat", None, ["none", "dots", "attn_out", "full"], "train: sets system.denoiser.remat."
+)
+TRACE = flags.DEFINE_bool("trace", True, "train, sample: a trace of one more call.")
 CACHE = flags.DEFINE_bool("cache", False, "Let compiled programs come from the compile cache.")
+
+PLAN = flags.DEFINE_enum("plan", None, ["gpu"], "A fixed list of benchmarks; see above.")
+MINUTES = flags.DEFINE_float("plan_minutes", 10.0, "plan: time for all of it.", 0.0)
+JOBS = flags.DEFINE_list("plan_jobs", [], "plan: these jobs alone.")
+SMOKE = flags.DEFINE_bool("smoke", False, "plan: tiny sizes, to see that every job works.")
+OUT = flags.DEFINE_string("out", None, "plan: folder for its files; default: runs/gpu-DATE.")
 
 ONLY = {
     "data": ("train",),
+    "cached": ("train",),
+    "remat": ("train",),
+    "trace": ("train", "sample"),
     "steps": ("sample",),
     "given": ("sample",),
     "workdir": ("sample", "codec"),
@@ -94,8 +118,10 @@ ONLY = {
 """Flags that only some jobs know."""
 
 
-def main() -> None:
+def main() -> int:
     """Measures, prints."""
+    if PLAN.value is not None:
+        return _plan()
     _check()
     from jointseg_jax.perf import bench, page
 
@@ -113,6 +139,28 @@ def main() -> None:
         print(page.comparison(*results, ratio))
         found |= {"against": results[1].values(), "ratio": ratio}
     cli.last_line(found)
+    return 0
+
+
+def _plan() -> int:
+    """Runs the plan; 1 if a part of it failed. No device is touched here: the parts need it."""
+    from jointseg_jax.perf import plan
+
+    out = Path(OUT.value or f"runs/{PLAN.value}-{datetime.date.today().isoformat()}")
+    jobs = plan.gpu_jobs(out, smoke=SMOKE.value)
+    if unknown := set(JOBS.value) - {job.name for job in jobs}:
+        names = ", ".join(job.name for job in jobs)
+        raise UserError(f"ERROR [flags] --plan_jobs={','.join(unknown)}: there are {names}.")
+    summary = plan.run_plan(
+        [job for job in jobs if not JOBS.value or job.name in JOBS.value],
+        out,
+        minutes=MINUTES.value,
+        cwd=Path(__file__).parents[1],
+        log=lambda text: print(text, file=sys.stderr, flush=True),
+    )
+    print(plan.table(summary))
+    cli.last_line(summary | {"out": str(out)})
+    return int(any(row["status"] in ("failed", "out of time") for row in summary["rows"]))
 
 
 def _check() -> None:
@@ -136,17 +184,20 @@ def _check() -> None:
 
 def _bench_config(flag: str, config: Any) -> Any:
     """What is measured of one config."""
+    from jointseg_jax.perf import abstract
     from jointseg_jax.perf.harness import BenchConfig
 
     name = WORKDIR.value or ("label maps" if config is None else _called(flag))
+    plain = config.to_dict() if config is not None else {}
     return BenchConfig(
         what=WHAT.value,
         name=name,
-        config=config.to_dict() if config is not None else {},
+        config=abstract.with_denoiser(plain, remat=REMAT.value),
         codec=CODEC.value.to_dict() if CODEC.value is not None else {},
         classes=CLASSES.value or 0,
         batch=BATCH.value or 0,
         real=DATA.value,
+        cached=CACHED.value,
         steps=STEPS.value or 0,
         given=GIVEN.value or "",
         workdir=WORKDIR.value or "",
@@ -155,6 +206,7 @@ def _bench_config(flag: str, config: Any) -> Any:
         step_ms=STEP_MS.value,
         warmups=WARMUPS.value,
         calls=CALLS.value or 0,
+        trace=TRACE.value,
         cache=CACHE.value,
         launcher=str(Path(__file__).with_name("train.py")),
     )

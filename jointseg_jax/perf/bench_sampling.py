@@ -66,6 +66,7 @@ class _Sampling:
         params = self.model.params
         if params is None:
             params = jax.jit(self.system.init, out_shardings=everywhere)(jax.random.key(0))
+        # As in generation: a bfloat16 network's kernels are rounded once, not in every product.
         params = sampling_params(self.system, params)
         params, frozen = jax.device_put((params, self.model.frozen), everywhere)
         start = time.perf_counter()
@@ -79,6 +80,7 @@ class _Sampling:
         )
         inputs = sampler.inputs(0, np.arange(self.batch), self.text, self.given)
         lowered = jitted.lower(params, frozen, *inputs)
+        # Without an output, XLA drops the whole program.
         if not jax.tree.leaves(lowered.out_info):
             raise UserError(
                 "ERROR [flags] --what=sample: all streams of this config are latents that nothing "

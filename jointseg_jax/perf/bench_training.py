@@ -46,6 +46,7 @@ class _Update:
     def _prepare(self, seed: int) -> None:
         everywhere = sharding.replicated(self.mesh)
         self.frozen = jax.device_put(self.model.frozen, everywhere)
+        # Initialised where it belongs: the state of a large network fits on no single chip.
         init = jax.jit(self.program.init, out_shardings=self.program.shardings)
         self.state = jax.block_until_ready(init(jax.random.key(seed), {}))
         self.batches = self._batches()
@@ -56,6 +57,7 @@ class _Update:
     def _batches(self) -> Iterator[dict[str, jax.Array]]:
         if self.real is not None:
             return (sharding.global_batch(rows, self.mesh) for rows in self.real)
+        # Few and on the chip already, so that nothing but the update is timed.
         options = {"cached": True, "to_cache": self.bench.cached}
         rows = (
             under_test.random_rows(self.model, self.batch, n, **options) for n in range(NUM_BATCHES)
@@ -72,7 +74,7 @@ class _Update:
                 # While the step before this one still runs, reading costs no time.
                 waited += 0.0 if flight.busy() else time.perf_counter() - asked
                 self.state, self.metrics = self.update.run(self.state, self.frozen, batch)
-                flight.add(self.metrics)
+                flight.add(self.metrics)  # one update in flight, as in a run
             jax.block_until_ready((self.state, self.metrics))
         seconds = time.perf_counter() - start
         self.waits.append(waited / seconds)

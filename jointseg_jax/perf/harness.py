@@ -75,6 +75,7 @@ class BenchConfig:
           UserError: they cannot be shared evenly among the devices.
         """
         rows = self.batch or default
+        # Every device gets the same number of rows, as in a run.
         if rows % shards:
             raise UserError(
                 f"ERROR [flags] --batch={rows}: must be a multiple of the {shards} devices."
@@ -146,6 +147,7 @@ class Timing:
         if not action.warm:
             self.calls = calls or 1
             return
+        # The first call compiles what is not compiled yet, and fills caches.
         self.first = action.run(1)
         self.warmups = [action.run(1) for _ in range(warmups)]
         # The shortest call decides: the first one holds compilation and cold caches.
@@ -232,6 +234,7 @@ def num_chips() -> int:
 
 def memory() -> dict[str, float]:
     """GiB: the most that a chip held so far, and the most that this process did on the host."""
+    # CPU devices have no statistics.
     found = [d.memory_stats() or {} for d in jax.local_devices()]
     peaks = [stats["peak_bytes_in_use"] for stats in found if "peak_bytes_in_use" in stats]
     unit = 2**10 if platform.system() == "Darwin" else 1  # bytes there, KiB elsewhere
@@ -294,10 +297,12 @@ def _product_seconds(size: int, dtype: str, length: float) -> float:
     draw = jax.jit(lambda key: jax.random.normal(key, (size, size), dtype))
     left, right = (jax.device_put(draw(key), device) for key in keys)
     product = jax.jit(jnp.matmul)
+    # Compiles, so that it is not timed.
     product(left, right).block_until_ready()
 
     def run(count: int) -> float:
         start = time.perf_counter()
+        # Dispatched one after the other: the device waits for none of them.
         for _ in range(count):
             made = product(left, right)
         made.block_until_ready()

@@ -104,6 +104,7 @@ def random_rows(
         return rng.standard_normal(shape, np.float32).astype(dtype)
 
     if cached or to_cache:
+        # Shapes of latents follow from the codecs' parameters.
         frozen = model.frozen if to_cache else None
         shapes = abstract.training_shapes(model.config, model.system, rows, frozen)
     else:

@@ -1,0 +1,130 @@
+"""How close an attention backend comes to exact attention, beside plain products of its dtype.
+
+  python -m jointseg_jax.perf.bench_attention                          cudnn, on an NVIDIA GPU
+  python -m jointseg_jax.perf.bench_attention --backends packed --tokens 130 --heads 8 --size 16
+
+1. ``exact`` is attention by plain products in float32 at the highest precision, of inputs that were
+   rounded to ``--dtype`` first; errors are ``|y - exact| / |exact|`` (2-norms), of the result and
+   of the gradients of q, k and v.
+2. A backend is ``ok`` if no error is more than ``SLACK`` times that of plain products of the same
+   dtype (``xla``), or more than ``FLOOR``.
+
+Tokens are padded as networks pad them for the backend. Prints one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jointseg_jax.models import attention
+from jointseg_jax.models.packed_attention import attend_packed
+from jointseg_jax.perf.harness import Action, Timing, Values, machine, rounded, wall
+from jointseg_jax.types import Array
+
+SLACK, FLOOR = 2.0, 1e-3
+NAMES = ("y", "dq", "dk", "dv")
+REPETITIONS = 3
+
+Attend = Callable[[Array, Array, Array], Array]
+"""q, k, v ``[b, n, heads, size]`` -> y of the same shape."""
+
+
+def _packed(q: Array, k: Array, v: Array) -> Array:
+    b, n, heads, size = q.shape
+    # The kernel takes scaled queries and the heads of a token side by side.
+    flat = (x.reshape(b, n, heads * size) for x in (q * size**-0.5, k, v))  # [b, n, heads * size]
+    return attend_packed(*flat, heads=heads).reshape(q.shape)
+
+
+BACKENDS: dict[str, Attend] = {
+    "xla": attention.attend_xla,
+    "cudnn": attention.attend_cudnn,
+    "packed": _packed,
+}
+
+
+def with_gradients(attend: Attend) -> Callable[..., tuple[Array, ...]]:
+    """The jitted ``(q, k, v, dy) -> (y, dq, dk, dv)`` of a backend."""
+
+    def both(q: Array, k: Array, v: Array, dy: Array) -> tuple[Array, ...]:
+        y, pull_back = jax.vjp(attend, q, k, v)
+        return (y, *pull_back(dy))
+
+    return jax.jit(both)
+
+
+def errors(found: tuple[Array, ...], exact: tuple[Array, ...]) -> dict[str, float]:
+    """Relative errors of the result and the gradients, by name."""
+
+    def error(a: Array, b: Array) -> float:
+        x, y = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        return rounded(float(np.linalg.norm(x - y) / np.linalg.norm(y)))
+
+    return {name: error(a, b) for name, a, b in zip(NAMES, found, exact, strict=True)}
+
+
+def measure(backend: str, tokens: int, rows: int, heads: int, size: int, dtype: str) -> Values:
+    """Errors and times of a backend and of plain products, for one number of tokens."""
+    fields = {"dtype": dtype, "heads": heads, "size": size}
+    count = tokens + attention.padding(backend, tokens, **fields)
+    rng = np.random.default_rng(tokens)
+    shape = (rows, count, heads, size)
+    inputs = [jnp.asarray(rng.standard_normal(shape, np.float32), dtype) for _ in range(4)]
+    with jax.default_matmul_precision("highest"):
+        exact = with_gradients(attention.attend_xla)(*(x.astype(jnp.float32) for x in inputs))
+    out: Values = {"tokens": tokens, "padded_to": count, "errors": {}, "ms": {}}
+    for name in dict.fromkeys(("xla", backend)):
+        both, forward = with_gradients(BACKENDS[name]), jax.jit(BACKENDS[name])
+        try:
+            out["errors"][name] = errors(both(*inputs), exact)
+        except Exception as error:  # a backend that refuses a size is a result, not the end
+            out["error"] = f"{name}: {error}"[:2000]
+            return out | {"ok": False}
+        times = {"forward": (forward, inputs[:3]), "with gradients": (both, inputs)}
+        out["ms"][name] = {k: _milliseconds(call, values) for k, (call, values) in times.items()}
+    own, plain = out["errors"][backend], out["errors"]["xla"]
+    out["ok"] = all(own[k] <= max(SLACK * plain[k], FLOOR) for k in NAMES)  # NaN is not
+    return out
+
+
+def _milliseconds(call: Callable[..., object], inputs: list[Array]) -> float:
+    action = Action(wall(lambda: jax.block_until_ready(call(*inputs))), 0)
+    timing = Timing(images=0)
+    timing.warm_up(action, 1, 10)
+    for _ in range(REPETITIONS):
+        timing.repeat(action)
+    return rounded(1e3 * timing.median)
+
+
+def main() -> None:
+    """Measures what the command line names."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--backends", default="cudnn", help=f"of {', '.join(BACKENDS)}")
+    parser.add_argument("--tokens", default="77,590,593,2129")
+    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--heads", type=int, default=8)
+    parser.add_argument("--size", type=int, default=64, help="of a head")
+    parser.add_argument("--dtype", default="bfloat16")
+    flags = parser.parse_args()
+    options = (flags.rows, flags.heads, flags.size, flags.dtype)
+    out: Values = {"machine": machine(), "dtype": flags.dtype, "backends": {}}
+    for backend in flags.backends.split(","):
+        counts = [int(n) for n in flags.tokens.split(",")]
+        out["backends"][backend] = [measure(backend, n, *options) for n in counts]
+    cases = [case for rows in out["backends"].values() for case in rows]
+    worst = [max(case["errors"][b].values()) for b, rows in out["backends"].items() for case in rows
+             if b in case["errors"]]  # fmt: skip
+    out["summary"] = {"ok": all(c["ok"] for c in cases), "largest_error": max(worst, default=None)}
+    print(json.dumps(out))
+
+
+if __name__ == "__main__":
+    main()

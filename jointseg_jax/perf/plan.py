@@ -1,0 +1,269 @@
+"""A fixed list of benchmarks for an accelerator that is there for minutes, most valuable first.
+
+1. A job consists of parts, each a command in a process of its own whose last line of output is one
+   JSON object. A crash, or a part that is out of memory or time, loses that part only.
+2. A job starts if its ``estimate`` is left of the plan's time, else it is skipped; it ends after
+   its ``limit``, or when the plan's time is over.
+3. ``OUT/JOB.json`` is written after every part, ``OUT/summary.json`` after every job.
+
+Every record has a ``status``: ``done``, ``failed`` (with ``error``, the end of what the command
+printed), ``out of time``, ``skipped`` (with ``reason``), or ``absent`` where a command says that
+something it needs is not installed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ERROR_TEXT = 3000
+"""Characters of a failed command's output that its record keeps."""
+
+ENVIRONMENT = {
+    "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92",  # JAX's default leaves a quarter of the memory
+    "PYTHONUNBUFFERED": "1",
+}
+"""Variables of every command, unless the user has set them."""
+
+Record = dict[str, object]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """Commands that belong together."""
+
+    name: str
+    parts: Mapping[str, Sequence[str]]  # name -> command; {seconds}: what is left for it
+    estimate: float  # seconds; with less left, the job is skipped
+    limit: float  # seconds after which it is ended
+
+
+def run_plan(
+    jobs: Sequence[Job], out: Path, *, minutes: float, cwd: Path, log: Callable[[str], None]
+) -> Record:
+    """Runs the jobs and returns the summary, which is in ``out`` too.
+
+    Args:
+      minutes: for all jobs together.
+      cwd: folder that commands start in.
+      log: called with a line for every job and part.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    start, records = time.monotonic(), []
+    for job in jobs:
+        left = 60 * minutes - (time.monotonic() - start)
+        record = _run_job(job, out, left, minutes, cwd, log)
+        records.append(record)
+        summary = {
+            "minutes": minutes,
+            "seconds": round(time.monotonic() - start, 1),
+            "rows": [row for record in records for row in rows_of(record)],
+        }
+        _write(out / "summary.json", summary)
+    return summary
+
+
+def _run_job(
+    job: Job, out: Path, left: float, minutes: float, cwd: Path, log: Callable[[str], None]
+) -> Record:
+    record: Record = {"job": job.name, "estimate_s": job.estimate, "limit_s": job.limit}
+    if left < job.estimate:
+        reason = f"it needs about {job.estimate:.0f} s and {max(left, 0):.0f} s are left of "
+        record |= {"status": "skipped", "reason": f"{reason}--plan_minutes={minutes:g}"}
+        log(f"{job.name}: skipped; {record['reason']}")
+    else:
+        end, parts = time.monotonic() + min(job.limit, left), {}
+        for name, command in job.parts.items():
+            parts[name] = run_command(command, end - time.monotonic(), cwd)
+            log(f"{job.name}, {name}: {parts[name]['status']}, {parts[name]['seconds']} s")
+            states = [part["status"] for part in parts.values()]
+            worst = next((s for s in ("failed", "out of time", "absent") if s in states), "done")
+            record |= {"status": worst, "parts": parts}
+            _write(out / f"{job.name}.json", record)
+    _write(out / f"{job.name}.json", record)
+    return record
+
+
+def run_command(command: Sequence[str], seconds: float, cwd: Path) -> Record:
+    """The record of one command: what it printed last, or what went wrong."""
+    words = [word.replace("{seconds}", f"{max(seconds, 0):.0f}") for word in command]
+    record: Record = {"command": " ".join(words), "seconds": 0.0}
+    if seconds <= 0:
+        return record | {"status": "out of time", "error": "not started: the job's time is over"}
+    start = time.monotonic()
+    with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
+        # A group of its own, so that readers and compilers end with it, in the same session, so
+        # that nothing outlives a machine that is taken back.
+        process = subprocess.Popen(
+            words,
+            cwd=cwd,
+            env=ENVIRONMENT | os.environ,
+            stdout=stdout,
+            stderr=stderr,
+            process_group=0,
+        )
+        try:
+            status = process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            status = None
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        texts = [_read(stream) for stream in (stdout, stderr)]
+    record["seconds"] = round(time.monotonic() - start, 1)
+    if status is None:
+        text = f"ended after {seconds:.0f} s\n{_tail(texts)}"
+        return record | {"status": "out of time", "error": text}
+    values = _last_object(texts[0])
+    if status != 0 or values is None:
+        text = f"exit status {status}\n{_tail(texts)}"
+        return record | {"status": "failed", "error": text}
+    return record | {"status": "absent" if "absent" in values else "done", "values": values}
+
+
+def _read(stream: tempfile._TemporaryFileWrapper) -> str:
+    stream.seek(0)
+    return stream.read().decode(errors="replace")
+
+
+def _tail(texts: Sequence[str]) -> str:
+    """The end of what a command printed; of its errors, unless there are none."""
+    stdout, stderr = texts
+    return (stderr.strip() or stdout.strip())[-ERROR_TEXT:]
+
+
+def _last_object(text: str) -> dict | None:
+    for line in reversed(text.splitlines()):
+        with contextlib.suppress(ValueError):
+            if isinstance(found := json.loads(line), dict):
+                return found
+    return None
+
+
+def _write(path: Path, record: Record) -> None:
+    """Replaces the file whole: a plan that is ended leaves no half of one."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(record, indent=1) + "\n")
+    part.replace(path)
+
+
+# ------------------------------------------------------------------------------ summary
+
+
+def rows_of(record: Record) -> list[Record]:
+    """The lines of the summary for one job: one for each action that was timed, or each part."""
+    name = record["job"]
+    if "parts" not in record:
+        return [{"job": name, "status": record["status"], "note": record["reason"]}]
+    rows = []
+    for part, found in record["parts"].items():
+        head = {"job": name, "part": part, "status": found["status"]}
+        values = found.get("values", {})
+        if "error" in found or "absent" in values:
+            text = found.get("error") or values["absent"]
+            rows.append(head | {"note": " ".join(text.split())[:300]})
+        elif "times" in values:
+            rows += [head | {"what": what} | _figures(values, what) for what in values["times"]]
+        else:
+            rows.append(head | values.get("summary", {}))
+    return rows
+
+
+def _figures(values: Mapping, what: str) -> Record:
+    """The figures of one timed action, of ``launch/benchmark.py`` or ``bench_peer``."""
+    times, speed = values["times"][what], values.get("speed", values)
+    out = {"median_ms": times["median_ms"], "images_per_second": times.get("images_per_second")}
+    if what == "written":
+        return out  # its time is not the network's alone
+    for key in ("tflops", "mfu"):
+        value = speed.get(key)
+        out[key] = value.get(what) if isinstance(value, Mapping) else value
+    out["ceiling_tflops"] = speed.get("ceiling_tflops")
+    out["chip_peak_gib"] = values.get("memory", {}).get("chip_peak_gib")
+    return out
+
+
+def table(summary: Record) -> str:
+    """The summary as lines of text."""
+    lines = [f"{summary['seconds']} s of {summary['minutes']:g} min"]
+    for row in summary["rows"]:
+        head = " ".join(str(row[k]) for k in ("job", "part", "what") if k in row)
+        rest = {k: v for k, v in row.items() if k not in ("job", "part", "what", "status", "note")}
+        shown = ", ".join(f"{k} {v}" for k, v in rest.items() if v is not None)
+        note = " ".join(str(row.get("note", "")).split())[:120]
+        lines.append(f"  {head:<40} {row['status']:<12} {shown}{note}".rstrip())
+    return "\n".join(lines)
+
+
+# --------------------------------------------------------------------------- the GPU's
+
+
+def gpu_jobs(out: Path, *, smoke: bool) -> list[Job]:
+    """What one GPU is asked in ten minutes; commands start in the root of the repository.
+
+    Args:
+      smoke: the same commands at tiny sizes, for a CPU.
+    """
+    python, bench = sys.executable, (sys.executable, "launch/benchmark.py")
+    once = ("--warmups=0", "--repetitions=1", "--calls=1", "--notrace")
+    few = ("--warmups=1", "--repetitions=3")
+    attention = (python, "-m", "jointseg_jax.perf.bench_attention")
+    peer = (python, "-m", "jointseg_jax.perf.bench_peer")
+    quickstart = (python, "-m", "jointseg_jax.perf.bench_quickstart", "--launcher=launch/train.py")
+    quickstart += (f"--grid={out.resolve() / 'quickstart_grid.png'}",)
+    if smoke:
+        tiny = ("--backends=packed", "--tokens=20,33", "--rows=1", "--heads=8", "--size=16")
+        codec = "--codec=configs/jodiffusion_codec.py:smoke"
+        jodiffusion = (*bench, "--config=configs/jodiffusion.py:smoke", codec, "--batch=8", *once)
+        pdm = (*bench, "--config=configs/pdm.py:smoke", "--batch=8", *once)
+        short = ("--config=configs/quickstart.py:smoke", "--trial_steps=4", "--seconds=1")
+        networks = {"tiny": ("jax", "eager")}
+    else:
+        tiny = ("--backends=cudnn", "--tokens=77,590,593,2129")
+        voc = "--config=configs/jodiffusion.py:data=voc"
+        codec = "--codec=configs/jodiffusion_codec.py:data=voc"
+        jodiffusion = (*bench, voc, codec, "--batch=16")
+        pdm = (*bench, "--config=configs/pdm.py:data=coco_panoptic", *few)
+        short = ("--seconds={seconds}",)
+        networks = dict.fromkeys(("small", "large"), ("jax", "eager", "compiled"))
+    train = ("--what=train", "--cached", "--remat=dots", *(() if smoke else few))
+    sample = ("--what=sample", f"--steps={2 if smoke else 50}", *once)
+    pairs = ("--what=sample", "--steps=2") if smoke else ("--what=sample", "--batch=64")
+    peers = {
+        f"{network} {backend}": (*peer, f"--network={network}", f"--backend={backend}")
+        for network, backends in networks.items()
+        for backend in backends
+    }
+    return [
+        Job(name="attention", parts={"numerics": (*attention, *tiny)}, estimate=30, limit=90),
+        Job(
+            name="jodiffusion",
+            parts={"train": (*jodiffusion, *train), "sample": (*jodiffusion, *sample)},
+            estimate=90,
+            limit=330,
+        ),
+        Job(
+            name="pdm",
+            parts={"train": (*pdm, "--what=train"), "sample": (*pdm, *pairs)},
+            estimate=60,
+            limit=150,
+        ),
+        Job(
+            name="peer",
+            parts={"check": (*peer, "--backend=check"), **peers},
+            estimate=60,
+            limit=200,
+        ),
+        # Four minutes, and the start and end of two runs; less if less is left.
+        Job(name="quickstart", parts={"train": (*quickstart, *short)}, estimate=120, limit=300),
+    ]
