@@ -66,8 +66,10 @@ def dataset_info(config: Config, classes: int | None = None) -> build.DatasetInf
     spec = config["data"]["train"]
     if classes is not None:
         return _without_words(Classes(names=tuple(f"class {i}" for i in range(classes))))
+    # A cache knows what it was made from.
     if index := _index(config):
         return build.DatasetInfo(classes_of(index), tuple(index["words"]), ())
+    # Made scenes have no root; they are always here.
     if "root" not in spec or Path(spec["root"]).is_dir():
         return build.dataset_info(build.source(config, "train"), captions=0)
     name = spec.get("classes") or LAYOUT_CLASSES.get(spec.get("layout"))
@@ -187,6 +189,7 @@ def training_shapes(
         return plain
     made = {}
     for name, value in system.inputs().items():
+        # A codec without parameters has nothing to encode beforehand.
         if frozen.get(name):
             latents = jax.eval_shape(value.codec.encode, frozen[name], plain[value.field])
             made[LATENTS + name] = jax.ShapeDtypeStruct(latents.shape, jnp.float16)

@@ -90,6 +90,7 @@ class Subprocess:
     def __init__(self, bench: BenchConfig):
         command = [sys.executable, "-m", "jointseg_jax.perf.bench"]
         environment = dict(os.environ)
+        # Set by flag in this process, which the other does not see.
         if folder := jax.config.jax_compilation_cache_dir:
             environment["JAX_COMPILATION_CACHE_DIR"] = folder
         self.process = subprocess.Popen(
@@ -105,6 +106,7 @@ class Subprocess:
             line = self.process.stdout.readline()
         except BrokenPipeError:
             line = ""
+        # An empty answer: it has ended, and its own words are on stderr.
         if not line:
             status = self.process.wait()
             raise RuntimeError(f"the process of {self.name} ended with status {status}; see above")
@@ -147,12 +149,14 @@ def interleave(
     Args:
       log: called with a line at each stage.
     """
+    # Threads of a resting program spin on CPU; an accelerator belongs to one process.
     apart = len(benches) > 1 and jax.default_backend() == "cpu"
     with contextlib.ExitStack() as stack:
         processes: list[InProcess | Subprocess] = []
         for bench in benches:
             log(f"preparing {bench.what} of {bench.name}")
             process = (Subprocess if apart else InProcess)(bench)
+            # At once, so that the first is closed if preparing the second fails.
             stack.callback(process.close)
             process.warm_up()
             processes.append(process)

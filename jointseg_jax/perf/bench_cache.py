@@ -55,6 +55,7 @@ def measure(
     source: Source, *, batch: int, seconds: float, repeats: int = 5, threads: int = 2
 ) -> dict[str, int]:
     """The rate of a source's shuffled training batches."""
+    # No transforms: reading alone.
     with batches(source, batch=batch, seed=0, transforms=(), threads=threads) as made:
         found = reading_rate(made, seconds=seconds, repeats=repeats)
     return found | {"records": len(source), "batch": batch, "threads": threads}

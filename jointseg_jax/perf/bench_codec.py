@@ -46,6 +46,7 @@ def codecs(model: ModelUnderTest) -> dict[str, Coded]:
     if hasattr(system, "codec"):
         params = model.params if model.params is not None else jax.jit(system.init)(key)
         return {"codec": Coded(system.codec, params, system.field)}
+    # A bridge has no streams: its image codec and its palette.
     if not system.streams:
         image = frozen.get(IMAGE, {}) or system.mask.second.init(key)
         pair = {"image": Coded(system.mask.second, image, "image")}
@@ -90,6 +91,7 @@ def prepare(bench: BenchConfig) -> Benchmark:
     for name, coded in chosen.items():
         encode = jax.jit(coded.codec.encode)
         decode = jax.jit(coded.codec.decode)
+        # On the device already: encoding is timed, not the way there.
         params, values = jax.device_put((coded.params, batch[coded.field]))
         latents = encode(params, values)
         quality[name] = _quality(coded, batch, np.asarray(decode(params, latents)), model)
@@ -129,9 +131,11 @@ def _quality(
 ) -> Values:
     """What a round trip keeps: mIoU of labels, root mean square error of images in 0 .. 255."""
     if coded.codec.kind == "image":
+        # Decoded images are in [-1, 1].
         wanted = batch[coded.field].astype(np.float32)
         return {"rmse": round(float(np.sqrt(np.mean((127.5 * (decoded + 1) - wanted) ** 2))), 3)}
     labels = batch["labels"]
+    # [b, h, w, 2] holds labels and instances; the round trip is judged by the labels.
     if coded.codec.kind == "panoptic":
         decoded = decoded[..., 0]
     confusion = Confusion(len(model.info.classes))

@@ -58,6 +58,7 @@ class _Input:
         self.batches = under_test.real_batches(config, info)
         data = config["data"]
         self.workers, self.threads = data.get("workers", 0), data.get("threads", 2)
+        # Batches that may be ready: of the pipeline, and two windows of each worker.
         self.ahead = data.get("prefetch", 4) * (1 + 2 * self.workers)
 
     def pair(self, count: int) -> float:
@@ -69,6 +70,7 @@ class _Input:
 
     def deliver(self, count: int) -> float:
         """Seconds for ``count`` batches, beyond those that were ready."""
+        # What was ready says nothing of the rate.
         for _ in range(self.ahead + 1):
             next(self.batches)
         start = time.perf_counter()
@@ -94,6 +96,7 @@ class _Input:
         for n in range(self.ahead + count):
             sharding.global_batch(next(self.batches), self.mesh)
             come = time.perf_counter()
+            # (3) The device waits from the end of a step until the next batch has come.
             waited += max(come - free, 0.0) if n >= self.ahead else 0.0
             begun = max(come, free)
             time.sleep(max(begun - come, 0.0))  # until the step before this one is done

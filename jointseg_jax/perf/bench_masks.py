@@ -51,6 +51,7 @@ def absorb_plain(labels: Labels, area: int) -> Labels:
             region = regions == number
             if region.sum() >= area:
                 continue
+            # Its neighbours vote, the eight around each pixel.
             ring = ndimage.binary_dilation(region, RING) & ~region
             values, votes = np.unique(labels[ring], return_counts=True)
             if len(values):
@@ -64,6 +65,7 @@ def label_map(size: int, regions: int, *, classes: int = CLASSES, seed: int = 0)
     coarse = rng.standard_normal((classes, BLOBS, BLOBS))
     field = ndimage.zoom(coarse, (1, size / BLOBS, size / BLOBS), order=1)
     labels = field.argmax(0).astype(np.uint8)
+    # Specks hide each other and join, so it takes several rounds.
     missing = regions - _regions(labels)
     while missing > 0:
         for _ in range(missing):
@@ -76,6 +78,7 @@ def label_map(size: int, regions: int, *, classes: int = CLASSES, seed: int = 0)
 
 def maps(size: int) -> dict[str, np.ndarray]:
     """One map of each level; the smaller the map, the fewer the regions."""
+    # The same number of regions for each pixel.
     part = (size / 512) ** 2
     return {k: label_map(size, max(round(n * part), 2)) for k, n in LEVELS.items()}
 

@@ -71,9 +71,11 @@ class _Startup:
             self.cache = self.root / f"cache{self.runs}"
         command = [sys.executable, self.launcher]
         command += [f"--config={self.root}/config.py", f"--workdir={workdir}"]
+        # A cache of its own, so that the user's neither helps nor is filled.
         environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(self.cache)}
         output = self.root / f"output{self.runs}.txt"
         with output.open("w") as out:
+            # From here on everything counts that a user waits for.
             start = time.perf_counter()
             process = subprocess.Popen(command, env=environment, stdout=out, stderr=out)
             with _ended(process):

@@ -96,8 +96,10 @@ def costs(module: Module, lengths: Sequence[int] = ()) -> Costs:
     traffic: dict[str, Traffic] = {}
     seen: set[tuple[str, str]] = set()
     for visit in module.visits():
+        # Everything below is multiplied by the trip counts of the loops around it.
         times, _, instruction = visit
         flops += times * product_flops(module, visit)
+        # Scores inside a fused computation never reach memory.
         if sides and visit.computation not in fused:
             squares |= dict.fromkeys(_squares(instruction.type, sides))
         if kind := collective_kind(visit):
@@ -111,6 +113,7 @@ def costs(module: Module, lengths: Sequence[int] = ()) -> Costs:
         if estimate := instruction.attribute(r'"estimated_cycles":"(\d+)"'):
             cycles[part_of(instruction)] += times * int(estimate)
         if instruction.op == "custom-call":
+            # Kernels are listed, for the compiler cannot look into them.
             target = instruction.attribute(r'custom_call_target="([^"]*)"') or ""
             if any(word in target for word in KERNELS):
                 kernels[target] += times
@@ -140,15 +143,18 @@ def _dims(type_text: str) -> tuple[int, ...]:
 
 
 def _dot(dot: Instruction, left: str) -> int:
+    # (1) 2 x elements of the result x contracted length
     axes = dot.attribute(r"lhs_contracting_dims=\{([\d,]*)\}") or ""
     contracted = [_dims(left)[int(axis)] for axis in axes.split(",") if axis]
     return 2 * math.prod(_dims(dot.type)) * math.prod(contracted)
 
 
 def _convolution(convolution: Instruction, left: str, right: str) -> int:
+    # b01f_01io->b01f names each axis of input, kernel and result: batch, window, features.
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", convolution.rest).groups()
     types = (left, right, convolution.type)
     taken, kernel, made = (dict(zip(w, _dims(t))) for w, t in zip(labels, types))
+    # (2) 2 x elements of the result x input features, then x mean taps of each window dimension
     total = 2 * math.prod(made.values()) * kernel["i"]
     window = convolution.attribute(r"window=\{([^}]*)\}") or ""
     fields = dict(part.split("=") for part in window.split())
@@ -178,6 +184,7 @@ def _taps(taken: int, kernel: int, made: int, stride: int, low: int, spread: int
     length, starts = (taken - 1) * spread + 1, np.arange(made, dtype=np.int64) * stride - low
     total = 0
     for tap in range(kernel):
+        # Where this tap falls for every output position; between spread inputs there are zeros.
         at = starts + tap * step
         total += int(np.count_nonzero((at >= 0) & (at < length) & (at % spread == 0)))
     return total
@@ -188,6 +195,7 @@ def collective_kind(visit: Visit) -> str | None:
 
     An all-reduce of which only the own part is kept (``all-reduce-scatter``) is a reduce-scatter.
     """
+    # Of an asynchronous pair the start counts, which has the operands.
     op = visit.instruction.op.removesuffix("-start")
     if op not in COLLECTIVES:
         return None
@@ -215,6 +223,7 @@ def collective_bytes(module: Module, visit: Visit) -> int:
 
 def part_of(instruction: Instruction) -> str:
     """The part of the program that an instruction is of: its pass and its place in the network."""
+    # JAX writes the path of modules and transformations: jit(f)/transpose(jvp(UViT))/mid_block/mlp
     name = instruction.attribute(r'op_name="([^"]*)"') or ""
     step = next((step for step, sign in PASSES.items() if re.search(sign, name)), None)
     if step is None:
@@ -250,6 +259,7 @@ def ideal_bytes(program: Program, dtype: jax.typing.DTypeLike) -> int:
       dtype: of the network's products.
     """
     wire = jnp.dtype(dtype).itemsize
+    # Averages are kept of the trained parameters alone.
     trained = set(rules.paths(program.state.ema))
     places = rules.by_path(program.state.params)
     moments = _split_moments(program)

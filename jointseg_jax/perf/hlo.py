@@ -88,6 +88,7 @@ class Module:
         self.unknown_loops: set[str] = set()
         current: dict[str, Instruction] = {}
         for line in text.splitlines():
+            # Headers start at the left edge; instructions are indented below them.
             if header := COMPUTATION.match(line):
                 current = self.computations.setdefault(header.group(2), {})
                 if header.group(1):
@@ -104,6 +105,7 @@ class Module:
             name, times = waiting.pop()
             for instruction in self.computations.get(name, {}).values():
                 yield Visit(times, name, instruction)
+                # The condition's few scalar operations are left out.
                 if instruction.op == "while":
                     body = instruction.attribute(r"body=%?([\w.\-]+)")
                     waiting.append((body, times * self.trips(name, instruction)))
@@ -112,6 +114,7 @@ class Module:
 
     def fused(self) -> set[str]:
         """Names of the computations that run inside one kernel: their results are no buffers."""
+        # What a fusion computes inside stays in registers; only its result is written.
         every = (i for found in self.computations.values() for i in found.values())
         return {name for i in every if i.op == "fusion" for name in _called(i)}
 
@@ -121,13 +124,15 @@ class Module:
         return [known[name].type for name in visit.instruction.operands if name in known]
 
     def trips(self, computation: str, loop: Instruction) -> int:
-        """How often a loop's body runs; see the module docstring's 2."""
+        """How often a loop's body runs: ``n`` of ``for (i = 0; i < n; i++)``; 1 if unknown."""
+        # XLA notes the count where its own analysis finds it.
         if known := loop.attribute(r'known_trip_count":\{"n":"(\d+)"'):
             return int(known)
         condition = self.computations.get(loop.attribute(r"condition=%?([\w.\-]+)") or "", {})
         initial = self._initial(computation, loop)
         limits = [self._limit(c, condition, initial) for c in condition.values()]
         limits = [n for n in limits if n is not None]
+        # No comparison with a constant, or several: the data decide.
         if len(limits) != 1:
             self.unknown_loops.add(loop.name)
             return 1
@@ -136,7 +141,7 @@ class Module:
     def _initial(self, computation: str, loop: Instruction) -> list[Instruction | None]:
         """What a loop's state consists of before its first round."""
         known = self.computations[computation]
-        state = known.get(loop.operands[0])
+        state = known.get(loop.operands[0])  # a loop has one operand, a tuple
         if state is None or state.op != "tuple":
             return []
         return [known.get(name) for name in state.operands]
@@ -154,6 +159,7 @@ class Module:
             if limit.op == "constant":
                 value = re.match(r"(\d+)\)", limit.rest)
                 return int(value.group(1)) if value else None
+            # Loop-invariant code motion has moved the constant into the loop's state.
             if limit.op == "get-tuple-element":
                 index = int(limit.attribute(r"index=(\d+)"))
                 limit = initial[index] if index < len(initial) else None
@@ -181,6 +187,7 @@ def _parse(name: str, rest: str) -> Instruction | None:
 def _split(text: str) -> list[str]:
     """The parts of a list up to its closing bracket, comments left out."""
     depth, start, parts = 0, 0, []
+    # Long tuples are numbered, /*index=5*/, and the marks hold no brackets but commas may follow.
     text = re.sub(r"/\*.*?\*/", "", text)
     for i, letter in enumerate(text):
         if letter in "([{":
@@ -196,6 +203,7 @@ def _split(text: str) -> list[str]:
 
 
 def _called(instruction: Instruction) -> list[str]:
+    # calls=%f and to_apply=%f name one computation, branch_computations={%f, %g} several.
     listed = ",".join(LISTED.findall(instruction.rest))
     names = [name.strip().lstrip("%") for name in listed.split(",") if name.strip()]
     return [*CALLED.findall(instruction.rest), *names]

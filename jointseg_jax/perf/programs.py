@@ -77,6 +77,7 @@ def lower_training(
     rows = abstract.training_shapes(
         config, system, config["batch"], frozen if missing.cached else None
     )
+    # Codecs are whole on every chip.
     everywhere = sharding.replicated(mesh)
     with jax.set_mesh(mesh):
         lowered = program.update.lower(
@@ -87,6 +88,7 @@ def lower_training(
         program=lowered,
         mesh=tuple(mesh.devices.shape),
         batch=config["batch"],
+        # A backward pass has two products for each of the forward pass.
         flops=3.0 * forward * config["batch"] if forward else None,
         notes=(*notes, *_from_cache(rows)),
         attention=profiling.attention_share(system),
@@ -115,6 +117,7 @@ def lower_sampling(
     Raises:
       UserError: the config makes no pairs, or it must be given something else.
     """
+    # Sampling splits rows alone: every chip has the whole network.
     mesh = sharding.make_mesh((-1, 1, 1), devices)
     system, frozen, notes = _system(config, missing)
     if not isinstance(system, Generator):
@@ -154,7 +157,7 @@ def lower_sampling(
         notes=(*notes, *_undecoded(system)),
         attention=profiling.attention_share(system),
         lengths=profiling.lengths(system),
-        ideal=0,
+        ideal=0,  # rows do not meet
     )
 
 

@@ -63,6 +63,7 @@ def cycles(text: str) -> int:
         raise ValueError(f"schedule: {len(depths)} bundles and loops of {turns} turns; not known.")
     # The first turns fetch blocks and the last ones store them; those in between compute.
     steps = max(turns[0] - FETCHES, 1) if turns else 1
+    # ">" marks a bundle inside a loop; there is one loop, over the grid.
     inside = sum(depth > 0 for depth in depths)
     return inside * steps + len(depths) - inside
 
@@ -73,6 +74,7 @@ def kernels(compile_it: Callable[[], None], folder: Path) -> list[Kernel]:
     Raises:
       UserError: there are none.
     """
+    # Schedules of the kernel before this one have other names and would be read too.
     for old in folder.iterdir():
         old.unlink()
     compile_it()

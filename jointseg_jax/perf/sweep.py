@@ -79,6 +79,7 @@ def configured(config: Config, setting: Setting, chips: int) -> dict[str, Any]:
     """The config with a setting; its mesh is kept where it splits state as the setting asks."""
     changed = abstract.with_denoiser(config, remat=setting.remat, attention=setting.attention)
     _, fsdp, model = mesh = tuple(changed["mesh"])
+    # A mesh that splits what the preset splits is the user's choice and stays.
     axes = setting.sharding.split("+")
     if "model" in axes and model == 1:
         model = min(HEADS, chips)
@@ -86,6 +87,7 @@ def configured(config: Config, setting: Setting, chips: int) -> dict[str, Any]:
         fsdp = min(GROUP, chips // model) if "fsdp" in axes else 1
     if (fsdp, model) != mesh[1:]:
         mesh = (-1, fsdp, model)
+    # Chips along ``model`` share the rows of one shard.
     rows = setting.rows * chips // mesh[2]
     return {**changed, "mesh": mesh, "sharding": setting.sharding, "batch": rows}
 

@@ -81,6 +81,7 @@ def traced(run: Callable[[], object], text: str, calls: int = 1) -> dict[str, ob
 
 @contextlib.contextmanager
 def _tracing(folder: str) -> Iterator[None]:
+    # Python's own calls would fill the trace and slow what is traced.
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0
     with jax.profiler.trace(folder, profiler_options=options):
@@ -130,6 +131,7 @@ def own_times(line: Iterable[Event]) -> Iterator[tuple[str, float]]:
         while open_events and open_events[-1][1] <= event.start:
             name, _, own = open_events.pop()
             yield name, own
+        # It lies inside the one that is still open, whose own time it shortens.
         if open_events:
             open_events[-1][2] -= min(end, open_events[-1][1]) - event.start
         open_events.append([event.name, end, event.length])
