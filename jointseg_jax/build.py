@@ -34,6 +34,7 @@ from jointseg_jax.data.sources.folders import Folders
 from jointseg_jax.data.sources.scenes import Scenes
 from jointseg_jax.data.sources.tfds import TFDS
 from jointseg_jax.data.transforms import TRANSFORMS
+from jointseg_jax.models.text import TEXTS
 from jointseg_jax.models.two_stream import TwoStream
 from jointseg_jax.models.uvit import UViT
 from jointseg_jax.settings_diff import require_same
@@ -41,7 +42,6 @@ from jointseg_jax.systems.autoencode import Autoencode
 from jointseg_jax.systems.bridge import IMAGE, STATE, Bridge
 from jointseg_jax.systems.joint import TEXT_STREAM, Joint
 from jointseg_jax.systems.stream import Stream
-from jointseg_jax.systems.text import TEXTS
 from jointseg_jax.transport.adaptive import Dopri5
 from jointseg_jax.transport.discrete import DDIM, DDPM, MultistepDPM
 from jointseg_jax.transport.dpm import DPMSolverPP

@@ -1,36 +1,43 @@
-"""A trained table of words, for text without a pretrained encoder.
+"""Where text features come from: words that become rows of a table, or features of the record.
 
-1. ``features[i] = table[id_i] + position_i``, id 0 being the padding word.
-2. The empty prompt is padding throughout; its features are trained like any other's.
-
-Initial values: table normal(1), so that features have the unit scale of a pretrained encoder's;
-positions normal(0.02).
+Both kinds turn the batch field ``text`` into features ``[batch, words, width]`` and know the
+features of the empty prompt, which stand for "no text" in training (text drop) and in
+classifier-free guidance.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 from jointseg_jax.models.blocks import normal
+from jointseg_jax.types import Params
 
 PADDING = 0
+"""Id of the padding word; a prompt of nothing else is the empty prompt."""
+
+
+def look_up(table: Float[Array, "ids width"], ids: Int[Array, "*shape"]) -> Float[Array, ...]:
+    """Rows of ``table``, ``[*shape, width]``."""
+    # jnp.take gives NaN for an id outside the table: loud, where clamping would be silent
+    return jnp.take(table, ids, axis=0)
 
 
 class WordEmbedding(nn.Module):
-    """Word ids to features.
+    """A trained table of words: ``features[i] = table[id_i] + position_i``.
 
-    Args:
-      vocabulary_size: number of ids, the padding word included.
-      width: size of a feature.
-      length: words of every prompt, after padding.
+    Initial values: table normal(1), so that features have the unit scale of a pretrained
+    encoder's; positions normal(0.02).
     """
 
-    vocabulary_size: int
-    width: int
-    length: int
+    vocabulary_size: int  # number of ids, the padding word included
+    width: int  # of a feature
+    length: int  # words of every prompt, after padding
 
     def __post_init__(self):
         if min(self.vocabulary_size, self.width, self.length) < 1:
@@ -51,10 +58,81 @@ class WordEmbedding(nn.Module):
             "embedding", nn.initializers.normal(1.0), (self.vocabulary_size, self.width)
         )
         position = self.param("position", normal, (self.length, self.width))
-        # jnp.take answers NaN for an id outside the table: loud, where clamping would be silent
-        return jnp.take(table, ids, axis=0) + position[None]
+        return look_up(table, ids) + position[None]  # [b, l, d] + [1, l, d]
 
     @nn.nowrap
-    def empty(self) -> Int[np.ndarray, words]:
-        """Ids of the empty prompt."""
+    def empty(self) -> Int[np.ndarray, " words"]:
+        """Returns the ids of the empty prompt."""
         return np.full((self.length,), PADDING, np.int32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Words:
+    """Word embeddings over a fixed vocabulary; the empty prompt is all padding.
+
+    A text *stream* (text that is itself diffused) needs a table that stays: a denoiser that also
+    trains its target could make it constant.
+    """
+
+    vocabulary_size: int  # number of ids, the padding word included
+    width: int  # of a feature
+    length: int  # words of every prompt, after padding
+    trainable: bool = True  # learned with the denoiser; False: drawn once, unit variance
+    seed: int = 0  # of the table that is not trainable
+
+    @property
+    def module(self) -> WordEmbedding:
+        return WordEmbedding(
+            vocabulary_size=self.vocabulary_size, width=self.width, length=self.length
+        )
+
+    def init(self, key: Key[Array, ""]) -> Params:
+        """Returns the parameters of the table, or ``{}`` when it is fixed."""
+        if not self.trainable:
+            return {}
+        return self.module.init(key, jnp.zeros((1, self.length), jnp.int32))["params"]
+
+    def features(
+        self, params: Params, text: Int[Array, "batch words"]
+    ) -> Float[Array, "batch words width"]:
+        """Returns the features of token ids; NaN where an id lies outside the table."""
+        if self.trainable:
+            # its empty prompt is trained like any other: text drop shows it often
+            return jnp.asarray(self.module.apply({"params": params}, text))
+        # drawn again from the seed wherever it is read: a fixed table is in no checkpoint
+        table = jax.random.normal(
+            jax.random.key(self.seed), (self.vocabulary_size, self.width), jnp.float32
+        )
+        return look_up(table, text)  # no position: every word alone is one vector
+
+    def empty(self, batch: int) -> Int[Array, "batch words"]:
+        """Returns token ids of the empty prompt."""
+        return jnp.zeros((batch, self.length), jnp.int32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Features:
+    """Precomputed features that come with the record; the empty prompt is all zeros."""
+
+    width: int  # of a feature
+    length: int  # features of every record, after padding
+
+    def init(self, key: Key[Array, ""]) -> Params:
+        """Returns ``{}``: nothing is learned."""
+        del key
+        return {}
+
+    def features(
+        self, params: Params, text: Float[Array, "batch words width"]
+    ) -> Float[Array, "batch words width"]:
+        """Returns the features themselves, in float32."""
+        del params
+        return text.astype(jnp.float32)
+
+    def empty(self, batch: int) -> Float[Array, "batch words width"]:
+        """Returns features of the empty prompt."""
+        return jnp.zeros((batch, self.length, self.width), jnp.float32)
+
+
+TEXTS = {"words": Words, "features": Features}
+"""``kind`` of text in configs -> class."""

@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 
 from jointseg_jax.codecs.pixels import Latents
+from jointseg_jax.models.text import Features
 from jointseg_jax.models.uvit import UViT
 from jointseg_jax.rng import sample_keys
 from jointseg_jax.systems.joint import TEXT_STREAM, Joint
 from jointseg_jax.systems.stream import Stream
-from jointseg_jax.systems.text import Features
 from jointseg_jax.transport.discrete import MultistepDPM
 from jointseg_jax.transport.dpm import DPMSolverPP
 from jointseg_jax.transport.guidance import Branch, guided

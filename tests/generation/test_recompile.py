@@ -12,10 +12,10 @@ from jointseg_jax.codecs.bits import Bits
 from jointseg_jax.codecs.pixels import Pixels
 from jointseg_jax.data.classes import Classes
 from jointseg_jax.generation.sampler import make_sampler, one_ahead, pending_batches
+from jointseg_jax.models.text import Features
 from jointseg_jax.models.uvit import UViT
 from jointseg_jax.systems.joint import Joint
 from jointseg_jax.systems.stream import Stream
-from jointseg_jax.systems.text import Features
 from jointseg_jax.training.workdir import Run
 from jointseg_jax.transport.process import Process
 from jointseg_jax.transport.schedules import Cosine

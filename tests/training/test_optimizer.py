@@ -11,8 +11,8 @@ import pytest
 
 from jointseg_jax import rules
 from jointseg_jax.codecs.label_ae import LabelAE
+from jointseg_jax.models.text import Words
 from jointseg_jax.models.uvit import UViT
-from jointseg_jax.systems.text import Words
 from jointseg_jax.training.optimizer import (
     DECAY_ALL,
     MATRICES,
