@@ -21,9 +21,9 @@ with _epy.lazy_api_imports(globals()):
     from jointseg_jax.systems.bridge import Bridge
     from jointseg_jax.systems.joint import Joint
     from jointseg_jax.systems.stream import Stream
-    from jointseg_jax.systems.text import Words
 
     # Networks.
+    from jointseg_jax.models.text import Words
     from jointseg_jax.models.two_stream import TwoStream
     from jointseg_jax.models.uvit import UViT
 

@@ -11,7 +11,8 @@ from typing import Any
 import jax
 from jaxtyping import PyTree
 
-from jointseg_jax.models import trunk, two_stream, uvit
+from jointseg_jax.models import two_stream, uvit
+from jointseg_jax.models.backbone import Backbone
 
 log = logging.getLogger("jointseg_jax")
 
@@ -38,7 +39,7 @@ def attention_share(system: object) -> float:
     if not total:
         return 0.0
     denoiser = getattr(system, "denoiser", None)
-    products = trunk.Trunk.of(denoiser).attention_products
+    products = Backbone.of(denoiser).attention_products
     return 2 * sum(products(denoiser.width, n) for n in lengths(system)) / total
 
 

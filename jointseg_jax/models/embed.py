@@ -1,4 +1,4 @@
-"""Streams as tokens: what a stream is made of, the way in, and the way out.
+"""Streams as tokens: what a stream is made of, its embedding, and its head.
 
 1. ``sinusoid(t) = [cos(t f), sin(t f)]``, ``f_i = 10000^(-i / half)``, ``half = width / 2``.
 2. patches are flattened as (row, column, channel), channel fastest, on both sides; a strided
@@ -6,7 +6,7 @@
 3. every part carries its own position parameter; that of a patch grid is ``[rows, columns, width]``
    and is resized bilinearly to the grid at hand.
 
-The sinusoid and the way out are float32 whatever ``dtype``. Initial values: Linear and positions
+The sinusoid and the heads are float32 whatever ``dtype``. Initial values: Linear and positions
 normal(0.02), bias 0; the patch Linear and the 3x3 convolution torch's convolution default,
 ``U(-1/sqrt(fan_in), 1/sqrt(fan_in))`` for kernel and bias; tables normal(1), torch's default.
 
@@ -17,23 +17,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jointseg_jax.models.blocks import linear, normal
 
 MAX_PERIOD = 10_000.0
 
+# variance 1/3 of the fan-in's inverse: uniform within sqrt(3 * 1/3 / fan_in) = 1 / sqrt(fan_in)
 torch_kernel = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 def torch_bias(fan_in: int) -> Callable:
-    """Torch's default initial bias, uniform within ``1 / sqrt(fan_in)``."""
+    """Returns torch's default initial bias, uniform within ``1 / sqrt(fan_in)``."""
 
     def init(key, shape, dtype=jnp.float32):
         return jax.random.uniform(key, shape, dtype, -1.0, 1.0) * fan_in**-0.5
@@ -43,19 +44,13 @@ def torch_bias(fan_in: int) -> Callable:
 
 @dataclass(frozen=True, kw_only=True)
 class Patches:
-    """A stream of latents on a grid, cut into square patches.
+    """A stream of latents on a grid, ``[batch, height, width, channels]``, in square patches."""
 
-    Args:
-      grid: native height and width in latent cells; other sizes get resized positions.
-      conv: a 3x3 convolution after the patches are put together again.
-      tanh: squashes the output into (-1, 1).
-    """
-
-    grid: Sequence[int]
+    grid: Sequence[int]  # native height and width in latent cells; others get resized positions
     channels: int
-    patch: int
-    conv: bool = False
-    tanh: bool = False
+    patch: int  # side of a patch in latent cells
+    conv: bool = False  # a 3x3 convolution after the patches are put together again
+    tanh: bool = False  # squashes the output into (-1, 1)
 
     def __post_init__(self):
         object.__setattr__(self, "grid", tuple(self.grid))
@@ -66,14 +61,22 @@ class Patches:
             )
         self.cells(self.grid)
 
-    def cells(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Rows and columns of patches in a latent of this height and width."""
+    def cells(self, size: Sequence[int]) -> tuple[int, int]:
+        """Returns rows and columns of patches in a latent of this height and width.
+
+        Raises:
+          ValueError: patches do not divide it.
+        """
         if size[0] % self.patch or size[1] % self.patch:
             raise ValueError(
                 f"Patches: {size[0]}x{size[1]} latent cells cannot be cut into patches of "
                 f"{self.patch}x{self.patch}; change the grid or the patch of this stream."
             )
         return size[0] // self.patch, size[1] // self.patch
+
+    def extent(self, size: Sequence[int] | None = None) -> tuple[int, ...]:
+        """Returns rows and columns of patches at ``size``, or natively."""
+        return self.cells(self.grid if size is None else size)
 
     @property
     def tokens(self) -> int:
@@ -87,11 +90,11 @@ class Patches:
         return (*self.grid, self.channels)
 
     def products(self, width: int, count: int) -> int:
-        """Multiply-adds between ``count`` tokens and their patches, one way."""
+        """Returns multiply-adds between ``count`` tokens and their patches, one way."""
         return count * self.patch**2 * self.channels * width
 
     def check(self, shape: tuple[int, ...], *, where: str) -> None:
-        """Refuses a batch of latents that this stream cannot be."""
+        """Raises ValueError if a batch of this shape is not one of this stream's latents."""
         if len(shape) != 4 or shape[3] != self.channels:
             raise ValueError(
                 f"{where} has shape {shape}, want (batch, height, width, {self.channels}); "
@@ -105,17 +108,11 @@ class Patches:
 
 @dataclass(frozen=True, kw_only=True)
 class Tokens:
-    """A stream (or context) that is a sequence of vectors already.
+    """A stream (or context) that is a sequence of vectors already, ``[batch, count, width]``."""
 
-    Args:
-      count: length of the sequence.
-      width: size of one vector.
-      inner: size of a linear bottleneck on the way in and on the way out; 0 = none.
-    """
-
-    count: int
-    width: int
-    inner: int = 0
+    count: int  # length of the sequence
+    width: int  # size of one vector
+    inner: int = 0  # size of a linear bottleneck in the embedding and in the head; 0 = none
 
     def __post_init__(self):
         if min(self.count, self.width) < 1 or self.inner < 0:
@@ -123,6 +120,11 @@ class Tokens:
                 f"Tokens: count={self.count}, width={self.width}, inner={self.inner}; "
                 "count and width are at least 1, inner at least 0."
             )
+
+    def extent(self, size: Sequence[int] | None = None) -> tuple[int, ...]:
+        """Returns the number of tokens; ``size`` is for grids."""
+        del size
+        return (self.count,)
 
     @property
     def tokens(self) -> int:
@@ -134,13 +136,13 @@ class Tokens:
         return (self.count, self.width)
 
     def products(self, width: int, count: int) -> int:
-        """Multiply-adds between ``count`` tokens and their vectors, one way."""
+        """Returns multiply-adds between ``count`` tokens and their vectors, one way."""
         if self.inner:
             return count * self.inner * (self.width + width)
         return count * self.width * width
 
     def check(self, shape: tuple[int, ...], *, where: str) -> None:
-        """Refuses a batch of vectors that this stream cannot be."""
+        """Raises ValueError if a batch of this shape is not one of this stream's vectors."""
         if len(shape) != 3 or shape[1:] != self.shape:
             raise ValueError(
                 f"{where} has shape {shape}, want (batch, {self.count}, {self.width}); "
@@ -152,13 +154,18 @@ Spec = Patches | Tokens
 SPECS: dict[str, type] = {"patches": Patches, "tokens": Tokens}
 
 
-def spec_of(value: Any, *, where: str) -> Spec:
-    """``{"kind": "patches", ...}`` (or a spec, returned as is) as a spec."""
+def spec_of(value: object, *, where: str) -> Spec:
+    """Returns the spec that ``{"kind": "patches", ...}`` describes; a spec is returned as is.
+
+    Raises:
+      ValueError: no mapping, an unknown kind, or fields that it refuses; begins with ``where``.
+    """
     if isinstance(value, Spec):
         return value
-    if not hasattr(value, "items"):
+    items = getattr(value, "items", None)  # not Mapping: ml_collections' ConfigDict is none
+    if items is None:
         raise ValueError(f"{where}: {value!r} is neither a spec nor a mapping with a `kind`.")
-    fields = dict(value.items())
+    fields = dict(items())
     kind = fields.pop("kind", None)
     if kind not in SPECS:
         raise ValueError(f"{where}: kind is {kind!r}; it must be one of: {', '.join(SPECS)}.")
@@ -168,11 +175,12 @@ def spec_of(value: Any, *, where: str) -> Spec:
         raise ValueError(f"{where}: {error}") from error
 
 
-def sinusoid(t: Float[Array, batch], width: int) -> Float[Array, "batch width"]:
-    """Cosines, then sines, of a time label at geometrically spaced frequencies."""
+def sinusoid(t: Float[Array, " batch"], width: int) -> Float[Array, "batch width"]:
+    """Returns cosines, then sines, of a time label at geometrically spaced frequencies."""
     half = width // 2
+    # (1) f_i = 10000^(-i / half); float32 whatever the dtype: bfloat16 cannot tell 999 from 1000
     frequencies = jnp.exp(-jnp.log(MAX_PERIOD) * jnp.arange(half, dtype=jnp.float32) / half)
-    angles = t.astype(jnp.float32)[:, None] * frequencies[None]
+    angles = t.astype(jnp.float32)[:, None] * frequencies[None]  # [b, width / 2]
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
@@ -191,8 +199,8 @@ def unpatchify(
 def resize_position(
     position: Float[Array, "rows columns width"], cells: tuple[int, int]
 ) -> Float[Array, "new_rows new_columns width"]:
-    """Bilinear, half-pixel centres, no antialiasing; the table itself at its native size."""
-    if position.shape[:2] == cells:
+    """Resizes bilinearly with half-pixel centres, without antialiasing."""
+    if position.shape[:2] == cells:  # no resize in the program at the native size
         return position
     return jax.image.resize(position, (*cells, position.shape[2]), "bilinear", antialias=False)
 
@@ -202,30 +210,30 @@ class TimeToken(nn.Module):
 
     width: int
     mlp: bool
-    dtype: Any
+    dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, t: Float[Array, batch]) -> Float[Array, "batch one width"]:
-        x = sinusoid(t, self.width).astype(self.dtype)
+    def __call__(self, t: Float[Array, " batch"]) -> Float[Array, "batch 1 width"]:
+        x = sinusoid(t, self.width).astype(self.dtype)  # [b, width]
         if self.mlp:
             x = nn.silu(linear(4 * self.width, "fc1", self.dtype)(x))
             x = linear(self.width, "fc2", self.dtype)(x)
         position = self.param("position", normal, (1, self.width))
-        return x[:, None] + position[None].astype(self.dtype)
+        return x[:, None] + position[None].astype(self.dtype)  # [b, 1, width]
 
 
 class IndexToken(nn.Module):
     """An integer (class, data type) as one token of a trained table."""
 
-    size: int
+    size: int  # rows of the table
     width: int
-    dtype: Any
+    dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, index: Int[Array, batch]) -> Float[Array, "batch one width"]:
+    def __call__(self, index: Int[Array, " batch"]) -> Float[Array, "batch 1 width"]:
         table = self.param("embedding", nn.initializers.normal(1.0), (self.size, self.width))
         position = self.param("position", normal, (1, self.width))
-        # jnp.take answers NaN for an index outside the table: loud, where clamping would be silent
+        # jnp.take gives NaN for an index outside the table: loud, where clamping would be silent
         return (jnp.take(table, index, axis=0)[:, None] + position[None]).astype(self.dtype)
 
 
@@ -234,13 +242,13 @@ class TokensIn(nn.Module):
 
     spec: Tokens
     width: int
-    dtype: Any
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch count d"]) -> Float[Array, "batch count width"]:
         x = x.astype(self.dtype)
         if self.spec.inner:
-            x = linear(self.spec.inner, "squeeze", self.dtype)(x)
+            x = linear(self.spec.inner, "squeeze", self.dtype)(x)  # [b, n, inner]
         position = self.param("position", normal, (self.spec.count, self.width))
         return linear(self.width, "project", self.dtype)(x) + position[None].astype(self.dtype)
 
@@ -254,7 +262,7 @@ class TokensOut(nn.Module):
     def __call__(
         self, x: Float[Array, "batch count width"], like: Float[Array, "batch count d"]
     ) -> Float[Array, "batch count d"]:
-        del like  # always of the native size
+        del like  # the signature of PatchesOut; sequences are always of the native size
         x = linear(self.spec.inner or self.spec.width, "project", jnp.float32)(x)
         return linear(self.spec.width, "expand", jnp.float32)(x) if self.spec.inner else x
 
@@ -264,7 +272,7 @@ class PatchesIn(nn.Module):
 
     spec: Patches
     width: int
-    dtype: Any
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch h w c"]) -> Float[Array, "batch tokens width"]:
@@ -277,9 +285,10 @@ class PatchesIn(nn.Module):
             name="project",
         )
         native = self.spec.cells(self.spec.grid)
-        position = self.param("position", normal, (*native, self.width))
+        position = self.param("position", normal, (*native, self.width))  # [rows, columns, width]
         position = resize_position(position, self.spec.cells(x.shape[1:3]))
-        tokens = project(patchify(x.astype(self.dtype), self.spec.patch))
+        # (2) a convolution whose stride is its size, as a Linear of flattened patches
+        tokens = project(patchify(x.astype(self.dtype), self.spec.patch))  # [b, n, width]
         return tokens + position.reshape(1, -1, self.width).astype(self.dtype)
 
 
@@ -293,8 +302,8 @@ class PatchesOut(nn.Module):
         self, x: Float[Array, "batch tokens width"], like: Float[Array, "batch h w c"]
     ) -> Float[Array, "batch h w c"]:
         c = self.spec.channels
-        x = linear(self.spec.patch**2 * c, "project", jnp.float32)(x)
-        x = unpatchify(x, self.spec.cells(like.shape[1:3]), self.spec.patch)
+        x = linear(self.spec.patch**2 * c, "project", jnp.float32)(x)  # [b, n, patch**2 * c]
+        x = unpatchify(x, self.spec.cells(like.shape[1:3]), self.spec.patch)  # [b, h, w, c]
         if self.spec.conv:
             kernel_init, bias_init = torch_kernel, torch_bias(9 * c)
             x = nn.Conv(
@@ -303,20 +312,23 @@ class PatchesOut(nn.Module):
         return jnp.tanh(x) if self.spec.tanh else x
 
 
-def way_in(name: str, spec: Spec, width: int, dtype: Any) -> PatchesIn | TokensIn:
-    """The module that turns a stream (or context) into tokens."""
-    enter = PatchesIn if isinstance(spec, Patches) else TokensIn
-    return enter(spec, width, dtype, name=f"{name}_in")
+def embed(name: str, spec: Spec, width: int, dtype: DTypeLike) -> PatchesIn | TokensIn:
+    """Returns the module that turns a stream (or context) into tokens."""
+    if isinstance(spec, Patches):
+        return PatchesIn(spec, width, dtype, name=f"{name}_in")
+    return TokensIn(spec, width, dtype, name=f"{name}_in")
 
 
-def way_out(name: str, spec: Spec) -> PatchesOut | TokensOut:
-    """The head of a stream: called with its tokens and an array of the prediction's shape."""
-    leave = PatchesOut if isinstance(spec, Patches) else TokensOut
-    return leave(spec, name=f"{name}_out")
+def head(name: str, spec: Spec) -> PatchesOut | TokensOut:
+    """Returns a stream's head: called with its tokens and an array of the prediction's shape."""
+    if isinstance(spec, Patches):
+        return PatchesOut(spec, name=f"{name}_out")
+    return TokensOut(spec, name=f"{name}_out")
 
 
 def head_products(spec: Spec, width: int, count: int) -> int:
-    """Multiply-adds of a stream's way in and way out, ``count`` tokens long."""
-    conv = isinstance(spec, Patches) and spec.conv
+    """Returns the multiply-adds of a stream's embedding and head, ``count`` tokens long."""
     both = 2 * spec.products(width, count)
-    return both + (count * spec.patch**2 * 9 * spec.channels**2 if conv else 0)
+    if isinstance(spec, Patches) and spec.conv:
+        both += count * spec.patch**2 * 9 * spec.channels**2
+    return both

@@ -7,23 +7,19 @@ the lanes, ``pack = 128 / d`` of them in each group of 128, and a product with o
 product with the group in which the others are set to 0. It costs the matrix unit nothing, which is
 as wide as the lanes.
 
-1. Forward, for a group and a block of queries with all keys at once:
-   ``S_h = q_h k^T``, ``m = max S``, ``P = exp(S - m)``, ``l = sum P``, ``y = sum_h P_h v_h / l_h``;
-   kept for the way back: ``lse = m + log l``.
-2. Backward, one pass, scores transposed so that a query is a lane and its sums run over sublanes:
-   ``P^T = exp(k q_h^T - lse)``, ``dv += P^T dy_h``, ``D = sum(y_h dy_h)``,
-   ``dS^T = P^T (v dy_h^T - D)``, ``dk += dS^T q_h``, ``dq_h^T = k_h^T dS^T``.
-   Five products, where two passes that share nothing take seven.
+Forward, for a group and a block of queries with all keys at once, ``lse = m + log l`` is kept for
+the backward pass. That is one pass of five products, where two passes that share nothing take
+seven. Scores, sums and gradients are float32; what goes into a product has the dtype of the
+queries.
 
-Scores, sums and gradients are float32; what goes into a product has the dtype of the queries.
-
-Source: 1-2 FlashAttention (Dao et al. 2022), without its walk over blocks of keys.
+Source: FlashAttention (Dao et al. 2022), without its walk over blocks of keys.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,14 +29,11 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from jointseg_jax import chips
+from jointseg_jax.models.attention import LANES, WASTE
 from jointseg_jax.sharding import on_shards
 
-LANES = 128
 ROWS = 16
 """Rows of bfloat16 in a register: numbers of tokens are multiples of it."""
-
-WASTE = 0.05
-"""Part of the tokens that may be padding."""
 
 QUERIES = 768
 """Most queries in a block."""
@@ -61,47 +54,45 @@ PARALLEL = ("parallel", "parallel", "arbitrary")
 
 Tokens = Float[Array, "batch tokens width"]
 
+Kept = tuple[Array, Array, Array, Array, Array]
+"""q, k, v, y ``[b, n, h * d]`` and lse: what the backward pass reads."""
 
-class Layout(NamedTuple):
-    """How heads and tokens lie in a call of the kernel.
 
-    Attributes:
-      size: of a head.
-      count: of the tokens that are none of padding.
-      queries: in a block; they divide the tokens.
-    """
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How heads and tokens lie in a call of the kernel."""
 
-    size: int
-    count: int
-    queries: int
+    size: int  # of a head
+    count: int  # of the tokens that are none of padding
+    queries: int  # in a block; they divide the tokens
 
 
 def fits(heads: int, size: int, tokens: int) -> bool:
-    """Whether the kernel takes so many heads of this size over so many tokens."""
+    """Returns True if the kernel takes this many heads of this size over this many tokens."""
     return size in PACKED and heads * size % LANES == 0 and tokens <= LONGEST
 
 
 def block(tokens: int) -> int | None:
-    """Queries in a block: the divisor of the number of tokens that costs least, if there is one."""
+    """Returns the queries in a block: the divisor of ``tokens`` that costs least, or None."""
     limit = min(QUERIES, SCORES // tokens)
     sizes = [n for n in range(ROWS, min(limit, tokens) + 1, ROWS) if tokens % n == 0]
     return min(sizes, key=lambda n: (_cost(tokens, n), -n), default=None)
 
 
 def room(tokens: int) -> int:
-    """How many tokens every layer should have: a few more, where they divide into better blocks."""
+    """Returns how many tokens every layer should have: more, where they make better blocks."""
     first = -(-tokens // ROWS) * ROWS
     last = max(first, int((1 + WASTE) * tokens))
-    lengths = [n for n in range(first, last + 1, ROWS) if block(n)]
-    return min(lengths, key=lambda n: _cost(n, block(n)) * n)
+    # a prime number of tokens has no good divisor, its neighbours do; later layers cost ~ length
+    blocks = {n: block(n) for n in range(first, last + 1, ROWS)}
+    costs = {n: _cost(n, queries) * n for n, queries in blocks.items() if queries}
+    return min(costs, key=lambda n: costs[n])
 
 
 def _cost(tokens: int, queries: int) -> int:
-    """Registers that the scores of eight keys take, and what beginning a block costs beside them.
-
-    One more for each block: the compiler's schedules of the backward pass over 2176 tokens have
-    76 cycles a query in blocks of 128 and 49, 40, 38 in blocks of 544, 720, 1088.
-    """
+    """Returns registers that the scores of eight keys take, plus what beginning a block costs."""
+    # One more for each block: the compiler's schedules of the backward pass over 2176 tokens have
+    # 76 cycles a query in blocks of 128 and 49, 40, 38 in blocks of 544, 720, 1088.
     return tokens // queries * (-(-queries // LANES) + 1)
 
 
@@ -137,7 +128,7 @@ def attend_packed(
         )
     length = room(tokens)
     queries = queries or block(length)
-    if length % queries or queries % ROWS:
+    if not queries or length % queries or queries % ROWS:
         raise ValueError(
             f"attention: packed, queries = {queries}: give a multiple of {ROWS} that divides the "
             f"{length} tokens."
@@ -156,12 +147,13 @@ def _attend(layout: Layout, q: Array, k: Array, v: Array) -> Array:
     return _forward(layout, q, k, v, keep=False)[0]
 
 
-def _attend_forward(layout: Layout, q: Array, k: Array, v: Array) -> tuple[Array, Any]:
+def _attend_forward(layout: Layout, q: Array, k: Array, v: Array) -> tuple[Array, Kept]:
+    # Both are named: a policy that keeps y alone would run the kernel again for lse.
     y, lse = (checkpoint_name(x, "attn_out") for x in _forward(layout, q, k, v, keep=True))
     return y, (q, k, v, y, lse)
 
 
-def _attend_backward(layout: Layout, kept: Any, dy: Array) -> tuple[Array, ...]:
+def _attend_backward(layout: Layout, kept: Kept, dy: Array) -> tuple[Array, ...]:
     return _backward(layout, *kept, dy)
 
 
@@ -223,16 +215,18 @@ def _options(name: str) -> dict[str, Any]:
 
 
 def _forward_kernel(q, k, v, y, *lse, size: int, count: int):
-    q, k, v = q[0], k[0], v[0]
+    q, k, v = q[0], k[0], v[0]  # [queries, 128], [n, 128], [n, 128]
     total, sums = 0.0, []
     for head in range(LANES // size):
-        scores = _real(_dot(_only(q, head, size), k, 1, 1), count, axis=1)
-        top = jnp.max(scores, axis=1, keepdims=True)
+        # S_h = q_h k^T, m = max S, P = exp(S - m), l = sum P
+        scores = _real(_dot(_only(q, head, size), k, 1, 1), count, axis=1)  # [queries, n]
+        top = jnp.max(scores, axis=1, keepdims=True)  # [queries, 1]
         p = jnp.exp(scores - top)
         mass = jnp.sum(p, axis=1, keepdims=True)
+        # y = sum_h P_h v_h / l_h: v_h is 0 outside its own lanes, so heads do not mix
         total += _dot(p.astype(v.dtype), _only(v, head, size), 1, 0) / mass
         sums.append(top + jnp.log(mass))
-    y[...] = total.astype(y.dtype)[None]
+    y[...] = jnp.asarray(total).astype(y.dtype)[None]
     for ref in lse:
         ref[0, 0, 0] = jnp.concatenate(sums, axis=1).T
 
@@ -241,19 +235,23 @@ def _backward_kernel(q, k, v, y, lse, dy, dq, dk, dv, turned, sum_k, sum_v, *, s
     i, last = pl.program_id(2), pl.num_programs(2) - 1
     q, k, v, y, dy = q[0], k[0], v[0], y[0], dy[0]
 
+    # Blocks of queries run one after the other on a core: dk and dv are summed in VMEM over them.
     @pl.when(i == 0)
     def _():
         turned[...] = k.T
         sum_k[...] = jnp.zeros_like(sum_k)
         sum_v[...] = jnp.zeros_like(sum_v)
 
+    # D = sum(y_h dy_h); scores are transposed, a query is a lane and its sums run over sublanes
     inner = (y.astype(jnp.float32) * dy.astype(jnp.float32)).T
     on_k, on_v, on_q = sum_k[...], sum_v[...], []
     for head in range(LANES // size):
         own = slice(head * size, (head + 1) * size)
         q_head, dy_head = _only(q, head, size), _only(dy, head, size)
+        # P^T = exp(k q_h^T - lse), dv += P^T dy_h
         p = jnp.exp(_real(_dot(k, q_head, 1, 1), count, axis=0) - lse[0, 0, 0, head][None])
         on_v += _dot(p.astype(dy.dtype), dy_head, 1, 0)
+        # dS^T = P^T (v dy_h^T - D), dk += dS^T q_h, dq_h^T = k_h^T dS^T
         ds = p * (_dot(v, dy_head, 1, 1) - jnp.sum(inner[own], axis=0, keepdims=True))
         ds = ds.astype(q.dtype)
         on_k += _dot(ds, q_head, 1, 0)

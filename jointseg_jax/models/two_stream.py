@@ -1,252 +1,230 @@
 """Two streams: a complete U-ViT for the image, a second U for the map, and an exchange between.
 
-1. ``x`` = the image stream's tokens (class?, times, data type?, context?, image);
-   ``m`` = the map's own, without time or text.
-2. At every layer ``i``: ``y = B_map_i(concat(m, x)[, skip_y])`` with ``x`` from before the image
-   block; ``x = B_image_i(x[, skip_x])``; then ``x = x + P_i(y[tokens of m:])`` over all tokens of
-   the image stream, and ``m = y[:tokens of m]``. Attention does not know the order of tokens, and
-   with ``x`` last both end in the same padding.
-3. An in-layer leaves ``x`` (after the addition) and all of ``y`` as the skips of its out-layer.
-4. The image's head reads the normed ``x``, the map's head ``m`` as it is, without a norm.
+``x`` = the image stream's tokens (class?, times, data type?, context?, image); ``m`` = the map's
+own, without time or text. At every layer ``i``:
 
-``P_i`` starts at zero, so that a fresh network predicts the image as its image stream alone does.
+1. ``y = B_map_i(concat(m, x)[, skip_y])`` with ``x`` from before the image block;
+2. ``x = B_image_i(x[, skip_x]) + P_i(y[tokens of m:])``, ``m = y[:tokens of m]``;
+3. an in-layer keeps ``x`` (after the addition) and all of ``y`` as the skips of its out-layer.
+
+The image's head reads the normed ``x``, the map's head ``m`` as it is, without a norm. ``P_i``
+starts at zero, so that a fresh network predicts the image as its image stream alone does.
 
 Parameter paths: ``image_stream`` holds exactly what a ``UViT`` of the image alone would;
 ``map_stream`` has ``<map>_in``, ``in_blocks``, ``mid_block``, ``out_blocks``, ``<map>_out``;
 ``exchange`` has ``in_blocks``, ``mid_block``, ``out_blocks``. All three are stacked with ``scan``,
-as ``trunk`` says.
+as ``backbone`` says.
 
-Source: PDM (arXiv 2412.02929) section 3.3; what is read, added and pushed when, its released code.
+Source: PDM (arXiv 2412.02929) section 3.3; what is read, added and passed on when, its code.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Iterable, Mapping, Sequence
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array
 
-from jointseg_jax.models.checks import check_call, check_fields, extent
-from jointseg_jax.models.embed import Spec, head_products, way_in, way_out
-from jointseg_jax.models.trunk import Layers, Trunk
-from jointseg_jax.models.uvit import Sizes, UViT, edge_products, normalise_fields, with_added
+from jointseg_jax.models.backbone import Backbone, Half, UBlocks
+from jointseg_jax.models.embed import Spec, embed, head, head_products
+from jointseg_jax.models.uvit import (
+    Denoiser,
+    Predictions,
+    Rule,
+    Sizes,
+    UViT,
+    edge_products,
+    with_added,
+)
 from jointseg_jax.types import Streams
 
 MAP = "map_stream/"
-"""What stands before the taps of the map stream."""
+"""What the taps of the map stream begin with."""
+
+Pair = tuple[Array, Array]
+"""Of the image stream and the map stream."""
 
 
 class MapStream(nn.Module):
     """The second stream's own parts."""
 
-    stream: str
+    stream: str  # its name
     spec: Spec
     width: int
-    trunk: Trunk
+    backbone: Backbone
 
     def setup(self):
-        self.enter = way_in(self.stream, self.spec, self.width, self.trunk.dtype)
-        if self.trunk.half:
-            self.in_blocks, self.out_blocks = self.trunk.blocks(), self.trunk.blocks()
-        self.mid_block = self.trunk.block()()
-        self.leave = way_out(self.stream, self.spec)
+        self.embed = embed(self.stream, self.spec, self.width, self.backbone.dtype)
+        if self.backbone.half:
+            self.in_blocks, self.out_blocks = self.backbone.blocks(), self.backbone.blocks()
+        self.mid_block = self.backbone.block()()
+        self.head = head(self.stream, self.spec)
 
 
 class Exchange(nn.Module):
-    """What the image stream takes of the map stream after each block, nothing at first."""
+    """The projections ``P_i`` from the map stream to the image stream, zero at first."""
 
     width: int
     bias: bool
-    trunk: Trunk
+    backbone: Backbone
 
     def setup(self):
         make = functools.partial(
             nn.Dense,
             self.width,
             use_bias=self.bias,
-            dtype=self.trunk.dtype,
+            dtype=self.backbone.dtype,
             kernel_init=nn.initializers.zeros,
         )
-        if self.trunk.half:
-            self.in_blocks, self.out_blocks = self.trunk.stacked(make), self.trunk.stacked(make)
+        if self.backbone.half:
+            self.in_blocks, self.out_blocks = map(self.backbone.stacked, (make, make))
         self.mid_block = make()
 
 
 class Layer(nn.Module):
-    """The blocks of both streams and the projection between them.  Source: the module's 2 and 3."""
+    """The blocks of both streams and the projection between them."""
 
     image: nn.Module
     map: nn.Module
     exchange: nn.Module
 
-    def __call__(
-        self, state: tuple[Array, Array], skips: tuple[Array, Array] | None, count: int
-    ) -> Any:
+    def __call__(self, state: Pair, skips: Pair | None, count: int) -> tuple[Pair, Pair]:
         """Tokens of ``x`` from ``count`` on are padding."""
-        x, m = state
+        x, m = state  # [b, n (+ padding), d], [b, own, d]
         skip_x, skip_y = (None, None) if skips is None else skips
         own = m.shape[1]
+        # (1) y = B_map(concat(m, x), skip_y). Attention does not know the order of tokens: with x
+        # last, both streams end in the same padding.
         y = self.map(jnp.concatenate([m, x], axis=1), skip_y, own + count)
+        # (2) x = B_image(x, skip_x) + P(y[tokens of m:])
         x = self.image(x, skip_x, count) + self.exchange(y[:, own:])
-        return (x, y[:, :own]), (x, y)
+        return (x, y[:, :own]), (x, y)  # (3) x and all of y are kept
 
 
-class TwoStream(nn.Module):
+class TwoStream(Denoiser):
     """The denoiser of an image and a map, each with weights of its own.
 
-    Args:
-      streams: the image, then the map, as ``UViT`` takes them.
-      time_tokens: the image alone; the map stream reads the image stream's time token.
-      exchange_bias: a bias in every projection from the map stream to the image stream, as in the
-        released code; the paper has none.
-      add_features: ``(("mask", "image"),)`` adds the map's features to the image's before its head.
-
-    The other fields are those of ``UViT`` and hold for both streams; class, data type and context
-    are tokens of the image stream.
+    ``streams`` are the image, then the map; ``time_tokens`` the image alone: the map stream reads
+    its token of time. Class, data type and context are tokens of the image stream.
+    ``add_features=(("mask", "image"),)`` adds the map's features to the image's before its head.
     """
 
-    streams: Any
-    time_tokens: Any
-    width: int
-    depth: int
-    heads: int
-    context: Any = None
-    classes: int = 0
-    data_types: int = 0
-    mlp_ratio: int | float = 4
-    norm: str = "pre"
-    join_norm: bool | None = None
-    add_features: Any = ()
-    skip: bool = True
-    qkv_bias: bool = False
-    time_mlp: bool = False
-    dtype: Any = "float32"
-    attention: str = "auto"
-    scan: bool = False
-    remat: str = "none"
     exchange_bias: bool = False
-    share: ClassVar[tuple[str, ...]] = ()
+    """A bias in every projection ``P_i``, as in the released code; the paper has none."""
 
-    def __post_init__(self):
-        normalise_fields(self)
+    @nn.nowrap
+    def own_rules(self) -> tuple[Rule, ...]:
+        """Returns the rules of ``streams`` and ``time_tokens``."""
         names = tuple(n for n, _ in self.streams)
-        check_fields(
-            self,
+        times = f"time_tokens: the first stream's, {names[:1]}; given {self.time_tokens}"
+        return (
             (len(names) == 2, f"streams: two, the image and then the map; given {names}"),
-            (
-                self.time_tokens == names[:1],
-                f"time_tokens: the first stream's, {names[:1]}; given {self.time_tokens}",
-            ),
+            (self.time_tokens == names[:1], times),
         )
-        super().__post_init__()
 
     def setup(self):
-        trunk = Trunk.of(self)
+        backbone, (_, (name, spec)) = Backbone.of(self), self.specs.items()
         self.image_stream = self.image_module()
-        self.map_stream = MapStream(*self.streams[1], self.width, trunk)
-        self.exchange = Exchange(self.width, self.exchange_bias, trunk)
+        self.map_stream = MapStream(name, spec, self.width, backbone)
+        self.exchange = Exchange(self.width, self.exchange_bias, backbone)
         parts = (self.image_stream, self.map_stream, self.exchange)
-        if trunk.half:
+        if backbone.half:
             self.in_layers = self._paired(part.in_blocks for part in parts)
             self.out_layers = self._paired(part.out_blocks for part in parts)
         self.mid_layer = Layer(*(part.mid_block for part in parts))
 
     @nn.nowrap
-    def _paired(self, halves: Any) -> Layer | list[Layer]:
-        """The layers of one half out of the streams' blocks, as ``Trunk.run`` takes them."""
+    def _paired(self, halves: Iterable[nn.Module]) -> Half:
+        """The layers of one half made of the streams' blocks, as ``Backbone.run`` takes them."""
         if self.scan:
             return Layer(*halves)
-        return [Layer(*blocks) for blocks in zip(*(half.all for half in halves))]
+        return [Layer(*blocks) for blocks in zip(*(half.blocks for half in halves))]
 
     def __call__(
         self,
         latents: Streams,
-        times: Mapping[str, Any],
+        times: Mapping[str, ArrayLike],
         text: Array | None = None,
         *,
         class_id: Array | None = None,
         data_type: Array | None = None,
         taps: Sequence[str] = (),
-    ) -> tuple[dict[str, Array], dict[str, Array]]:
+    ) -> Predictions:
         """Predicts both streams; the arguments are those of ``UViT.__call__``."""
-        check_call(self, latents, times, text, class_id, data_type, taps)
-        trunk, (image, name) = Trunk.of(self), [n for n, _ in self.streams]
+        self.check_call(latents, times, text, class_id, data_type, taps)
+        backbone, (image, name) = Backbone.of(self), self.specs
         own = {image: latents[image]}
-        x = self.image_stream.embed(own, times, text, class_id, data_type)
-        m = self.map_stream.enter(latents[name])
+        x = self.image_stream.embed(own, times, text, class_id, data_type)  # [b, n, width]
+        m = self.map_stream.embed(latents[name])  # [b, first, width]
         tapped = {"tokens": x, MAP + "tokens": jnp.concatenate([x, m], axis=1)}
-        within = [n for n in trunk.names if n in taps or MAP + n in taps]
-        halves = (self.in_layers, self.out_layers) if trunk.half else ((), ())
-        layers = Layers(halves[0], self.mid_layer, halves[1])
+        within = [n for n in backbone.names if n in taps or MAP + n in taps]
+        halves = (self.in_layers, self.out_layers) if backbone.half else ((), ())
+        blocks = UBlocks(halves[0], self.mid_layer, halves[1])
         count, first = x.shape[1], m.shape[1]
-        more = 0 if self.is_initializing() else trunk.padding(self.width, count, first + count)
+        # one number of padding for both attentions, over x and over [m, x]: x ends both
+        more = 0 if self.is_initializing() else backbone.padding(self.width, count, first + count)
         if more:
             x = jnp.pad(x, ((0, 0), (0, more), (0, 0)))
-        (x, m), left = trunk.run(functools.partial(_layer, count=count), (x, m), layers, within)
-        for n, (of_image, of_map) in left.items():
+        step = functools.partial(_layer, count=count)
+        (x, m), kept = backbone.run(step, (x, m), blocks, within)
+        for n, (of_image, of_map) in kept.items():
+            # taps of the map stream are in the order of ``spans``: [x, m], without padding
             parts = [of_map[:, first : first + count], of_map[:, :first]]
             tapped |= {n: of_image[:, :count], MAP + n: jnp.concatenate(parts, axis=1)}
         tapped["norm"] = x = self.image_stream.last_norm(x[:, :count])
         features = with_added(self.add_features, self.image_stream.features(x, own) | {name: m})
         predictions = self.image_stream.predict({image: features[image]}, own)
-        predictions[name] = self.map_stream.leave(features[name], latents[name])
+        predictions[name] = self.map_stream.head(features[name], latents[name])
         return predictions, {n: tapped[n] for n in taps}
 
     @nn.nowrap
     def image_module(self) -> UViT:
-        """The image stream as a ``UViT`` of its own, whose parameters fit under it."""
-        apart = ("streams", "share", "add_features", "name", "parent")
-        names = [f.name for f in dataclasses.fields(UViT) if f.name not in apart]
+        """Returns the image stream as a ``UViT`` of its own, whose parameters fit under it."""
+        apart = ("streams", "add_features", "name", "parent")
+        names = [f.name for f in dataclasses.fields(Denoiser) if f.name not in apart]
         fields = {n: getattr(self, n) for n in names}
-        return UViT(streams=self.streams[:1], **fields, parent=None)
+        # parent=None: made within setup it would become a submodule where it is made
+        return UViT(streams=tuple(self.specs.items())[:1], **fields, parent=None)
 
     @nn.nowrap
     def spans(self, sizes: Sizes | None = None) -> dict[str, slice]:
-        """Where each part lies among the map stream's tokens, which begin with the image's."""
+        """Returns where each part lies among the map stream's tokens, the image's first."""
         spans = self.image_module().spans(sizes)
-        name, spec = self.streams[1]
+        _, (name, spec) = self.specs.items()
         start = max(span.stop for span in spans.values())
-        count = int(np.prod(extent(spec, (sizes or {}).get(name))))
+        count = int(np.prod(spec.extent((sizes or {}).get(name))))
         return spans | {name: slice(start, start + count)}
 
     @nn.nowrap
     def tap_names(self) -> list[str]:
-        """Those of the image stream, and before them ``map_stream/`` all tokens of the map's."""
-        blocks = ["tokens", *Trunk.of(self).names]
+        """Returns the image stream's, and after ``map_stream/`` those of all the map's tokens."""
+        blocks = ["tokens", *Backbone.of(self).names]
         return [*blocks, "norm", *(MAP + n for n in blocks)]
 
-    @nn.nowrap
-    def input_shapes(self, batch: int = 1) -> dict[str, Any]:
-        """Keyword arguments of ``__call__`` as ``ShapeDtypeStruct``, all at native sizes."""
-        shapes = self.image_module().input_shapes(batch)
-        name, spec = self.streams[1]
-        shapes["latents"][name] = jax.ShapeDtypeStruct((batch, *spec.shape), jnp.float32)
-        shapes["times"][name] = jax.ShapeDtypeStruct((batch,), jnp.float32)
-        return shapes
 
-
-def _layer(layer: Layer, state: tuple, skips: tuple | None, count: int) -> Any:
+def _layer(layer: nn.Module, state: Pair, skips: Pair | None, count: int) -> tuple[Pair, Pair]:
     return layer(state, skips, count)
 
 
 def lengths(module: TwoStream, sizes: Sizes | None = None) -> tuple[int, ...]:
-    """Numbers of tokens that attend to each other, image stream and map stream."""
-    span = module.spans(sizes)[module.streams[1][0]]
+    """Returns the numbers of tokens that attend to each other: image stream, map stream."""
+    _, name = module.specs
+    span = module.spans(sizes)[name]
     return span.start, span.stop
 
 
 def forward_flops(module: TwoStream, sizes: Sizes | None = None) -> int:
-    """Matrix-product FLOPs of one sample's forward pass, counted as for ``UViT``."""
-    trunk, d, image = Trunk.of(module), module.width, module.image_module()
-    name, spec = module.streams[1]
+    """Returns matrix-product FLOPs of one sample's forward pass, counted as for ``UViT``."""
+    backbone, d = Backbone.of(module), module.width
+    _, (name, spec) = module.specs.items()
     span = module.spans(sizes)[name]
-    blocks = trunk.products(d, span.start) + trunk.products(d, span.stop)
-    exchange = (2 * trunk.half + 1) * span.start * d * d
-    edges = edge_products(image, sizes) + head_products(spec, d, span.stop - span.start)
+    blocks = backbone.products(d, span.start) + backbone.products(d, span.stop)
+    exchange = (2 * backbone.half + 1) * span.start * d * d  # P_i, on every token of the image's
+    edges = edge_products(module.image_module(), sizes)
+    edges += head_products(spec, d, span.stop - span.start)
     return 2 * (blocks + exchange + edges)

@@ -103,15 +103,15 @@ def program(
 ) -> Callable[[], None]:
     """Compiles attention forward and backward, as the layers call it, for one device."""
     from jointseg_jax import sharding
-    from jointseg_jax.models import packed_attention, splash
+    from jointseg_jax.models import attention, packed_attention
 
     if backend == "packed":
         fields = {"heads": flags.heads, "count": flags.tokens, "queries": queries}
         attend = functools.partial(packed_attention.attend_packed, **fields)
         shape = (flags.rows, packed_attention.room(flags.tokens), flags.heads * flags.size)
     else:
-        attend = functools.partial(splash.attend_splash, count=flags.tokens)
-        shape = (flags.rows, flags.heads, splash.room(flags.tokens), flags.size)
+        attend = functools.partial(attention.attend_splash, count=flags.tokens)
+        shape = (flags.rows, flags.heads, attention.splash_room(flags.tokens), flags.size)
     mesh = sharding.make_mesh((1, 1, 1), [device])
     x = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=sharding.replicated(mesh))
 

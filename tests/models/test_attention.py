@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AxisType
 
 from jointseg_jax import chips, sharding
-from jointseg_jax.models import packed_attention, splash
+from jointseg_jax.models import attention, packed_attention
 from jointseg_jax.models.attention import chosen
 from jointseg_jax.models.uvit import UViT
 
@@ -36,7 +36,7 @@ def side_by_side(q, k, v, count):
     return y.reshape(batch, tokens, heads, size).swapaxes(1, 2)
 
 
-KERNELS = {"splash": splash.attend_splash, "packed": side_by_side}
+KERNELS = {"splash": attention.attend_splash, "packed": side_by_side}
 
 
 @functools.cache
@@ -106,13 +106,13 @@ def test_a_network_says_the_same_with_every_backend(backend, width):
 
 
 def test_blocks_divide_the_length_and_stay_below_the_limit():
-    for generation, (keys, scores) in splash.SCORES.items():
+    for generation, (most_keys, scores) in attention.SPLASH_SCORES.items():
         for tokens in range(128, 4225, 128):
-            made = splash.blocks(tokens, generation)
-            assert tokens % made.block_q == 0 and tokens % made.block_kv == 0
-            assert made.block_q % 128 == 0 and made.block_kv % 128 == 0
-            assert made.block_kv <= keys and made.block_q * made.block_kv <= scores
-    assert splash.blocks(2176, "v5e").block_kv == 2176
+            queries, keys = attention.splash_blocks(tokens, generation)
+            assert tokens % queries == 0 and tokens % keys == 0
+            assert queries % 128 == 0 and keys % 128 == 0
+            assert keys <= most_keys and queries * keys <= scores
+    assert attention.splash_blocks(2176, "v5e")[1] == 2176
 
 
 def test_packed_blocks_divide_the_length():
@@ -143,9 +143,9 @@ def test_packed_tells_what_it_takes():
 
 
 def test_padding_in_every_layer_stays_small():
-    assert splash.room(2129) == 2176  # JoDiffusion: 2 %
-    assert splash.room(590) == 590  # PDM: it would be 8 %
-    assert splash.room(640) == 640
+    assert attention.splash_room(2129) == 2176  # JoDiffusion: 2 %
+    assert attention.splash_room(590) == 590  # PDM: it would be 8 %
+    assert attention.splash_room(640) == 640
 
 
 def mesh_of(kind, platform):

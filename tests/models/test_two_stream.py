@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jointseg_jax.models.backbone import Backbone
 from jointseg_jax.models.blocks import Block, layer_norm
 from jointseg_jax.models.embed import Patches, PatchesIn, PatchesOut, Tokens
-from jointseg_jax.models.trunk import Trunk
 from jointseg_jax.models.two_stream import TwoStream, forward_flops
 from jointseg_jax.models.uvit import UViT
 from jointseg_jax.rules import by_path
@@ -276,8 +276,8 @@ def test_both_streams_end_in_the_same_padding_which_changes_nothing():
     mask = Patches(grid=(8, 8), channels=3, patch=2, conv=True)
     fields = {"streams": {"image": IMAGE, "mask": mask}, "width": 128, "depth": 3}
     plain, kernel = (build(**fields, attention=name) for name in ("xla", "packed"))
-    assert [Trunk.of(m).padding(128, 8, 24) for m in (plain, kernel)] == [0, 8]
-    assert Trunk.of(kernel).padding(128, 8, 25) == 0  # no number suits both
+    assert [Backbone.of(m).padding(128, 8, 24) for m in (plain, kernel)] == [0, 8]
+    assert Backbone.of(kernel).padding(128, 8, 25) == 0  # no number suits both
     given, taps = inputs(plain, batch=1), tuple(plain.tap_names())
     params = jax.tree.map(lambda x: x / 4, random_params(plain))  # wider, so smaller
     assert_trees_close(apply(kernel, params, given, taps), apply(plain, params, given, taps))
