@@ -103,10 +103,10 @@ class Latents:
     def encode(
         self,
         params: Mapping[str, Any],
-        latents: Float[AnyArray, "batch *shape"],
+        latents: Float[AnyArray, " batch *shape"],
         *,
         keys: Key[Array, " batch"] | None = None,
-    ) -> Float[Array, "batch *shape"]:
+    ) -> Float[Array, " batch *shape"]:
         """The latents in float32."""
         if self.shape is None:
             _same_channels("latents codec", latents.shape[-1], self.channels)
@@ -118,8 +118,8 @@ class Latents:
         return jnp.asarray(latents, jnp.float32)
 
     def decode(
-        self, params: Mapping[str, Any], latents: Float[AnyArray, "batch *shape"]
-    ) -> Float[Array, "batch *shape"]:
+        self, params: Mapping[str, Any], latents: Float[AnyArray, " batch *shape"]
+    ) -> Float[Array, " batch *shape"]:
         """The latents in float32."""
         return jnp.asarray(latents, jnp.float32)
 

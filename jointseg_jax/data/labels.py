@@ -96,7 +96,7 @@ class LabelRule:
 
 
 @functools.cache
-def lookup(rule: LabelRule, count: int) -> Int16[np.ndarray, values]:
+def lookup(rule: LabelRule, count: int) -> Int16[np.ndarray, " values"]:
     """Returns the class of every 16-bit file value."""
     table = np.full(65536, _OUTSIDE, np.int16)
     for value, label in rule.table or ((rule.shift + c, c) for c in range(count)):

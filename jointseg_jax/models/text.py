@@ -22,7 +22,9 @@ PADDING = 0
 """Id of the padding word; a prompt of nothing else is the empty prompt."""
 
 
-def look_up(table: Float[Array, "ids width"], ids: Int[Array, "*shape"]) -> Float[Array, ...]:
+def look_up(
+    table: Float[Array, "ids width"], ids: Int[Array, "*shape"]
+) -> Float[Array, "*shape width"]:
     """Rows of ``table``, ``[*shape, width]``."""
     # jnp.take gives NaN for an id outside the table: loud, where clamping would be silent
     return jnp.take(table, ids, axis=0)
