@@ -15,6 +15,8 @@ with _epy.lazy_api_imports(globals()):
     # A trained run: read it, make pairs, measure it.
     from jointseg_jax.evaluation.evaluate import evaluate
     from jointseg_jax.generation.filters import Filters
+    from jointseg_jax.generation.in_memory import InMemory, sample_pairs, segment
+    from jointseg_jax.generation.sample import SampleOptions, sample
     from jointseg_jax.training.workdir import load_run
 
     # A system of your own: streams denoised together, or two ends of one flow.
@@ -70,6 +72,7 @@ __all__ = [
     "Grouped",
     "Heun",
     "ImageTiny",
+    "InMemory",
     "Independent",
     "Joint",
     "LabelAE",
@@ -80,6 +83,7 @@ __all__ = [
     "PanopticBits",
     "Pixels",
     "Process",
+    "SampleOptions",
     "ScaledLinear",
     "Scenes",
     "Shared",
@@ -94,5 +98,8 @@ __all__ = [
     "overlay",
     "pair_sheet",
     "row_keys",
+    "sample",
     "sample_keys",
+    "sample_pairs",
+    "segment",
 ]
