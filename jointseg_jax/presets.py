@@ -6,10 +6,16 @@ lie. The numbers of an experiment stand in its own file under ``configs/``.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+Settings = dict[str, Any]
+"""Nested values, as a config holds them."""
+
+Choice = TypeVar("Choice")
 
 
-def parse_arg(arg: str, **defaults: Any) -> dict[str, Any]:
+def parse_arg(arg: str, **defaults: str | int | float) -> Settings:
     """Reads ``"data=camvid,smoke"`` into ``{"data": "camvid", "smoke": True}``.
 
     A key's type is that of its default; a bare key is ``True``.
@@ -17,7 +23,7 @@ def parse_arg(arg: str, **defaults: Any) -> dict[str, Any]:
     Raises:
       ValueError: an unknown key, or a value that is not of the default's type.
     """
-    values = dict(defaults)
+    values: Settings = dict(defaults)
     for part in filter(None, arg.split(",")):
         key, given, text = part.partition("=")
         if key not in defaults:
@@ -37,16 +43,20 @@ def parse_arg(arg: str, **defaults: Any) -> dict[str, Any]:
     return values
 
 
-def choose(arg: str, key: str, table: dict[str, Any]) -> Any:
-    """The table's entry for a config argument's value, or an error that lists the entries."""
+def choose(arg: str, key: str, table: Mapping[str, Choice]) -> Choice:
+    """Returns the table's entry for a config argument's value.
+
+    Raises:
+      ValueError: no such entry; the message lists them.
+    """
     if arg not in table:
         raise ValueError(f"config argument {key}={arg} is unknown; one of: {', '.join(table)}.")
     return table[arg]
 
 
-def run(**changes: Any) -> dict[str, Any]:
-    """The settings that every training run has, with ``changes`` on top."""
-    settings: dict[str, Any] = {
+def run(**changes: object) -> Settings:
+    """Returns the settings that every training run has, with ``changes`` on top."""
+    settings: Settings = {
         "seed": 0,
         "accumulate": 1,  # micro-batches per update
         "ema": 0.9999,
@@ -75,8 +85,8 @@ def run(**changes: Any) -> dict[str, Any]:
     return settings | changes
 
 
-def brief(config: dict[str, Any]) -> dict[str, Any]:
-    """The same run for four steps."""
+def brief(config: Settings) -> Settings:
+    """Returns the same run for four steps."""
     optimizer = config["optimizer"]
     schedule = optimizer["schedule"] | {"warmup": 1}
     return config | {
@@ -88,9 +98,10 @@ def brief(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def shrunk(config: dict[str, Any]) -> dict[str, Any]:
-    """The same run in seconds and from nothing, to see that its parts work together."""
+def shrunk(config: Settings) -> Settings:
+    """Returns the same run in seconds and from nothing, to see that its parts work together."""
     config = brief(config) | {"ema": 0.9}
+    # A smoke run needs no other run's weights, and keeps the rest of ``start`` to be checked.
     config |= {"start": config["start"] | {"workdir": "", "file": ""}}
     config["system"]["denoiser"] |= {"width": 32, "depth": 2, "heads": 2}
     config["system"]["solver"]["steps"] = 3
@@ -104,8 +115,8 @@ def scenes(
     things: int = 5,
     thing_size: tuple[float, float] = (0.25, 0.5),
     texture: float = 1.0,
-) -> dict[str, Any]:
-    """The embedded procedural source: endless training scenes, 2,000 held-out ones.
+) -> Settings:
+    """Returns the embedded procedural source: endless training scenes, 2,000 held-out ones.
 
     Args:
       things: most things in a scene.
@@ -135,21 +146,22 @@ def crops(
     mode: str = "crop",
     random_scale: tuple[float, float] | None = None,
     flip: float = 0.5,
-) -> dict[str, Any]:
-    """Shorter-side resize and crop (or stretch), then a mirror with left/right classes swapped.
+) -> Settings:
+    """Returns a resize and crop (or stretch), then a mirror with left/right classes swapped.
 
     Args:
       random_scale: range of the shorter side before the crop, in units of the crop's.
       flip: probability of the mirror.
     """
-    resize: dict[str, Any] = {"name": "resize", "size": size, "mode": mode}
+    resize: Settings = {"name": "resize", "size": size, "mode": mode}
     if random_scale:
         resize |= {"random_scale": random_scale}
     return {"resize": resize, "flip": {"name": "flip", "probability": flip}}
 
 
-def with_features(data: dict[str, Any], root: str, *fields: str) -> dict[str, Any]:
-    """A data set whose records carry arrays computed beforehand; the crop is the centre's."""
+def with_features(data: Settings, root: str, *fields: str) -> Settings:
+    """Returns a data set whose records carry arrays computed beforehand, of the centre crop."""
+    # One array per record: a random crop or a mirror would not be the one that was encoded.
     features = {"name": "npy", "root": root, "fields": fields}
     resize = data["transforms"]["resize"] | {"random": False}
     splits = {k: data[k] | {"features": features} for k in ("train", "val")}
@@ -163,8 +175,8 @@ def dataset(
     mode: str = "crop",
     random_scale: tuple[float, float] | None = None,
     **changes: Any,
-) -> dict[str, Any]:
-    """Where a real data set lies (relative to the working directory) and how it is read.
+) -> Settings:
+    """Returns where a real data set lies (from the working directory) and how it is read.
 
     ``size``, ``mode`` and ``random_scale`` are those of ``crops``; ``changes`` replace what is
     returned (``workers``, ``threads``, ...).
