@@ -22,7 +22,7 @@ with _epy.lazy_api_imports(globals()):
     # A system of your own: streams denoised together, or two ends of one flow.
     from jointseg_jax.systems.bridge import Bridge
     from jointseg_jax.systems.joint import Joint
-    from jointseg_jax.systems.stream import Stream
+    from jointseg_jax.systems.system import Stream
 
     # Networks.
     from jointseg_jax.models.text import Words

@@ -41,7 +41,7 @@ from jointseg_jax.settings_diff import require_same
 from jointseg_jax.systems.autoencode import Autoencode
 from jointseg_jax.systems.bridge import IMAGE, STATE, Bridge
 from jointseg_jax.systems.joint import TEXT_STREAM, Joint
-from jointseg_jax.systems.stream import Stream
+from jointseg_jax.systems.system import Stream
 from jointseg_jax.transport.adaptive import Dopri5
 from jointseg_jax.transport.discrete import DDIM, DDPM, MultistepDPM
 from jointseg_jax.transport.dpm import DPMSolverPP

@@ -28,7 +28,7 @@ from jointseg_jax.data.sources.scenes import Scenes
 from jointseg_jax.models.embed import spec_of
 from jointseg_jax.models.uvit import UViT
 from jointseg_jax.systems.joint import TEXT_STREAM
-from jointseg_jax.systems.stream import Stream
+from jointseg_jax.systems.system import Stream
 from jointseg_jax.training.faults import Faults
 from jointseg_jax.training.init_from import InitFrom
 from jointseg_jax.training.optimizer import OPTIMIZERS

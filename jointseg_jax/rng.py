@@ -22,18 +22,20 @@ Numbers = Int[Array, " batch"] | UInt[Array, " batch"]
 
 def name_id(name: str) -> np.uint32:
     """A number for a name that does not depend on which other names exist."""
+    # not hash(): Python salts it in every process
     return np.uint32(zlib.crc32(name.encode()))
 
 
 def row_keys(seed: int, step: Int[Array, ""] | int, rows: Numbers) -> Keys:
     """One key per row of a training batch (global row numbers)."""
-    step_key = jax.random.fold_in(jax.random.key(seed), step)
+    step_key = jax.random.fold_in(jax.random.key(seed), step)  # (1)
+    # (2) row_key[r] = fold_in(step_key, r), whatever host or device holds the row
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(step_key, rows)
 
 
 def sample_keys(seed: Int[Array, ""] | UInt[Array, ""] | int, indices: Numbers) -> Keys:
     """One key per generated sample."""
-    # The name keeps samples apart from training rows of the same seed and number.
+    # the name keeps samples apart from training rows of the same seed and number.
     key = jax.random.fold_in(jax.random.key(seed), name_id("sample"))
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, indices)
 
@@ -41,6 +43,7 @@ def sample_keys(seed: Int[Array, ""] | UInt[Array, ""] | int, indices: Numbers) 
 def fold(keys: Keys, *uses: str | int | np.integer | Int[Array, ""]) -> Keys:
     """One new key per row, a function of the row's key and of ``uses``: names or numbers."""
     for use in uses:
+        # (3) by name and not by a count of uses: a new use changes the draws of no other
         number = name_id(use) if isinstance(use, str) else use
         keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, number)
     return keys

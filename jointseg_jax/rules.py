@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+from jaxtyping import PyTree
 
 from jointseg_jax.types import UserError
 
@@ -20,24 +21,25 @@ Rules = Sequence[Sequence[Any]]
 """``(regex, value)`` pairs; a pair is a list where the config went through JSON."""
 
 
-def path_of(key_path: Sequence[Any]) -> str:
+def path_of(key_path: Sequence[object]) -> str:
     """The slash-joined name of one ``jax.tree_util`` key path."""
+    # keys of dicts, attributes of dataclasses and NamedTuples, positions in sequences
     return "/".join(
         str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in key_path
     )
 
 
-def paths(tree: Any) -> list[str]:
+def paths(tree: PyTree) -> list[str]:
     """The path of every leaf, in flattening order."""
     return list(by_path(tree))
 
 
-def by_path(tree: Any) -> dict[str, Any]:
+def by_path(tree: PyTree) -> dict[str, Any]:
     """Every leaf under its path."""
     return {path_of(p): leaf for p, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
-def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
+def nested(leaves: Mapping[str, object]) -> dict[str, Any]:
     """The nested dict that ``by_path`` makes ``leaves`` of."""
     tree: dict[str, Any] = {}
     for path, leaf in leaves.items():
@@ -49,7 +51,9 @@ def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def match(tree: Any, rules: Rules, *, where: str, prefix: str = "", dead: str = "raise") -> Any:
+def match(
+    tree: PyTree, rules: Rules, *, where: str, prefix: str = "", dead: str = "raise"
+) -> PyTree:
     """A tree of the same structure whose leaves are the values of the first matching rules.
 
     Args:
@@ -73,12 +77,13 @@ def match(tree: Any, rules: Rules, *, where: str, prefix: str = "", dead: str = 
     used = [False] * len(compiled)
     unmatched: list[str] = []
 
-    def assign(key_path: Sequence[Any], _leaf: Any) -> Any:
+    def assign(key_path: Sequence[object], _leaf: object) -> Any:
         path = prefix + path_of(key_path)
-        for i, (pattern, value) in enumerate(compiled):
+        for i, (pattern, value) in enumerate(compiled):  # the first match wins
             if pattern.search(path):
                 used[i] = True
                 return value
+        # noted and not raised at once, so that the message counts all of them
         unmatched.append(path)
         return None
 
@@ -92,7 +97,7 @@ def match(tree: Any, rules: Rules, *, where: str, prefix: str = "", dead: str = 
     unused = [rules[i][0] for i, u in enumerate(used) if not u]
     if unused and dead == "raise":
         raise UserError(
-            f"{where} rules: no leaf matches {', '.join(map(repr, unused))}. Remove or mend the "
+            f"{where} rules: no leaf matches {', '.join(map(repr, unused))}. Remove or fix the "
             "rule (see rules.paths)."
         )
     return values

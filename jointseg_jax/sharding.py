@@ -26,16 +26,19 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
 
 from jointseg_jax import rules
 from jointseg_jax.types import UserError
 
 AXES = ("data", "fsdp", "model")
+Leaf = jax.Array | np.ndarray | jax.ShapeDtypeStruct
+
 SMALL = 2**16
 """Tensors with fewer elements are replicated by the ``fsdp`` and ``zero`` tactics."""
 
 FSDP: rules.Rules = (
-    # positions and the ways in and out are small, and activations would take their layout over
+    # positions, embeddings and heads are small, and activations would take their layout over
     (r"/position$|/\w+_(in|out)/", "replicate"),
     (r"^(params|opt|ema)/", "fsdp"),
     (r"", "replicate"),
@@ -89,7 +92,7 @@ def constrain(x: jax.Array, *axes: str) -> jax.Array:
     if len(axes) != x.ndim:
         raise ValueError(f"constrain: {len(axes)} names {axes} for an array of shape {x.shape}.")
     if jax.sharding.get_abstract_mesh().empty:
-        return x
+        return x  # one device, or tests of a network alone
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*[free_axes(a) or None for a in axes]))
 
 
@@ -148,20 +151,21 @@ def make_mesh(shape: Sequence[int], devices: Sequence[jax.Device] | None = None)
             f"config.mesh = {shape} {AXES}: its product must be the number of devices, "
             f"{len(devices)}; for example ({len(devices)}, 1, 1) or (-1, 1, 1)."
         )
+    # model is innermost: its all-reduces, two in each block, run between neighbouring devices
     return Mesh(np.array(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def mesh_sizes(shape: Sequence[Any]) -> tuple[int, ...]:
+def mesh_sizes(shape: Sequence[object]) -> tuple[int, ...]:
     """The sizes of a mesh as they are written, -1 still in its place.
 
     Raises:
       UserError: they are not three sizes of which one may be -1.
     """
     shape = tuple(shape)
-    whole = all(isinstance(n, int) and (n >= 1 or n == -1) for n in shape)
-    if not whole or len(shape) != len(AXES) or shape.count(-1) > 1:
+    sizes = tuple(n for n in shape if isinstance(n, int) and (n >= 1 or n == -1))
+    if sizes != shape or len(sizes) != len(AXES) or sizes.count(-1) > 1:
         raise UserError(f"config.mesh = {shape}: give three sizes {AXES}; one of them may be -1.")
-    return shape
+    return sizes
 
 
 def own_mesh() -> Mesh:
@@ -181,9 +185,9 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def global_batch(rows: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """The batch of all hosts from the rows of this one; what only the host needs stays out."""
-    place = batch_sharding(mesh)
+    sharding = batch_sharding(mesh)
     return {
-        k: jax.make_array_from_process_local_data(place, v)
+        k: jax.make_array_from_process_local_data(sharding, v)
         for k, v in rows.items()
         if k not in ("index", "valid")
     }
@@ -205,27 +209,30 @@ def preset_rules(preset: str | rules.Rules) -> rules.Rules:
     return PRESETS[preset] if isinstance(preset, str) else preset
 
 
-def state_shardings(shapes: Any, preset: str | rules.Rules, mesh: Mesh | AbstractMesh) -> Any:
+def state_shardings(shapes: PyTree, preset: str | rules.Rules, mesh: Mesh | AbstractMesh) -> PyTree:
     """A ``NamedSharding`` per leaf of ``shapes`` (arrays or ``ShapeDtypeStruct``).
 
     Raises:
       UserError: an unknown preset or tactic, or rules that do not cover the leaves.
     """
-    chosen = preset_rules(preset)
+    own_rules = preset_rules(preset)
     leaves, structure = jax.tree.flatten(shapes)
     # tactics may be tuples, and so may the state's own nodes (optax): only its structure can tell
-    matched = rules.match(shapes, chosen, where="sharding", dead="allow")
+    matched = rules.match(shapes, own_rules, where="sharding", dead="allow")
     names, tactics = rules.paths(shapes), structure.flatten_up_to(matched)
     specs = [_spec(*x, mesh) for x in zip(names, leaves, tactics, strict=True)]
     return jax.tree.unflatten(structure, [NamedSharding(mesh, s) for s in specs])
 
 
-def _spec(path: str, leaf: Any, tactic: Any, mesh: Mesh | AbstractMesh) -> PartitionSpec:
+def _spec(
+    path: str, leaf: Leaf, tactic: str | Sequence[Any], mesh: Mesh | AbstractMesh
+) -> PartitionSpec:
     # the leading axis of scanned blocks counts layers: splitting it would serialise the scan
     scanned = "_blocks/" in path and not path.split("_blocks/")[1][0].isdigit()
     if isinstance(tactic, tuple | list):  # a list where the config went through JSON
         entries = [tuple(a) if isinstance(a, list) else a for a in tactic]
         if scanned and leaf.ndim == len(entries) + 1:
+            # an explicit spec is that of one layer
             entries = [None, *entries]
         return _checked(path, leaf, PartitionSpec(*entries), mesh)
     if tactic == "replicate":
@@ -244,7 +251,9 @@ def _spec(path: str, leaf: Any, tactic: Any, mesh: Mesh | AbstractMesh) -> Parti
     return PartitionSpec(*[axes if i == largest else None for i in range(leaf.ndim)])
 
 
-def _checked(path: str, leaf: Any, spec: PartitionSpec, mesh: Mesh | AbstractMesh) -> PartitionSpec:
+def _checked(
+    path: str, leaf: Leaf, spec: PartitionSpec, mesh: Mesh | AbstractMesh
+) -> PartitionSpec:
     """An explicit spec whose every axis divides evenly."""
     for size, entry in zip(leaf.shape, spec):
         axes = entry if isinstance(entry, tuple) else (entry,) if entry else ()

@@ -36,6 +36,7 @@ class Codec(Protocol):
         ...
 
 
+@runtime_checkable
 class AnnotationCodec(Codec, Protocol):
     """A codec of label maps, which also says how sure its reading is."""
 
@@ -44,6 +45,7 @@ class AnnotationCodec(Codec, Protocol):
         ...
 
 
+@runtime_checkable
 class PanopticCodec(Codec, Protocol):
     """A codec of ``[batch, height, width, 2]`` maps of labels and instance numbers (0: none)."""
 
@@ -52,6 +54,7 @@ class PanopticCodec(Codec, Protocol):
         ...
 
 
+@runtime_checkable
 class TrainableCodec(Codec, Protocol):
     """A codec with parameters to be learned from its own stream."""
 

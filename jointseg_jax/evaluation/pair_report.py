@@ -27,7 +27,7 @@ from jointseg_jax.generation.pair_writer import read_mask
 from jointseg_jax.generation.sample import SampleOptions, sample
 from jointseg_jax.generation.sampler import ANNOTATIONS
 from jointseg_jax.systems.joint import TEXT_STREAM
-from jointseg_jax.systems.stream import Stream
+from jointseg_jax.systems.system import Stream
 from jointseg_jax.training.workdir import Run
 from jointseg_jax.types import UserError
 

@@ -1,10 +1,9 @@
 """One codec trained to give back what it was given.
 
-1. ``loss`` is the codec's own: of label maps the cross-entropy of its logits, without a KL term, of
-   images a distance between pixels.
-2. An image codec that a ``chain`` is to take for annotations must know their colours. With a
-   ``palette``, each row codes the coloured labels in place of its image with probability
-   ``painted``. Which rows do follows from each row's own key.
+The loss is the codec's own: of label maps the cross-entropy of its logits, without a KL term, of
+images a distance between pixels. An image codec that a ``chain`` is to take for annotations must
+know their colours: with a ``palette``, each row codes the coloured labels instead of its image with
+probability ``painted``.
 
 Source: JoDiffusion eq. 1 (label autoencoder).
 """
@@ -12,11 +11,12 @@ Source: JoDiffusion eq. 1 (label autoencoder).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 
+from jointseg_jax.codecs.codec import AnnotationCodec, TrainableCodec
 from jointseg_jax.codecs.pixels import normalise, quantise
 from jointseg_jax.rng import fold
 from jointseg_jax.systems.system import Batch, Pairs
@@ -25,21 +25,13 @@ from jointseg_jax.types import Array, Params
 
 @dataclass(frozen=True, kw_only=True)
 class Autoencode:
-    """A trainable codec and the batch field it codes.
+    """A trainable codec and the batch field it codes."""
 
-    Attributes:
-      codec: has ``init``, ``loss(params, values, keys)``, ``encode`` and ``decode``.
-      field: the batch field.
-      size: ``(height, width)`` of the training crops in pixels.
-      palette: an annotation codec whose latents are images, for an image codec to learn too.
-      painted: the part of the rows that learn the palette's images.
-    """
-
-    codec: Any
-    size: tuple[int, int]
-    field: str = "labels"
-    palette: Any = None
-    painted: float = 0.5
+    codec: TrainableCodec
+    size: tuple[int, int]  # (height, width) of the training crops in pixels
+    field: str = "labels"  # of the batch
+    palette: AnnotationCodec | None = None  # its latents are images, for an image codec to learn
+    painted: float = 0.5  # the part of the rows that learn the palette's images
 
     def __post_init__(self) -> None:
         if self.palette is not None and (self.codec.kind, self.palette.kind) != ("image", "labels"):
@@ -64,12 +56,14 @@ class Autoencode:
         return self.codec.loss(params, self._values(batch, keys), keys)
 
     def _values(self, batch: Batch, keys: Array) -> Array:
+        """What the codec is to give back: the batch's field, or in some rows its colours."""
         if self.palette is None:
             return batch[self.field]
         colours = self.palette.encode({}, batch["labels"], keys=fold(keys, "colours"))
-        painted = jax.vmap(lambda key: jax.random.bernoulli(key, self.painted))
-        chosen = painted(fold(keys, "painted")).reshape(-1, 1, 1, 1)
-        return jnp.where(chosen, colours, normalise(batch[self.field]))
+        # which rows are painted follows from each row's own key, whatever the batch around it
+        draw = jax.vmap(lambda key: jax.random.bernoulli(key, self.painted))
+        painted = draw(fold(keys, "painted")).reshape(-1, 1, 1, 1)  # [b, 1, 1, 1]
+        return jnp.where(painted, colours, normalise(batch[self.field]))  # [b, h, w, 3]
 
     def preview(self, params: Params, frozen: Params, batch: Batch, keys: Array) -> Pairs:
         """The batch's pairs, the coded half of each after encode and decode."""
@@ -78,12 +72,12 @@ class Autoencode:
         return SHOWN[self.codec.kind](self.codec, params, latents, batch)
 
 
-def _labels(codec: Any, params: Params, latents: Array, batch: Batch) -> Pairs:
-    labels, confidence = codec.decode_with_confidence(params, latents)
+def _labels(codec: TrainableCodec, params: Params, latents: Array, batch: Batch) -> Pairs:
+    labels, confidence = cast(AnnotationCodec, codec).decode_with_confidence(params, latents)
     return {"image": batch["image"], "labels": labels, "confidence": confidence}
 
 
-def _image(codec: Any, params: Params, latents: Array, batch: Batch) -> Pairs:
+def _image(codec: TrainableCodec, params: Params, latents: Array, batch: Batch) -> Pairs:
     labels = batch["labels"].astype(jnp.int32)
     image = quantise(codec.decode(params, latents))
     return {"image": image, "labels": labels, "confidence": jnp.ones(labels.shape)}

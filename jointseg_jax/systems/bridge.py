@@ -5,7 +5,7 @@
 3. ``loss = mean (v(x, t) - (z_1 - z_0))^2``, over the cells that hold no VOID pixel where the
    palette has ``void="masked"``
 4. segmentation: ``dz = v dt`` from ``z_0`` at 0 to 1, and the nearest colour; nothing is drawn
-5. synthesis: from ``z_1`` at 1 to 0; drawing the perturbation anew gives another image of the map
+5. synthesis: from ``z_1`` at 1 to 0; another perturbation gives another image of the same map
 
 ``correction`` moves the velocity target by ``correction f(z')``, ``z' = x + (1 - t) v`` being the
 network's own guess of the mask end, held constant. With the colours ``a_c``, the true class ``y``
@@ -14,8 +14,8 @@ and ``p_c = softmax(-|z' - a_c|^2 / (2 temperature^2))``
 6. ``f(z') = temperature^-2 (a_y - sum_c p_c a_c)``
 
 is the gradient of ``log p_y``: it pulls a guess to its own colour and pushes it from the others,
-the more the nearer these are, and is zero in all but name where the guess is right. The squared
-error alone fades near a colour, just where pixels change class.
+the more the nearer these are, and is all but zero where the guess is right. The squared error
+alone fades near a colour, just where pixels change class.
 
 Source: SemFlow (2405.20282), eqs. 9-14 and section 3.4; 6 is ours, after the idea of Wang et al.
 2026 (2603.19218): a detached correction by distance, attractive and repulsive.
@@ -26,7 +26,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import ClassVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -34,11 +34,15 @@ from einops import reduce
 from jaxtyping import Float, Int
 
 from jointseg_jax.codecs.chain import Chain
+from jointseg_jax.codecs.palette import Palette
 from jointseg_jax.codecs.pixels import quantise
 from jointseg_jax.rng import fold
-from jointseg_jax.systems.system import LATENTS, Batch, Input, Pairs
+from jointseg_jax.systems.system import LATENTS, Batch, Denoiser, Input, Pairs, Stream
+from jointseg_jax.transport.guidance import Step, Times
+from jointseg_jax.transport.integrator import Solver
 from jointseg_jax.transport.process import Process
-from jointseg_jax.types import VOID, Array, Params
+from jointseg_jax.transport.times import TimeSampler
+from jointseg_jax.types import VOID, Array, Params, Streams
 
 STATE = "state"
 """The name of the bridge's one stream, for the denoiser and the solver."""
@@ -49,28 +53,17 @@ IMAGE = "image"
 
 @dataclass(frozen=True, kw_only=True)
 class Bridge:
-    """Two ends, a velocity and a solver.
+    """Two ends, a velocity and a solver."""
 
-    Attributes:
-      mask: labels -> colours (``first``) -> latents (``second``, the image's own codec).
-      denoiser: Linen module over the one stream ``state``; its output is a velocity.
-      process: a linear schedule that predicts velocity, data end the image, source end the mask.
-      times: draws training times.
-      solver: Euler, Heun or adaptive; the direction sets its ``start`` and ``end``.
-      size: ``(height, width)`` of the pairs in pixels.
-      correction: of the velocity target by the distance to the colours; 0 is off.
-      temperature: distance in latents over which colours compete in the correction.
-    """
-
-    mask: Chain
-    denoiser: Any
-    process: Process
-    times: Any
-    solver: Any
-    size: tuple[int, int]
-    correction: float = 0.0
-    temperature: float = 0.1
-    streams: ClassVar[Mapping[str, Any]] = MappingProxyType({})  # its two ends share one state
+    mask: Chain  # labels -> colours (``first``) -> latents (``second``, the image's own codec)
+    denoiser: Denoiser  # over the one stream ``state``; its output is a velocity
+    process: Process  # linear, predicts velocity; data end the image, source end the mask
+    times: TimeSampler  # of training
+    solver: Solver  # Euler, Heun or adaptive; the direction sets its ``start`` and ``end``
+    size: tuple[int, int]  # (height, width) of the pairs in pixels
+    correction: float = 0.0  # of the velocity target by the distance to the colours; 0 is off
+    temperature: float = 0.1  # distance in latents over which colours compete in the correction
+    streams: ClassVar[Mapping[str, Stream]] = MappingProxyType({})  # its two ends share one state
     text: ClassVar[None] = None
 
     def __post_init__(self) -> None:
@@ -108,26 +101,30 @@ class Bridge:
         self, params: Params, frozen: Params, batch: Batch, keys: Array
     ) -> tuple[Array, dict[str, Array]]:
         """Squared error of the velocity."""
+        # (1) z_0 = encode(image), z_1 = encode(colours of the labels + perturbation)
         if LATENTS + IMAGE in batch:
             image = batch[LATENTS + IMAGE].astype(jnp.float32)
         else:
             image = self.encode_image(frozen, batch["image"], fold(keys, "encode/image"))
-        mask = self.encode_mask(frozen, batch["labels"], fold(keys, "encode/mask"))
-        t = self.times.draw(fold(keys, "time"), (STATE,))[STATE]
-        x = self.process.interpolate(image, mask, t)
+        mask = self.encode_mask(frozen, batch["labels"], fold(keys, "encode/mask"))  # [b, h, w, c]
+        # (2) x = (1 - t) z_0 + t z_1
+        t = self.times.draw(fold(keys, "time"), (STATE,))[STATE]  # [b]
+        x = self.process.interpolate(image, mask, t)  # [b, h, w, c]
         velocity = self.velocity(params, x, t)
-        target = self.process.target(image, mask, t)
+        target = self.process.target(image, mask, t)  # z_1 - z_0
         if self.correction:
+            # z' = x + (1 - t) v, held constant: a target must not move to meet its prediction
             remaining = (1 - t).reshape(-1, 1, 1, 1)
             guess = jax.lax.stop_gradient(x + remaining * velocity)
             target = target + self.correction * self.class_correction(guess, batch["labels"])
-        errors = jnp.square(velocity - target).mean(-1)
-        counted = self.valid_cells(batch["labels"], errors.shape[1:])
-        total = jnp.where(counted, errors, 0.0).sum() / jnp.maximum(counted.sum(), 1)
+        # (3) loss = mean (v(x, t) - target)^2 over the valid cells
+        errors = jnp.square(velocity - target).mean(-1)  # [b, h, w]
+        valid = self.valid_cells(batch["labels"], (errors.shape[1], errors.shape[2]))
+        total = jnp.where(valid, errors, 0.0).sum() / jnp.maximum(valid.sum(), 1)
         return total, {"loss": total}
 
     def inputs(self) -> dict[str, Input]:
-        """The image with its codec, and the labels: their colours are perturbed anew each time."""
+        """The image with its codec, and the labels: their colours are perturbed at every step."""
         return {IMAGE: Input("image", self.mask.second), "labels": Input("labels")}
 
     def encode_image(self, frozen: Params, image: Array, keys: Array | None = None) -> Array:
@@ -141,29 +138,37 @@ class Bridge:
         return jax.lax.stop_gradient(latents.astype(jnp.float32))
 
     def velocity(self, params: Params, x: Array, t: Array) -> Array:
-        """The network at states and times (``[batch]`` or one for all), in float32."""
+        """The network at states ``[b, h, w, c]`` and times (``[b]`` or one for all), in float32."""
         label = jnp.broadcast_to(self.process.schedule.label(t), x.shape[:1])
         variables = {"params": params["denoiser"]}
         outputs, _ = self.denoiser.apply(variables, {STATE: x}, {STATE: label})
         return outputs[STATE].astype(jnp.float32)
 
+    @property
+    def palette(self) -> Palette:
+        """The colours of the classes."""
+        return cast(Palette, self.mask.first)
+
     def class_correction(
         self, guess: Float[Array, "batch height width 3"], labels: Int[Array, "batch height width"]
     ) -> Float[Array, "batch height width 3"]:
-        """The module's line 6; 0 at VOID pixels."""
-        own = self.mask.first.encode({}, jnp.where(labels == VOID, 0, labels))
-        ids = jnp.arange(self.mask.first.classes).reshape(-1, 1, 1)
-        colours = self.mask.first.encode({}, ids).reshape(-1, 3)
+        """How the velocity target moves, by the distances of a guess to the colours; 0 at VOID."""
+        own = self.palette.encode({}, jnp.where(labels == VOID, 0, labels))  # a_y, [b, h, w, 3]
+        ids = jnp.arange(self.palette.classes).reshape(-1, 1, 1)
+        colours = self.palette.encode({}, ids).reshape(-1, 3)  # a_c, [classes, 3]
         inverse = self.temperature**-2
         squares = jnp.square(colours).sum(-1).reshape(1, 1, 1, -1)
+        # -|z' - a_c|^2 / (2 temperature^2), less |z'|^2, which is the same for all classes
         scores = inverse * (jnp.einsum("bhwn,kn->bhwk", guess, colours) - squares / 2)
+        # (6) f(z') = temperature^-2 (a_y - sum_c p_c a_c)
         mean = jnp.einsum("bhwk,kn->bhwn", jax.nn.softmax(scores, axis=-1), colours)
         return jnp.where((labels == VOID)[..., None], 0.0, inverse * (own - mean))
 
     def valid_cells(self, labels: Array, grid: tuple[int, int]) -> Array:
-        """Cells whose error is in the loss: all, or those without a VOID pixel."""
-        if self.mask.first.void != "masked":
+        """Cells of the latents ``[b, *grid]`` whose error is in the loss."""
+        if self.palette.void != "masked":
             return jnp.ones((labels.shape[0], *grid), bool)
+        # a cell counts if none of its pixels is VOID: the codec mixes all of them into it
         rows, columns = (n // m for n, m in zip(labels.shape[1:], grid))
         return reduce(labels != VOID, "b (h y) (w x) -> b h w", "min", y=rows, x=columns)
 
@@ -171,6 +176,7 @@ class Bridge:
 
     def preview(self, params: Params, frozen: Params, batch: Batch, keys: Array) -> Pairs:
         """Images made from the batch's maps, beside the labels read off its images."""
+        # from one end each: a preview shows both directions
         made = self.generate(params, frozen, None, keys, condition={"labels": batch["labels"]})
         read = self.generate(params, frozen, None, keys, condition={"image": batch["image"]})
         return made | {k: read[k] for k in ("labels", "confidence")}
@@ -182,21 +188,22 @@ class Bridge:
         text: Array | None,
         keys: Array,
         *,
-        condition: Pairs | None = None,
+        condition: Streams | None = None,
     ) -> Pairs:
-        """The other end of what is given: ``{"image": ...}`` or ``{"labels": ...}``.
+        """The other end of the condition, an image or labels; see ``Generator.generate``.
 
         Raises:
           ValueError: none or both of them are given.
         """
         del text  # a bridge has none
-        self.check_condition(condition or {})
+        condition = condition or {}
+        self.check_condition(condition)
         directions = {"image": self.segment, "labels": self.synthesize}
         ((field, values),) = condition.items()
         return directions[field](params, frozen, values, keys)
 
     def check_condition(self, condition: Collection[str]) -> None:
-        """Refuses anything but one end."""
+        """Raises ValueError for anything but one end."""
         if set(condition) not in ({"image"}, {"labels"}):
             raise ValueError(
                 f"bridge: given has {sorted(condition)}; a bridge leads from an image to its "
@@ -206,12 +213,14 @@ class Bridge:
     def segment(self, params: Params, frozen: Params, image: Array, keys: Array) -> Pairs:
         """Labels of images; the keys play no part."""
         del keys
+        # (4) dz = v dt from z_0 at 0 to 1, and the nearest colour
         reached = self.integrate(params, self.encode_image(frozen, image), 0.0, 1.0)
         labels, confidence = self.mask.decode_with_confidence(frozen.get(IMAGE, {}), reached)
         return {"image": image, "labels": labels, "confidence": confidence}
 
     def synthesize(self, params: Params, frozen: Params, labels: Array, keys: Array) -> Pairs:
-        """Images of label maps; each key perturbs its map's colours anew."""
+        """Images of label maps; each key perturbs its map's colours in its own way."""
+        # (5) from z_1 at 1 to 0
         start = self.encode_mask(frozen, labels, fold(keys, "encode/mask"))
         reached = self.integrate(params, start, 1.0, 0.0)
         image = quantise(self.mask.second.decode(frozen.get(IMAGE, {}), reached))
@@ -219,11 +228,13 @@ class Bridge:
         return {"image": image, "labels": labels.astype(jnp.int32), "confidence": sure}
 
     def integrate(self, params: Params, x: Array, start: float, end: float) -> Array:
-        """The state at time ``end`` of one that is ``x`` at ``start``."""
+        """The state ``[b, h, w, c]`` at time ``end`` of one that is ``x`` at ``start``."""
 
-        def predict(states: Any, times: Any, step: Array) -> Any:
+        def network(states: Streams, times: Times, step: Step) -> Streams:
             del step
             return {STATE: self.velocity(params, states[STATE], times[STATE])}
 
         solver = replace(self.solver, start=start, end=end)
-        return solver(predict, {STATE: self.process}, {STATE: x})[STATE]
+        states = solver(network, {STATE: self.process}, {STATE: x})
+        assert isinstance(states, Mapping)  # no trajectory was asked for
+        return states[STATE]

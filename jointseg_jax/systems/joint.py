@@ -15,16 +15,26 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 
+from jointseg_jax.codecs.codec import AnnotationCodec, PanopticCodec
 from jointseg_jax.codecs.pixels import quantise
 from jointseg_jax.rng import fold
-from jointseg_jax.systems.stream import Stream
-from jointseg_jax.systems.system import LATENTS, Batch, Input, Pairs
-from jointseg_jax.transport.guidance import Branch, guided
+from jointseg_jax.systems.system import (
+    LATENTS,
+    Batch,
+    Denoiser,
+    Input,
+    Pairs,
+    Stream,
+    TextEncoder,
+)
+from jointseg_jax.transport.guidance import Branch, Context, Guidance, Step, Times
+from jointseg_jax.transport.integrator import Solver
+from jointseg_jax.transport.times import TimeSampler
 from jointseg_jax.types import Array, Params, Streams
 
 TEXT_STREAM = "text"
@@ -32,34 +42,24 @@ TEXT_STREAM = "text"
 
 @dataclass(frozen=True, kw_only=True)
 class Joint:
-    """Streams, a denoiser and a solver.
+    """Streams, a denoiser and a solver."""
 
-    Attributes:
-      streams: by name, in the order of the denoiser's streams.
-      denoiser: Linen module ``(latents, times, text) -> (predictions, taps)``.
-      times: draws training times.
-      solver: from the source end to the data end.
-      size: ``(height, width)`` of the pairs in pixels.
-      text: text encoder, or None.
-      text_drop: probability of the empty prompt in training (context text only).
-      weights: ``"explicit"`` uses each stream's weight; ``"elements"`` weighs streams by their
-        number of elements, which is one mean over the concatenated vector (JoDiffusion).
-      known: streams the network always sees clean, at time 0, and is not trained to predict
-        (JoDiffusion's ``image_only`` noise: text; PDM's given maps: mask).
-      unconditional_time: time of the noise that stands for "no text" when text is a stream. 1 is
-        the last trained time; 1.001 is label 1000, as JoDiffusion samples (never trained there).
-    """
-
-    streams: Mapping[str, Stream]
-    denoiser: Any
-    times: Any
-    solver: Any
-    size: tuple[int, int]
-    text: Any = None
-    text_drop: float = 0.1
+    streams: Mapping[str, Stream]  # in the order of the denoiser's streams
+    denoiser: Denoiser
+    times: TimeSampler  # of training
+    solver: Solver  # from the source end to the data end
+    size: tuple[int, int]  # (height, width) of the pairs in pixels
+    text: TextEncoder | None = None
+    text_drop: float = 0.1  # probability of the empty prompt in training (context text only)
     weights: str = "explicit"
+    """``"explicit"`` uses each stream's weight; ``"elements"`` weighs streams by their number of
+    elements, which is one mean over the concatenated vector (JoDiffusion)."""
     known: tuple[str, ...] = ()
+    """Streams that the network always sees clean, at time 0, and is not trained to predict
+    (JoDiffusion's ``image_only`` noise: text; PDM's given maps: mask)."""
     unconditional_time: float = 1.0
+    """Time of the noise that stands for "no text" when text is a stream. 1 is the last trained
+    time; 1.001 is label 1000, as JoDiffusion samples (never trained there)."""
 
     def __post_init__(self) -> None:
         if self.weights not in ("explicit", "elements"):
@@ -71,10 +71,10 @@ class Joint:
             raise ValueError(
                 f"joint: text_drop={self.text_drop}: must lie in [0, 1); change `system.text_drop`."
             )
-        strangers = sorted(set(self.known) - set(self.streams))
-        if strangers:
+        unknown = sorted(set(self.known) - set(self.streams))
+        if unknown:
             raise ValueError(
-                f"joint: known names {', '.join(strangers)} and the streams are "
+                f"joint: known names {', '.join(unknown)} and the streams are "
                 f"{', '.join(self.streams)}; change `system.known`."
             )
         if not any(s.weight > 0 for k, s in self.streams.items() if k not in self.known):
@@ -87,10 +87,10 @@ class Joint:
                 "joint: a `text` stream needs the encoder that makes its features; give "
                 "`system.text`."
             )
-        guided_streams = [k for k, s in self.streams.items() if s.guidance != 1]
-        if guided_streams and self.text is None:
+        guided = [k for k, s in self.streams.items() if s.guidance != 1]
+        if guided and self.text is None:
             raise ValueError(
-                f"joint: {', '.join(guided_streams)} ask for guidance and there is no text to be "
+                f"joint: {', '.join(guided)} ask for guidance and there is no text to be "
                 "guided by; set their `guidance` to 1, or give `system.text`."
             )
 
@@ -99,10 +99,13 @@ class Joint:
     def init(self, key: Array) -> Params:
         """Parameters of the denoiser and of the text encoder."""
         first, second = jax.random.split(key)
+        # one row of everything: parameters do not depend on the batch
         latents = {k: jnp.zeros((1, *self.latent_shape(k)), jnp.float32) for k in self.streams}
         times = {k: jnp.zeros((1,), jnp.float32) for k in self.streams}
-        words = self.text.init(second) if self.text is not None else {}
-        context = self._context(words, self.text.empty(1)) if self.text is not None else None
+        words, context = {}, None
+        if self.text is not None:
+            words = self.text.init(second)
+            context = self._context(words, self.text.empty(1))
         params = {"denoiser": self.denoiser.init(first, latents, times, context)["params"]}
         return params | ({"text": words} if words else {})
 
@@ -110,35 +113,40 @@ class Joint:
         self, params: Params, frozen: Params, batch: Batch, keys: Array
     ) -> tuple[Array, dict[str, Array]]:
         """Weighted squared error of what each stream's network output should be."""
-        clean = self.encode(params, frozen, batch, keys)
-        context = self._training_text(params, batch, fold(keys, "drop"))
-        times = self.times.draw(fold(keys, "time"), tuple(self.streams))
+        # (1) z_k = encode_k(batch[field_k])
+        clean = self.encode(params, frozen, batch, keys)  # [b, h, w, c] each, text [b, l, d]
+        context = self._training_text(params, batch, fold(keys, "drop"))  # [b, l, d] or None
+        # (2) t = times.draw, n_k = process_k.source, x_k = alpha_k z_k + sigma_k n_k
+        times = self.times.draw(fold(keys, "time"), tuple(self.streams))  # [b] each
         targets, noised = {}, {}
         for name, stream in self.streams.items():
             if name in self.known:
                 noised[name], times[name] = clean[name], jnp.zeros_like(times[name])
                 continue
-            noise = self.source(name, keys)
+            noise = self.source(name, keys)  # [b, h, w, c]
             noised[name] = stream.process.interpolate(clean[name], noise, times[name])
             targets[name] = stream.process.target(clean[name], noise, times[name])
+        # (3) loss = sum_k w_k mean((network(x, t, text)_k - target_k)^2)
         outputs = self.denoise(params, noised, times, context)
         errors = {k: jnp.mean(jnp.square(outputs[k] - targets[k])) for k in targets}
         weights = self._weights({k: clean[k] for k in targets})
-        total = sum(weights[k] * errors[k] for k in targets if weights[k])
+        total = jnp.asarray(sum(weights[k] * errors[k] for k in targets if weights[k]))
         return total, {"loss": total} | {"loss/" + k: v for k, v in errors.items()}
 
     def encode(self, params: Params, frozen: Params, batch: Batch, keys: Array) -> Streams:
-        """Clean latents of every stream."""
+        """Clean latents of every stream, float32."""
         clean = {}
         for name, stream in self.streams.items():
-            if LATENTS + name in batch:
+            if LATENTS + name in batch:  # encoded beforehand, perhaps kept in half precision
                 clean[name] = batch[LATENTS + name].astype(jnp.float32)
                 continue
             values = batch[stream.field]
             if name == TEXT_STREAM:
-                values = self.text.features(params.get("text", {}), values)
-            key = fold(keys, "encode/" + name)
-            latents = stream.codec.encode(frozen.get(name, {}), values, keys=key)
+                values = self._features(params, values)
+            latents = stream.codec.encode(
+                frozen.get(name, {}), values, keys=fold(keys, "encode/" + name)
+            )
+            # codecs are frozen, and a table of words that is a stream must not chase its noise
             clean[name] = jax.lax.stop_gradient(latents.astype(jnp.float32))
         return clean
 
@@ -163,33 +171,35 @@ class Joint:
         text: Array | None,
         keys: Array,
         *,
-        condition: Pairs | None = None,
+        condition: Streams | None = None,
     ) -> Pairs:
-        """Generates one pair per key.
-
-        Args:
-          text: token ids or features, one row per key; None is the empty prompt.
-          condition: batch fields (``{"labels": ...}``) whose streams stay as they are.
+        """Generates one pair per key; see ``Generator.generate``.
 
         Raises:
-          ValueError: a given field that is no stream's, or one of ``known`` that is not given.
+          ValueError: a condition that is no stream's field, or a field of ``known`` is not there.
         """
-        batch = keys.shape[0]
-        known = self._known(params, frozen, text, batch, condition or {}, keys)
-        free = [k for k in self.streams if k not in known]
-        start = {k: self.source(k, keys) for k in free}
-        predict = self._guided(params, text, keys, free)
+        clean = self._encode_condition(params, frozen, text, condition or {}, keys)
+        free = [k for k in self.streams if k not in clean]
+        start = {k: self.source(k, keys) for k in free}  # [b, h, w, c] each
+        guidance = self._guidance(params, text, free, keys)
+
+        def network(x: Streams, t: Times, step: Step) -> Streams:
+            # all branches of the guidance in one forward pass: [b * branches, h, w, c]
+            return guidance.combine(self.denoise(params, *guidance.expand(x, t, step)))
+
         processes = {k: s.process for k, s in self.streams.items()}
-        latents = self.solver(predict, processes, start, keys=fold(keys, "solver"), condition=known)
+        keys = fold(keys, "solver")
+        latents = self.solver(network, processes, start, keys=keys, condition=clean)
+        assert isinstance(latents, Mapping)  # no trajectory was asked for
         return self.decode(frozen, latents)
 
     def check_condition(self, condition: Collection[str]) -> None:
-        """Refuses fields that are no stream's, and the lack of one that the network must see."""
+        """Raises ValueError for fields that are no stream's, or if one that it must see lacks."""
         fields = {k: s.field for k, s in self.streams.items() if k != TEXT_STREAM}
-        strangers = sorted(set(condition) - set(fields.values()))
-        if strangers:
+        unknown = sorted(set(condition) - set(fields.values()))
+        if unknown:
             raise ValueError(
-                f"joint: given has {', '.join(strangers)} and the streams' fields are "
+                f"joint: given has {', '.join(unknown)} and the streams' fields are "
                 f"{', '.join(fields.values())}; change `given`."
             )
         missing = [fields[k] for k in self.known if k in fields and fields[k] not in condition]
@@ -212,15 +222,15 @@ class Joint:
 
     def source(self, name: str, keys: Array, step: Array | None = None) -> Array:
         """Noise where a stream begins or, at a solver's step, where text is to say nothing."""
+        # noise for "no text" is fresh at every step, and never that of a stream's start
         keys = fold(keys, "noise/" + name) if step is None else fold(fold(keys, "no text"), step)
         like = jnp.zeros((keys.shape[0], *self.latent_shape(name)), jnp.float32)
         return self.streams[name].process.source(keys, like)
 
-    def denoise(
-        self, params: Params, latents: Streams, times: Streams, context: Array | None
-    ) -> Streams:
-        """Network outputs in float32; the network sees time labels, not times."""
+    def denoise(self, params: Params, latents: Streams, times: Times, context: Context) -> Streams:
+        """Network outputs in float32, shaped as the latents; times are one for all rows or [b]."""
         rows = next(iter(latents.values())).shape[0]
+        # the network sees time labels, not times
         labels = {
             k: jnp.broadcast_to(s.process.schedule.label(times[k]), (rows,))
             for k, s in self.streams.items()
@@ -231,53 +241,58 @@ class Joint:
 
     # ------------------------------------------------------------------- details
 
-    def _known(
-        self, params: Params, frozen: Params, text: Any, batch: int, condition: Pairs, keys: Array
+    def _encode_condition(
+        self, params: Params, frozen: Params, text: Array | None, condition: Streams, keys: Array
     ) -> Streams:
-        """Clean latents of the streams that are not generated."""
+        """Clean latents of the streams that are not generated: text, and what is given."""
         self.check_condition(condition)
-        known = {}
+        clean = {}
         for name, stream in self.streams.items():
             if name == TEXT_STREAM:
-                ids = self.text.empty(batch) if text is None else text
-                known[name] = self.text.features(params.get("text", {}), ids)
+                clean[name] = self._features(params, self._prompt(text, keys))
             elif stream.field in condition:
                 key = fold(keys, "encode/" + name)
-                known[name] = stream.codec.encode(
+                clean[name] = stream.codec.encode(
                     frozen.get(name, {}), condition[stream.field], keys=key
                 )
-        return known
+        return clean
 
-    def _guided(self, params: Params, text: Array | None, keys: Array, free: list[str]) -> Any:
-        """The network as the solver calls it, with guidance where a free stream asks for it."""
-
-        def denoise(latents: Streams, times: Streams, context: Array | None) -> Streams:
-            return self.denoise(params, latents, times, context)
-
-        scales = {k: self.streams[k].guidance for k in free}
-        words, batch = params.get("text", {}), keys.shape[0]
+    def _guidance(
+        self, params: Params, text: Array | None, free: list[str], keys: Array
+    ) -> Guidance:
+        """How the network is asked, with guidance where a free stream asks for it."""
         if self.text is None:
-            return guided(denoise, Branch(), [])
+            return Guidance(Branch())
+        scales = {k: self.streams[k].guidance for k in free}
         if TEXT_STREAM in self.streams:
-            conditional = Branch()
+            # "no text" is noise in place of the text's latents, at the time of pure noise
             unconditional = Branch(
                 latents={TEXT_STREAM: lambda step: self.source(TEXT_STREAM, keys, step)},
                 times={TEXT_STREAM: self.unconditional_time},
             )
-        else:
-            ids = self.text.empty(batch) if text is None else text
-            conditional = Branch(text=self._context(words, ids))
-            unconditional = Branch(text=self._context(words, self.text.empty(batch)))
-        return guided(denoise, conditional, [(unconditional, scales)])
+            return Guidance(Branch(), [(unconditional, scales)])
+        words, empty = params.get("text", {}), self.text.empty(keys.shape[0])
+        conditional = Branch(text=self._context(words, self._prompt(text, keys)))
+        return Guidance(conditional, [(Branch(text=self._context(words, empty)), scales)])
+
+    def _prompt(self, text: Array | None, keys: Array) -> Array:
+        """The text, or the empty prompt for every row."""
+        assert self.text is not None
+        return self.text.empty(keys.shape[0]) if text is None else text
+
+    def _features(self, params: Params, text: Array) -> Array:
+        assert self.text is not None
+        return self.text.features(params.get("text", {}), text)  # [b, l, d]
 
     def _context(self, words: Params, text: Array) -> Array | None:
         """Text features for the network's context tokens; None when text is a stream."""
-        return None if TEXT_STREAM in self.streams else self.text.features(words, text)
+        return None if TEXT_STREAM in self.streams else self._features({"text": words}, text)
 
     def _training_text(self, params: Params, batch: Batch, keys: Array) -> Array | None:
+        """The batch's text as context, the empty prompt in a ``text_drop`` of the rows."""
         if self.text is None or TEXT_STREAM in self.streams:
             return None
-        text = batch["text"]
+        text = batch["text"]  # token ids [b, l] or features [b, l, d]
         if self.text_drop > 0:
             drop = jax.vmap(lambda k: jax.random.uniform(k) < self.text_drop)(keys)
             drop = drop.reshape((-1,) + (1,) * (text.ndim - 1))
@@ -296,12 +311,12 @@ def _image(stream: Stream, params: Params, latents: Array) -> Pairs:
 
 
 def _labels(stream: Stream, params: Params, latents: Array) -> Pairs:
-    labels, confidence = stream.codec.decode_with_confidence(params, latents)
+    labels, confidence = cast(AnnotationCodec, stream.codec).decode_with_confidence(params, latents)
     return {stream.field: labels, "confidence": confidence}
 
 
 def _panoptic(stream: Stream, params: Params, latents: Array) -> Pairs:
-    labels, segments, confidence = stream.codec.read(params, latents)
+    labels, segments, confidence = cast(PanopticCodec, stream.codec).read(params, latents)
     return {"labels": labels, "segments": segments, "confidence": confidence}
 
 

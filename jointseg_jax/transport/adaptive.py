@@ -14,34 +14,27 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import PyTree
 
 from jointseg_jax.rng import Keys
-from jointseg_jax.transport.integrator import Noise, Predict
+from jointseg_jax.transport.integrator import Noise, Predict, States
 from jointseg_jax.transport.process import Process
 from jointseg_jax.types import Streams, UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Dopri5:
-    """The adaptive solver, for predictions that treat rows alone and need no noise.
+    """The adaptive solver, for predictions that treat rows alone and need no noise."""
 
-    Attributes:
-      steps: at most so many accepted and refused steps; a row that needs more becomes NaN.
-      start: where it begins.
-      end: where it stops.
-      rtol: tolerance relative to the state.
-      atol: absolute tolerance, in units of the latents.
-    """
-
-    steps: int = 256
-    start: float = 1.0
-    end: float = 0.0
-    rtol: float = 1e-3
-    atol: float = 1e-3
+    steps: int = 256  # at most n accepted and refused steps; a row that needs more becomes NaN
+    start: float = 1.0  # where it begins
+    end: float = 0.0  # where it stops
+    rtol: float = 1e-3  # tolerance relative to the state
+    atol: float = 1e-3  # absolute tolerance, in units of the latents
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.rtol < 0 or self.atol <= 0:
@@ -65,11 +58,11 @@ class Dopri5:
         condition: Streams | None = None,
         trajectory: bool = False,
         noise: Noise | None = None,
-    ) -> dict[str, Array]:
-        """The states at ``end``.
+    ) -> States:
+        """Integrates ``x`` from ``start`` to ``end``, every row in steps of its own.
 
         Raises:
-          ValueError: given streams, noise or a trajectory are asked for, or a process clips.
+          ValueError: a condition, keys, noise or a trajectory are asked for, or a process clips.
           UserError: diffrax is not installed.
         """
         clipped = [k for k in x if processes[k].clip is not None]
@@ -87,25 +80,28 @@ class Dopri5:
                 "Install it with pip install -e '.[ode]', or set `system.solver` to euler or heun."
             ) from error
 
-        def velocity(t: Array, state: Streams, _: None) -> Streams:
-            rows = {k: v[None] for k, v in state.items()}
+        def velocity(t: Any, state: PyTree, _: PyTree) -> States:
+            rows = {k: v[None] for k, v in state.items()}  # the network wants a batch: [1, ...]
             outputs = predict(rows, dict.fromkeys(rows, t), jnp.zeros((), jnp.int32))
             return {k: processes[k].velocity(outputs[k], rows[k], t)[0] for k in rows}
 
-        def row(state: Streams) -> Streams:
+        def row(state: States) -> States:
             solution = diffrax.diffeqsolve(
-                diffrax.ODETerm(velocity),
+                diffrax.ODETerm(velocity),  # dx/dt = v(x, t)
                 diffrax.Dopri5(),
                 t0=self.start,
                 t1=self.end,
                 dt0=None,
                 y0=state,
+                # a step is taken where its error is at most atol + rtol |x|
                 stepsize_controller=diffrax.PIDController(rtol=self.rtol, atol=self.atol),
                 max_steps=self.steps,
                 adjoint=diffrax.DirectAdjoint(),
-                throw=False,
+                throw=False,  # under vmap one row's failure would stop all: it becomes NaN below
             )
+            assert solution.ys is not None  # diffrax saves the end unless it is told not to
             solved = solution.result == diffrax.RESULTS.successful
             return {k: jnp.where(solved, v[-1], jnp.nan) for k, v in solution.ys.items()}
 
+        # vmapped row by row: what becomes of a row does not depend on the rows beside it
         return jax.vmap(row)(dict(x))

@@ -1,17 +1,17 @@
 """Samplers on the knots of a discrete schedule, in the conventions of diffusers.
 
 A label n in 0 .. N-1 is the knot ``t = (n + 1) / N``, whose alpha^2 is ``alphas_cumprod[n]``; t = 0
-is the clean end. With (a, s) at a step's label and (a', s') at the one it goes to:
+is the clean end. With (a, s) at a step's label and (a', s') at the one it goes to, D the data
+reading and n standard normal:
 
 1. DDIM: ``x' = a' D + sqrt(s'^2 - v^2) (x - a D) / s + v n``,
    ``v = eta (s' / s) sqrt(1 - (a / a')^2)``
 2. DDPM: ``x' = (a' b / s^2) D + (a s'^2 / (a' s^2)) x + v n``, ``b = 1 - (a / a')^2``,
    ``v^2 = b s'^2 / s^2`` (fixed_small) or ``b`` (fixed_large); no noise at label 0
-3. MultistepDPM: the multistep updates of ``exponential`` between chosen labels
+3. MultistepDPM: the multistep updates of ``dpm`` between chosen labels
 
-with D the data reading and n standard normal. DDIM and DDPM always go N // steps labels down,
-whatever the spacing; past label 0 lies the clean end (or, for DDIM without ``set_alpha_to_one``,
-label 0).
+DDIM and DDPM always go N // steps labels down, whatever the spacing; past label 0 lies the clean
+end (or, for DDIM without ``set_alpha_to_one``, label 0).
 
 | spacing | labels of DDIM and DDPM | labels of MultistepDPM |
 |---|---|---|
@@ -32,14 +32,15 @@ import itertools
 
 import numpy as np
 
-from jointseg_jax.transport.dpm import choose
-from jointseg_jax.transport.exponential import Point, multistep, point, span
+from jointseg_jax.transport.dpm import Point, multistep, point, span
 from jointseg_jax.transport.integrator import Row
 from jointseg_jax.transport.schedules import ScaledLinear, Schedule
-from jointseg_jax.transport.solvers import Solver
+from jointseg_jax.transport.solvers import FixedStepSolver
+from jointseg_jax.types import require_one_of
 
 SPACINGS = ("linspace", "leading", "trailing")
 KARRAS_RHO = 7.0
+"""Karras et al.'s rho: the larger, the shorter the steps near the clean end."""
 
 
 def knot(schedule: ScaledLinear, label: int) -> float:
@@ -48,49 +49,44 @@ def knot(schedule: ScaledLinear, label: int) -> float:
 
 
 def labels(total: int, steps: int, spacing: str, offset: int, *, skip_last: bool) -> list[int]:
-    """The labels of the module's table, ``skip_last`` for the right column."""
+    """The labels of a spacing, falling; with ``skip_last`` those of MultistepDPM."""
     count = steps + skip_last
     if spacing == "linspace":
-        chosen = np.linspace(0, total - 1, count)[::-1][:steps]
+        spaced = np.linspace(0, total - 1, count)[::-1][:steps]
     elif spacing == "leading":
-        chosen = (np.arange(count) * (total // count))[::-1][:steps] + offset
+        spaced = (np.arange(count) * (total // count))[::-1][:steps] + offset
     else:
-        chosen = total - np.arange(steps) * (total / steps)
-        chosen = np.round(chosen) - 1
-    chosen = np.round(chosen).astype(int).tolist()
-    if chosen[0] >= total:
+        # rounded before the 1 is taken off, as diffusers does: halves go to even numbers
+        spaced = np.round(total - np.arange(steps) * (total / steps)) - 1
+    rounded = np.round(spaced).astype(int).tolist()
+    if rounded[0] >= total:
         raise ValueError(
             f"solver: spacing={spacing!r}, steps_offset={offset}, steps={steps}: the first label "
-            f"is {chosen[0]} and must be below {total}; change `solver.steps_offset`."
+            f"is {rounded[0]} and must be below {total}; change `solver.steps_offset`."
         )
-    return chosen
+    return rounded
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Discrete(Solver):
-    """A sampler on the labels of a discrete schedule.
+class Discrete(FixedStepSolver):
+    """A sampler on the labels of a discrete schedule, ``steps`` network calls."""
 
-    Attributes:
-      steps: network calls.
-      spacing: which labels; see the module's table.
-      steps_offset: added to the labels of ``leading``.
-    """
-
-    steps: int
-    spacing: str = "leading"
-    steps_offset: int = 0
+    spacing: str = "leading"  # which labels: "linspace", "leading" or "trailing"
+    steps_offset: int = 0  # added to the labels of ``leading``
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        choose("solver", "spacing", self.spacing, SPACINGS)
+        require_one_of("solver: spacing", self.spacing, SPACINGS, "Change `solver.spacing`.")
         if self.steps < 1 or self.steps_offset < 0:
             raise ValueError(
                 f"solver: steps={self.steps}, steps_offset={self.steps_offset}: at least one step "
                 "and an offset of at least 0 are needed; change them in `solver`."
             )
 
-    def knots(self, schedule: Schedule, *, skip_last: bool = False) -> list[int]:
-        """The labels, for a schedule that has them."""
+    def knots(
+        self, schedule: Schedule, *, skip_last: bool = False
+    ) -> tuple[ScaledLinear, list[int]]:
+        """The schedule, which must have labels, and those that the sampler stands on."""
         if not isinstance(schedule, ScaledLinear):
             raise ValueError(
                 f"solver: {type(self).__name__} steps on the knots of scaled_linear and the stream "
@@ -102,23 +98,17 @@ class Discrete(Solver):
                 f"solver: steps={self.steps}: {schedule} has {schedule.steps} labels, too few; "
                 "change `solver.steps`."
             )
-        return labels(
+        return schedule, labels(
             schedule.steps, self.steps, self.spacing, self.steps_offset, skip_last=skip_last
         )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DDIM(Discrete):
-    """DDIM, deterministic at ``eta = 0`` and as noisy as DDPM at ``eta = 1``.
-
-    Attributes:
-      set_alpha_to_one: whether the last step goes to the clean end rather than to label 0.
-
-    Source: the module's 1.
-    """
+    """DDIM, deterministic at ``eta = 0`` and as noisy as DDPM at ``eta = 1``."""
 
     eta: float = 0.0
-    set_alpha_to_one: bool = True
+    set_alpha_to_one: bool = True  # the last step goes to the clean end rather than to label 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -127,73 +117,67 @@ class DDIM(Discrete):
 
     def rows(self, schedule: Schedule, t_max: float) -> list[Row]:
         """One row per label."""
-        chosen, stride = self.knots(schedule), schedule.steps // self.steps
-        last = 0.0 if self.set_alpha_to_one else knot(schedule, 0)
-        ends = [knot(schedule, n - stride) or last for n in chosen]
+        scaled, from_labels = self.knots(schedule)
+        stride = scaled.steps // self.steps
+        last = 0.0 if self.set_alpha_to_one else knot(scaled, 0)
+        ends = [knot(scaled, n - stride) or last for n in from_labels]
         return [
-            ddim_row(point(schedule, knot(schedule, n)), point(schedule, end), self.eta)
-            for n, end in zip(chosen, ends)
+            ddim_row(point(scaled, knot(scaled, n)), point(scaled, end), self.eta)
+            for n, end in zip(from_labels, ends)
         ]
 
 
 def ddim_row(at: Point, to: Point, eta: float) -> Row:
-    """Source: the module's 1."""
+    """One step of DDIM, or with ``eta`` above 0 of its noisy kin."""
+    # (1) x' = a' D + sqrt(s'^2 - v^2) (x - a D) / s + v n, v = eta (s' / s) sqrt(1 - (a / a')^2)
     noise = eta * (to.sigma / at.sigma) * np.sqrt(1 - (at.alpha / to.alpha) ** 2)
-    keep = np.sqrt(to.sigma**2 - noise**2) / at.sigma
-    return Row(at.time, to.time, keep, (to.alpha - keep * at.alpha,), noise)
+    x_coef = np.sqrt(to.sigma**2 - noise**2) / at.sigma
+    return Row(at.time, to.time, x_coef, (to.alpha - x_coef * at.alpha,), noise)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DDPM(Discrete):
-    """Ancestral sampling.  Source: the module's 2."""
+    """Ancestral sampling."""
 
-    variance: str = "fixed_small"
+    variance: str = "fixed_small"  # or "fixed_large": the posterior's variance, or beta
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        choose("ddpm", "variance", self.variance, ("fixed_small", "fixed_large"))
+        allowed = ("fixed_small", "fixed_large")
+        require_one_of("ddpm: variance", self.variance, allowed, "Change `solver.variance`.")
 
     def rows(self, schedule: Schedule, t_max: float) -> list[Row]:
         """One row per label."""
-        chosen, stride = self.knots(schedule), schedule.steps // self.steps
-        return [ddpm_row(schedule, n, n - stride, self.variance) for n in chosen]
+        scaled, from_labels = self.knots(schedule)
+        stride = scaled.steps // self.steps
+        return [ddpm_row(scaled, n, n - stride, self.variance) for n in from_labels]
 
 
 def ddpm_row(schedule: ScaledLinear, label: int, previous: int, variance: str) -> Row:
-    """From a label to a previous one (below 0: the clean end).  Source: the module's 2."""
+    """One step of DDPM from a label to a previous one (below 0: the clean end)."""
     at, to = (point(schedule, knot(schedule, n)) for n in (label, previous))
+    # (2) x' = (a' b / s^2) D + (a s'^2 / (a' s^2)) x + v n, b = 1 - (a / a')^2
     beta = 1 - (at.alpha / to.alpha) ** 2
     rest = (to.sigma / at.sigma) ** 2
-    spread = beta * rest if variance == "fixed_small" else beta
-    keep, use = at.alpha / to.alpha * rest, to.alpha * beta / at.sigma**2
-    return Row(at.time, to.time, keep, (use,), np.sqrt(spread) if label > 0 else 0.0)
+    spread = beta * rest if variance == "fixed_small" else beta  # v^2
+    x_coef, coef = at.alpha / to.alpha * rest, to.alpha * beta / at.sigma**2
+    return Row(at.time, to.time, x_coef, (coef,), np.sqrt(spread) if label > 0 else 0.0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MultistepDPM(Discrete):
-    """Multistep DPM-Solver(++) between labels, order 1, 2, .. up to ``order``.
-
-    Attributes:
-      algorithm: ``"dpmsolver++"`` (data readings) or ``"dpmsolver"`` (noise readings).
-      solver_type: second-order update, ``"midpoint"`` or ``"heun"`` (``exponential``'s variants
-        ``dpm_solver`` and ``taylor``).
-      final_sigmas: the last step goes to the clean end (``"zero"``, then at first order) or to
-        label 0 (``"sigma_min"``).
-      karras: steps of equal size in sigma^(1/7); the network sees the nearest label.
-      lower_order_final: below 15 steps, the last two have orders 2 and 1.
-      euler_at_final: the last step has order 1.
-
-    Source: the module's 3.
-    """
+    """Multistep DPM-Solver(++) between labels, order 1, 2, .. up to ``order``."""
 
     spacing: str = "linspace"
     order: int = 2
-    algorithm: str = "dpmsolver++"
-    solver_type: str = "midpoint"
+    algorithm: str = "dpmsolver++"  # data readings, or "dpmsolver": noise readings
+    solver_type: str = "midpoint"  # ``dpm``'s variant "dpm_solver", or "heun": "taylor"
     final_sigmas: str = "zero"
-    karras: bool = False
-    lower_order_final: bool = True
-    euler_at_final: bool = False
+    """The last step goes to the clean end (``"zero"``, then at first order) or to label 0
+    (``"sigma_min"``)."""
+    karras: bool = False  # steps of equal size in sigma^(1/7); the network sees the nearest label
+    lower_order_final: bool = True  # below 15 steps, the last two have orders 2 and 1
+    euler_at_final: bool = False  # the last step has order 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -204,30 +188,33 @@ class MultistepDPM(Discrete):
             "final_sigmas": ("zero", "sigma_min"),
         }
         for name, allowed in choices.items():
-            choose("multistep_dpm", name, getattr(self, name), allowed)
+            value, where = getattr(self, name), f"multistep_dpm: {name}"
+            require_one_of(where, value, allowed, f"Change `solver.{name}`.")
 
     def rows(self, schedule: Schedule, t_max: float) -> list[Row]:
         """One row per step."""
-        chosen = self.knots(schedule, skip_last=True)
-        times, t_network = [knot(schedule, n) for n in chosen], [None] * self.steps
+        scaled, from_labels = self.knots(schedule, skip_last=True)
+        times, t_network = [knot(scaled, n) for n in from_labels], [None] * self.steps
         if self.karras:
-            times, t_network = karras_times(schedule, self.steps)
-        end = 0.0 if self.final_sigmas == "zero" else knot(schedule, 0)
-        points = [point(schedule, t) for t in (*times, end)]
+            times, t_network = karras_times(scaled, self.steps)
+        end = 0.0 if self.final_sigmas == "zero" else knot(scaled, 0)
+        points = [point(scaled, t) for t in (*times, end)]
         reading = "data" if self.algorithm == "dpmsolver++" else "noise"
         variant = "dpm_solver" if self.solver_type == "midpoint" else "taylor"
         rows = []
         for i, (at, to) in enumerate(itertools.pairwise(points)):
-            past = points[i + 1 - self._order(i) : i + 1][::-1]
-            use = multistep(reading, variant, past, to)
-            keep = span(reading, at, to).x_coef
-            rows.append(Row(at.time, to.time, keep, use, reading=reading, t_network=t_network[i]))
+            past = points[i + 1 - self._order(i) : i + 1][::-1]  # newest first
+            coefs = multistep(reading, variant, past, to)
+            x_coef = span(reading, at, to).x_coef
+            row = Row(at.time, to.time, x_coef, coefs, reading=reading, t_network=t_network[i])
+            rows.append(row)
         return rows
 
     def _order(self, i: int) -> int:
         """The order of step i: what earlier readings allow, lowered towards the end."""
         left = self.steps - i
         short = self.lower_order_final and self.steps < 15
+        # a step to sigma = 0 has an infinite width: only first order is finite there
         if left == 1 and (short or self.euler_at_final or self.final_sigmas == "zero"):
             return 1
         return min(i + 1, self.order, left if short else self.order)
@@ -236,8 +223,8 @@ class MultistepDPM(Discrete):
 def karras_times(schedule: ScaledLinear, steps: int) -> tuple[list[float], list[float]]:
     """Times at equal distances in sigma^(1/rho), and the nearest knots, which the network sees."""
     knots = np.arange(1, schedule.steps + 1) / schedule.steps
-    spread = -schedule.log_snr(knots)  # log(sigma / alpha)
-    ends = np.exp(spread[[-1, 0]] / KARRAS_RHO)
-    wanted = KARRAS_RHO * np.log(np.linspace(*ends, steps))
+    spread = -schedule.log_snr(knots)  # log(sigma / alpha), [schedule.steps]
+    first, last = np.exp(spread[[-1, 0]] / KARRAS_RHO)
+    wanted = KARRAS_RHO * np.log(np.linspace(first, last, steps))  # log of sigma / alpha, [steps]
     nearest = np.round(np.interp(wanted, spread, np.arange(schedule.steps))).astype(int).tolist()
     return schedule.time_of(-wanted).tolist(), [knot(schedule, n) for n in nearest]

@@ -24,32 +24,33 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jointseg_jax.transport.integrator import Predict
+from jointseg_jax.transport.schedules import Numbers
 from jointseg_jax.types import Streams
 
 Step = Int[Array, ""]
 Scale = int | float | Float[Array, ""]
-Denoise = Callable[[Streams, Mapping[str, Float[Array, " rows"]], Any], Streams]
-"""(latents, times per row, text) -> a prediction for each stream."""
+Times = Mapping[str, Array]
+"""A time for each stream: one for all rows, or ``[b]``."""
+
+Context = Array | Mapping[str, Array] | None
+"""What a network takes beside the streams, the batch in front."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Branch:
-    """One way to ask the network.
-
-    Attributes:
-      latents: streams to replace: an array, or a function of the step (fresh noise at each).
-      times: times to replace: a number, an array [batch], or a function of the step.
-      text: whatever the denoiser takes beside the streams: None, an array, or a dict of arrays,
-        each with the batch in front. All branches must have the same structure.
-    """
+    """One way to ask the network."""
 
     latents: Mapping[str, Array | Callable[[Step], Array]] = dataclasses.field(default_factory=dict)
-    times: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    text: Any = None
+    """Streams to replace: an array, or a function of the step (fresh noise at each)."""
+    times: Mapping[str, Numbers | Callable[[Step], Numbers]] = dataclasses.field(
+        default_factory=dict
+    )
+    """Times to replace: a number, an array ``[b]``, or a function of the step."""
+    text: Context = None
+    """All branches must have the same structure here."""
 
-    def inputs(self, x: Streams, t: Mapping[str, Any], step: Step) -> tuple[Any, Any, Any]:
-        """(latents, times [batch], text) of this branch at the solver's (x, t, step).
+    def inputs(self, x: Streams, t: Times, step: Step) -> tuple[Streams, Times, Context]:
+        """(latents, times ``[b]``, text) of this branch at the solver's (x, t, step).
 
         Raises:
           ValueError: the branch names a stream that the solver does not have.
@@ -58,10 +59,11 @@ class Branch:
         if unknown:
             raise ValueError(
                 f"guidance: a branch replaces {', '.join(unknown)} and the streams are "
-                f"{', '.join(x)}; mend the branch's `latents` or `times`."
+                f"{', '.join(x)}; fix the branch's `latents` or `times`."
             )
         batch = next(iter(x.values())).shape[0]
         latents = {k: _at(self.latents.get(k, v), step).astype(v.dtype) for k, v in x.items()}
+        # one time per row, since the rows of other branches stand at other times
         times = {
             k: jnp.broadcast_to(jnp.asarray(_at(self.times.get(k, v), step), v.dtype), (batch,))
             for k, v in t.items()
@@ -73,63 +75,67 @@ def _at(value: Any, step: Step) -> Any:
     return value(step) if callable(value) else value
 
 
-def guided(
-    denoise: Denoise,
-    conditional: Branch,
-    unconditional: Sequence[tuple[Branch, Mapping[str, Scale]]] = (),
-) -> Predict:
-    """The guided network, as a solver calls it.
+@dataclasses.dataclass(frozen=True)
+class Guidance:
+    """What a guided network is asked, and what its answers make together.
 
-    Args:
-      unconditional: branches with the guidance scale of each stream that they serve; a stream
-        that no branch serves is not guided. A branch whose scales are all 1 is not evaluated.
+    ``combine(network(*expand(x, t, step)))`` is a prediction, as a solver asks for it.
 
     Raises:
       ValueError: a stream is served by two branches.
     """
-    served = [name for _, scales in unconditional for name in scales]
-    twice = sorted({name for name in served if served.count(name) > 1})
-    if twice:
-        raise ValueError(
-            f"guidance: streams {', '.join(twice)} are served by two unconditional branches; each "
-            "stream needs one, change the branches' scales."
-        )
-    active = [(b, s) for b, s in unconditional if any(_on(scale) for scale in s.values())]
 
-    def predict(x: Streams, t: Mapping[str, Any], step: Step) -> Streams:
-        branches = [conditional, *(branch for branch, _ in active)]
+    conditional: Branch
+    unconditional: Sequence[tuple[Branch, Mapping[str, Scale]]] = ()
+    """Branches with the guidance scale of each stream that they serve; a stream that no branch
+    serves is not guided. A branch whose scales are all 1 is not evaluated."""
+
+    def __post_init__(self) -> None:
+        served = [name for _, scales in self.unconditional for name in scales]
+        duplicates = sorted({name for name in served if served.count(name) > 1})
+        if duplicates:
+            raise ValueError(
+                f"guidance: streams {', '.join(duplicates)} are served by two unconditional "
+                "branches; each stream needs one, change the branches' scales."
+            )
+
+    @property
+    def active(self) -> list[tuple[Branch, Mapping[str, Scale]]]:
+        """The unconditional branches that are evaluated."""
+        return [(b, s) for b, s in self.unconditional if any(map(_is_on, s.values()))]
+
+    def expand(self, x: Streams, t: Times, step: Step) -> tuple[Streams, Times, Context]:
+        """(latents, times, text) of all branches: ``[b, ...]`` becomes ``[b * branches, ...]``."""
+        branches = [self.conditional, *(branch for branch, _ in self.active)]
         asked = [branch.inputs(x, t, step) for branch in branches]
-        latents, times, text = jax.tree.map(lambda *parts: interleave(parts), *asked)
-        answers = denoise(latents, times, text)
-        split = [{k: part(v, i, len(asked)) for k, v in answers.items()} for i in range(len(asked))]
-        return _combine(split, [scales for _, scales in active])
+        return jax.tree.map(lambda *parts: interleave(parts), *asked)
 
-    return predict
+    def combine(self, outputs: Streams) -> Streams:
+        """The guided prediction ``[b, ...]``, of the network's answers to ``expand``."""
+        count = 1 + len(self.active)
+        answers = [{k: part(v, i, count) for k, v in outputs.items()} for i in range(count)]
+        out = dict(answers[0])
+        for other, (_, scales) in zip(answers[1:], self.active):
+            for name, scale in scales.items():
+                if _is_on(scale):
+                    # (1) out = conditional + (scale - 1) (conditional - unconditional)
+                    out[name] = out[name] + (scale - 1) * (out[name] - other[name])
+        return out
 
 
-def _on(scale: Scale) -> bool:
-    """Whether a scale does anything (one that is only known inside the program counts)."""
+def _is_on(scale: Scale) -> bool:
+    """Returns False for a scale of 1; one that is only known inside the program counts as on."""
     return not (isinstance(scale, int | float) and scale == 1)
 
 
-def _combine(answers: Sequence[Streams], scales: Sequence[Mapping[str, Scale]]) -> Streams:
-    """Source: the module's 1."""
-    out = dict(answers[0])
-    for other, served in zip(answers[1:], scales):
-        for name, scale in served.items():
-            if _on(scale):
-                out[name] = out[name] + (scale - 1) * (out[name] - other[name])
-    return out
-
-
 def interleave(parts: Sequence[Array]) -> Array:
-    """``[batch, ...]`` of each branch as ``[batch * branches, ...]``, example by example."""
+    """``[b, ...]`` of each branch as ``[b * branches, ...]``, example by example."""
     if len(parts) == 1:
         return parts[0]
-    stacked = jnp.stack(parts, axis=1)
+    stacked = jnp.stack(parts, axis=1)  # [b, branches, ...]
     return stacked.reshape(-1, *stacked.shape[2:])
 
 
 def part(rows: Array, i: int, branches: int) -> Array:
-    """The rows of branch ``i`` out of ``interleave``."""
+    """The rows of branch ``i`` out of ``interleave``, ``[b, ...]``."""
     return rows.reshape(-1, branches, *rows.shape[1:])[:, i]

@@ -1,10 +1,9 @@
 """The integrator: a method is a table of numbers, and one loop runs any table.
 
-1. A row asks the network once, at the state x and time t, and takes a *reading* r of the answer:
-   ``r = p x + q output`` (data, noise or velocity, by the stream's own process), clamped if the
-   process clips its data.
-2. It then moves on from the last committed state y, with the readings of the latest rows:
-   ``x = keep y + use_0 r + use_1 r' + use_2 r'' + noise n``, n standard normal.
+1. A row asks the network once, at the state x and time t, and takes a *reading* r of the answer
+   (data, noise or velocity, by the stream's own process): ``r = p x + q output``.
+2. It then moves on from the last kept state y, with the readings of the latest rows:
+   ``x = x_coef y + coefs_0 r + coefs_1 r' + coefs_2 r'' + noise_coef n``, n standard normal.
 3. A row that ends a step makes this its new y; one that does not is an inner stage (Heun,
    singlestep DPM-Solver).
 
@@ -18,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -35,59 +34,79 @@ Predict = Callable[[Streams, Mapping[str, Float[Array, ""]], Int[Array, ""]], St
 Noise = Callable[[Int[Array, ""], Streams], Streams]
 """(row number, states) -> standard normal numbers like the states."""
 
+States = dict[str, Array]
+
+
+@runtime_checkable
+class Solver(Protocol):
+    """Moves states from one end of their processes to the other. Solvers are dataclasses."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]  # so that ``replace`` changes their settings
+
+    @property
+    def steps(self) -> int:
+        """The setting that decides how often the network is called."""
+        ...
+
+    def __call__(
+        self,
+        predict: Predict,
+        processes: Mapping[str, Process],
+        x: Streams,
+        *,
+        keys: Keys | None = None,
+        condition: Streams | None = None,
+    ) -> States | tuple[States, States]:
+        """Returns the states at the end time, with the condition among them.
+
+        Those that step over a table (``integrate``) take two more arguments: ``trajectory=True``
+        returns, second, ``{name: [1 + steps, b, ...]}``, the start first; ``noise``, a function of
+        the row number and the states, takes the place of the draws from ``keys``.
+
+        Args:
+          predict: the network; it stands in one place of the program.
+          processes: how each stream moves, and what the network predicts of it.
+          x: states at the start time, ``[b, ...]`` each.
+          keys: one per row of the batch; needed where the method adds noise.
+          condition: clean latents that stay as they are; the network sees them at time 0.
+        """
+        ...
+
 
 class Row(NamedTuple):
-    """One call of the network and the update that follows it; see the module's 1-3.
+    """One call of the network and the update that follows it."""
 
-    Attributes:
-      time: where the state is; the reading uses alpha and sigma of this time.
-      to: where the update brings it.
-      keep: weight of the committed state.
-      use: weights of the readings, newest first.
-      noise: weight of fresh noise.
-      commit: whether the update becomes the committed state.
-      reading: ``"data"``, ``"noise"`` or ``"velocity"``.
-      seen: the time shown to the network, where that is not ``time``.
-    """
-
-    t: float
-    t_next: float
-    x_coef: float
-    coefs: tuple[float, ...]
-    noise_coef: float = 0.0
-    is_step_end: bool = True
-    reading: str = "data"
-    t_network: float | None = None
+    t: float  # where the state is; the reading uses alpha and sigma of this time
+    t_next: float  # where the update brings it
+    x_coef: float  # weight of the kept state
+    coefs: tuple[float, ...]  # weights of the readings, newest first
+    noise_coef: float = 0.0  # weight of fresh noise
+    is_step_end: bool = True  # the update becomes the kept state
+    reading: str = "data"  # "data", "noise" or "velocity"
+    t_network: float | None = None  # the time shown to the network, where that is not ``t``
 
 
 class Columns(NamedTuple):
-    """One stream's numbers, one entry per row."""
+    """One stream's numbers, one entry per row; inside the loop, those of one row."""
 
-    reading_coefs: np.ndarray  # [rows, 2] weights of (x, output)
-    x_coef: np.ndarray  # [rows]
-    coefs: np.ndarray  # [rows, depth]
-    noise_coef: np.ndarray  # [rows]
+    reading_coefs: np.ndarray | Array  # [rows, 2] weights of (x, output)
+    x_coef: np.ndarray | Array  # [rows]
+    coefs: np.ndarray | Array  # [rows, depth] weights of the latest readings, newest first
+    noise_coef: np.ndarray | Array  # [rows]
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """A method, made into numbers.
+    """A method, made into numbers."""
 
-    Attributes:
-      times: what the network sees, one per row.
-      reached: the time of the state after each row.
-      commit: which rows end a step.
-      streams: the numbers of each stream.
-    """
-
-    t_network: np.ndarray
-    t_next: np.ndarray
-    is_step_end: np.ndarray
+    t_network: np.ndarray  # [rows] times shown to the network
+    t_next: np.ndarray  # [rows] time of the state after each row
+    is_step_end: np.ndarray  # [rows] bool
     streams: Mapping[str, Columns]
 
     @property
     def noisy(self) -> bool:
-        """Whether any row adds noise."""
+        """True if any row adds noise."""
         return any(np.any(c.noise_coef != 0) for c in self.streams.values())
 
 
@@ -99,6 +118,7 @@ def tabulate(rows: Mapping[str, Sequence[Row]], processes: Mapping[str, Process]
     """
     first_name, first = next(iter(rows.items()))
     for name, others in rows.items():
+        # all streams share t, t_next, is_step_end, reading and t_network; the weights may differ
         if [r[:2] + r[5:] for r in others] != [r[:2] + r[5:] for r in first]:
             raise ValueError(
                 f"solver: streams {first_name!r} and {name!r} have different schedules "
@@ -116,10 +136,11 @@ def tabulate(rows: Mapping[str, Sequence[Row]], processes: Mapping[str, Process]
 
 def _columns(name: str, rows: Sequence[Row], process: Process) -> Columns:
     depth = max(len(r.coefs) for r in rows)
+    # an infinite weight is not an accident of the arithmetic but a wrong setting: refused below
     with np.errstate(divide="ignore", invalid="ignore"):
-        read = [process.reading_weights(r.reading, r.t) for r in rows]
+        reading_coefs = [process.reading_weights(r.reading, r.t) for r in rows]
     columns = Columns(
-        reading_coefs=np.array(read, np.float64),
+        reading_coefs=np.array(reading_coefs, np.float64),
         x_coef=np.array([r.x_coef for r in rows]),
         coefs=np.array([r.coefs + (0.0,) * (depth - len(r.coefs)) for r in rows]),
         noise_coef=np.array([r.noise_coef for r in rows]),
@@ -152,32 +173,55 @@ def integrate(
     condition: Streams | None = None,
     trajectory: bool = False,
     noise: Noise | None = None,
-) -> dict[str, Array] | tuple[dict[str, Array], dict[str, Array]]:
-    """Runs a table from the states ``x``.
-
-    Args:
-      predict: called once per row, in one place of the program.
-      keys: one per row of the batch; needed where the table adds noise.
-      condition: clean latents that stay as they are; the network sees them at time 0.
-      trajectory: return, second, ``{name: [1 + steps, batch, ...]}``, the start first.
-      noise: takes the place of the draws from ``keys``.
-    """
+) -> States | tuple[States, States]:
+    """Runs a table from the states ``x``; the arguments and results are those of ``Solver``."""
     condition = dict(condition or {})
-    if table.noisy and noise is None:
-        noise = _draws(keys)
-    step = _step(table, predict, processes, condition, noise if table.noisy else None, trajectory)
+    draw = (noise or _draws(keys)) if table.noisy else None
+    one_stage = bool(np.all(table.is_step_end))
+
+    def step(carry: Any, row: Mapping[str, Any]) -> tuple[Any, States | None]:
+        x, kept, past = carry  # states, states at the last step's end, readings of earlier rows
+        t, number = row["time"], row["row"]
+        # the condition is clean: time 0
+        times: dict[str, Any] = {**dict.fromkeys(x, t), **dict.fromkeys(condition, 0 * t)}
+        outputs = predict({**x, **condition}, times, number)
+        drawn = draw(number, x) if draw else {}
+        new, readings = {}, {}
+        for name, columns in row["streams"].items():
+            output = _output(outputs, name, x)
+            # (1) r = p x + q output
+            reading = columns.reading_coefs[0] * x[name] + columns.reading_coefs[1] * output
+            if (clip := processes[name].clip) is not None:
+                reading = jnp.clip(reading, -clip, clip)
+            readings[name] = (reading, *past[name])
+            # (2) x = x_coef y + coefs_0 r + coefs_1 r' + coefs_2 r'' + noise_coef n
+            new[name] = columns.x_coef * kept[name]
+            for coef, r in zip(columns.coefs, readings[name]):
+                new[name] = new[name] + coef * r
+            if name in drawn:
+                new[name] = new[name] + columns.noise_coef * drawn[name]
+        # (3) only a step's end moves y; a select is left out where every row is one
+        if one_stage:
+            kept = new
+        else:
+            kept = {k: jnp.where(row["is_step_end"], v, kept[k]) for k, v in new.items()}
+        past = {name: r[:-1] for name, r in readings.items()}
+        # the states are stacked only on request: they would cost memory for every step
+        return (new, kept, past), new if trajectory else None
+
+    # readings before the start are zeros: their weights are 0 there
     past = {k: (jnp.zeros_like(v),) * (table.streams[k].coefs.shape[1] - 1) for k, v in x.items()}
     (last, _, _), states = jax.lax.scan(step, (x, x, past), _scanned(table, x))
     result = {**last, **condition}
-    if not trajectory:
+    if states is None:
         return result
-    kept = np.flatnonzero(table.is_step_end)
-    return result, {k: jnp.concatenate([x[k][None], v[kept]]) for k, v in states.items()}
+    ends = np.flatnonzero(table.is_step_end)
+    return result, {k: jnp.concatenate([x[k][None], v[ends]]) for k, v in states.items()}
 
 
 def _scanned(table: Table, x: Streams) -> dict[str, Any]:
     """The table as arrays, each stream's columns in the dtype of its state."""
-    time_dtype = jnp.result_type(jnp.float32, *x.values())
+    time_dtype = jnp.result_type(jnp.float32, *x.values())  # labels to 1000 need it
     return {
         "row": jnp.arange(len(table.t_network), dtype=jnp.int32),
         "time": jnp.asarray(table.t_network, time_dtype),
@@ -194,38 +238,8 @@ def _draws(keys: Keys | None) -> Noise:
         raise ValueError(
             "solver: this method adds noise at its steps; give `keys=`, one per row of the batch."
         )
+    # by stream and row, so that no draw depends on which other streams there are
     return lambda row, like: {k: normal(fold(keys, name_id(k), row), v) for k, v in like.items()}
-
-
-def _step(
-    table: Table,
-    predict: Predict,
-    processes: Mapping[str, Process],
-    condition: Streams,
-    noise: Noise | None,
-    trajectory: bool,
-) -> Callable[[Any, Any], tuple[Any, Any]]:
-    """The body of the loop, over (states, committed states, earlier readings)."""
-    steady = bool(np.all(table.is_step_end))
-
-    def step(carry: Any, row: Any) -> tuple[Any, Any]:
-        x, kept, past = carry
-        times = {**dict.fromkeys(x, row["time"]), **dict.fromkeys(condition, 0 * row["time"])}
-        outputs = predict({**x, **condition}, times, row["row"])
-        drawn = noise(row["row"], x) if noise else {}
-        new, readings = {}, {}
-        for name, columns in row["streams"].items():
-            reading = _reading(processes[name], columns, x[name], _output(outputs, name, x))
-            readings[name] = (reading, *past[name])
-            new[name] = _update(columns, kept[name], readings[name], drawn.get(name))
-        if steady:
-            kept = new
-        else:
-            kept = {k: jnp.where(row["is_step_end"], v, kept[k]) for k, v in new.items()}
-        past = {name: r[:-1] for name, r in readings.items()}
-        return (new, kept, past), new if trajectory else None
-
-    return step
 
 
 def _output(outputs: Streams, name: str, x: Streams) -> Array:
@@ -233,20 +247,6 @@ def _output(outputs: Streams, name: str, x: Streams) -> Array:
         shapes = {k: v.shape for k, v in outputs.items()}
         raise ValueError(
             f"solver: the network answered {shapes} and must answer {name!r} with shape "
-            f"{x[name].shape}, that of its state; mend the denoiser's `streams`."
+            f"{x[name].shape}, that of its state; fix the denoiser's `streams`."
         )
     return outputs[name].astype(x[name].dtype)
-
-
-def _reading(process: Process, columns: Columns, x: Array, output: Array) -> Array:
-    """Source: the module's 1."""
-    reading = columns.reading_coefs[0] * x + columns.reading_coefs[1] * output
-    return reading if process.clip is None else jnp.clip(reading, -process.clip, process.clip)
-
-
-def _update(columns: Columns, kept: Array, readings: Sequence[Array], drawn: Array | None) -> Array:
-    """Source: the module's 2."""
-    new = columns.x_coef * kept
-    for weight, reading in zip(columns.coefs, readings):
-        new = new + weight * reading
-    return new if drawn is None else new + columns.noise_coef * drawn

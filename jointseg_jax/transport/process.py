@@ -1,7 +1,7 @@
 """How one stream moves between its data end and its source end, and what the network says of it.
 
-1. ``x_t = alpha data + sigma source`` (``interpolate``); the source is ``scale`` times a normal
-   draw, or the other data end of a bridge.
+1. ``x_t = alpha data + sigma source``; the source is ``scale`` times a normal draw, or the other
+   data end of a bridge.
 2. TARGET: a training target is a weighted sum of (data, source):
 
    | predicts | target |
@@ -18,11 +18,11 @@
    | data | output | (x - alpha output) / sigma |
    | velocity | d_source x - sigma output | alpha output - d_data x |
 
-4. ``dx/dt = alpha' data + sigma' source`` (``velocity``).
+4. ``dx/dt = alpha' data + sigma' source``
 
-Two tables read and write, so that n predictions need 2 n entries rather than n^2 conversions.
-``scale`` is in the start and in the noise prediction only: the updates of the solvers, which are
-written in terms of data and source, do not contain it.
+Two tables, so that n predictions need 2 n entries rather than n^2 conversions. ``scale`` is in the
+start and in the noise prediction only: the updates of the solvers, which are written in terms of
+data and source, do not contain it.
 
 Source: 1 and the velocity, see ``schedules``; scale is the kappa of PDM, sec. 3 and app. B.3.
 """
@@ -36,45 +36,36 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jointseg_jax import rng as row_keys
+from jointseg_jax import rng
 from jointseg_jax.transport.schedules import Numbers, Schedule
 
 Pair = tuple[Numbers, Numbers]
 Latent = Float[Array, "batch ..."]
 
 
-def _target_noise(process: Process, t: Numbers) -> Pair:
-    return 0.0, 1.0 / process.scale
-
-
-def _target_data(process: Process, t: Numbers) -> Pair:
-    return 1.0, 0.0
-
-
-def _target_velocity(process: Process, t: Numbers) -> Pair:
-    return process.schedule.velocity_weights(t)
-
-
 def _inverse_noise(process: Process, t: Numbers) -> tuple[Pair, Pair]:
     alpha, sigma = process.schedule.alpha(t), process.schedule.sigma(t)
+    # source = scale output, data = (x - sigma source) / alpha
     return (1.0 / alpha, -sigma * process.scale / alpha), (0.0, process.scale)
 
 
 def _inverse_data(process: Process, t: Numbers) -> tuple[Pair, Pair]:
     alpha, sigma = process.schedule.alpha(t), process.schedule.sigma(t)
+    # data = output, source = (x - alpha data) / sigma
     return (0.0, 1.0), (1.0 / sigma, -alpha / sigma)
 
 
 def _inverse_velocity(process: Process, t: Numbers) -> tuple[Pair, Pair]:
     alpha, sigma = process.schedule.alpha(t), process.schedule.sigma(t)
     d_data, d_source = process.schedule.velocity_weights(t)
+    # the determinant alpha d_source - sigma d_data of (x, velocity) is 1 for every schedule
     return (d_source, -sigma), (-d_data, alpha)
 
 
 TARGET: dict[str, Callable[[Process, Numbers], Pair]] = {
-    "noise": _target_noise,
-    "data": _target_data,
-    "velocity": _target_velocity,
+    "noise": lambda process, t: (0.0, 1.0 / process.scale),
+    "data": lambda process, t: (1.0, 0.0),
+    "velocity": lambda process, t: process.schedule.velocity_weights(t),
 }
 """Weights of (data, source) in a target."""
 
@@ -88,19 +79,12 @@ INVERSE: dict[str, Callable[[Process, Numbers], tuple[Pair, Pair]]] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Process:
-    """One stream's motion and its network's prediction.
+    """One stream's motion and its network's prediction."""
 
-    Attributes:
-      schedule: alpha and sigma over time.
-      predicts: ``"noise"``, ``"data"`` or ``"velocity"``.
-      scale: standard deviation of the source end.
-      clip: solvers clamp their data readings to [-clip, clip]; None leaves them.
-    """
-
-    schedule: Schedule
-    predicts: str = "noise"
-    scale: float = 1.0
-    clip: float | None = None
+    schedule: Schedule  # alpha and sigma over time
+    predicts: str = "noise"  # "noise", "data" or "velocity"
+    scale: float = 1.0  # standard deviation of the source end
+    clip: float | None = None  # solvers clamp data readings to [-clip, clip]; None leaves them
 
     def __post_init__(self) -> None:
         if not isinstance(self.schedule, Schedule):
@@ -131,29 +115,30 @@ class Process:
                 "the schedule's t_max to below 1."
             )
 
-    def source(self, keys: row_keys.Keys, like: Latent) -> Latent:
+    def source(self, keys: rng.Keys, like: Latent) -> Latent:
         """Normal draws of standard deviation ``scale``, row i from ``keys[i]`` alone."""
-        return self.scale * row_keys.normal(keys, like)
+        return self.scale * rng.normal(keys, like)
 
     def interpolate(self, data: Latent, source: Latent, t: Numbers) -> Latent:
-        """The state at time t.  Source: equation 1."""
+        """The state at time t, of clean data and their source; t is one number or one per row."""
+        # (1) x_t = alpha data + sigma source
         return combine((self.schedule.alpha(t), self.schedule.sigma(t)), data, source)
 
     def target(self, data: Latent, source: Latent, t: Numbers) -> Latent:
-        """What the network should say at time t.  Source: table 2."""
+        """What the network should say at time t: noise, data or velocity."""
         return combine(TARGET[self.predicts](self, t), data, source)
 
     def to_data_source(self, output: Latent, x: Latent, t: Numbers) -> tuple[Latent, Latent]:
-        """(data, source) as the network's output at (x, t) implies them.  Source: table 3."""
+        """(data, source) as the network's output at (x, t) implies them."""
         data, source = INVERSE[self.predicts](self, t)
         return combine(data, x, output), combine(source, x, output)
 
     def data(self, output: Latent, x: Latent, t: Numbers) -> Latent:
-        """The data reading alone; finite at t = 0."""
+        """The data that the network's output at (x, t) implies; finite at t = 0."""
         return combine(INVERSE[self.predicts](self, t)[0], x, output)
 
     def velocity(self, output: Latent, x: Latent, t: Numbers) -> Latent:
-        """dx/dt along the flow.  Source: equation 4."""
+        """dx/dt along the flow, as the network's output at (x, t) implies it."""
         return combine(self.reading_weights("velocity", t), x, output)
 
     def reading_weights(self, reading: str, t: Numbers) -> Pair:
@@ -162,7 +147,9 @@ class Process:
         if reading != "velocity":
             return {"data": data, "noise": source}[reading]
         d_alpha, d_sigma = self.schedule.derivative(t)
-        return tuple(d_alpha * d + d_sigma * s for d, s in zip(data, source))
+        # (4) dx/dt = alpha' data + sigma' source, each of them a sum over (x, output)
+        of_x, of_output = (d_alpha * d + d_sigma * s for d, s in zip(data, source))
+        return of_x, of_output
 
 
 def combine(weights: Pair, first: Latent, second: Latent) -> Latent:
@@ -176,4 +163,5 @@ def over_rows(weight: Numbers, like: Latent) -> Array:
     """A per-row (or single) weight in the shape and dtype in which it multiplies ``like``."""
     if jnp.ndim(weight) == 0:
         return jnp.asarray(weight, like.dtype)
+    # [b] -> [b, 1, 1, 1], by hand: rank promotion is an error under the tests
     return jnp.asarray(weight, like.dtype).reshape(-1, *(1,) * (like.ndim - 1))

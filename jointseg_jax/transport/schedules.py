@@ -29,25 +29,32 @@ from __future__ import annotations
 import abc
 import dataclasses
 import functools
+from collections.abc import Callable
 from types import ModuleType
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-Numbers = int | float | np.ndarray | np.generic | jax.Array
+if TYPE_CHECKING:  # a static checker finds no operators on the union
+    Numbers: TypeAlias = Any
+else:
+    Numbers = int | float | np.ndarray | np.generic | jax.Array
 """A number or a numpy array (computed on the host in float64), or a JAX array (in its dtype)."""
 
 LABELS = 1000
+"""Networks are shown t as a number of this range."""
+
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 @runtime_checkable
 class Schedule(Protocol):
     """What processes, solvers and systems ask of a schedule."""
 
-    t_max: float
-
+    @property
+    def t_max(self) -> float: ...
     def log_alpha(self, t: Numbers) -> Numbers: ...
     def alpha(self, t: Numbers) -> Numbers: ...
     def sigma(self, t: Numbers) -> Numbers: ...
@@ -59,17 +66,30 @@ class Schedule(Protocol):
     def time(self, label: Numbers) -> Numbers: ...
 
 
-def _module(t: Any) -> tuple[ModuleType, Any]:
+def _module(t: Numbers) -> tuple[ModuleType, Any]:
     """The array module to compute with, and ``t`` as its array."""
+    # numpy's float64 by hand: under jax's default settings jnp would compute in float32
     return (jnp, t) if isinstance(t, jax.Array) else (np, np.asarray(t, np.float64)[()])
 
 
-def _quiet(method: Any) -> Any:
+def _quiet(method: Method) -> Method:
     """Lets numpy reach the infinities at the ends (sigma = 0, alpha = 0) without warning."""
-    return functools.wraps(method)(np.errstate(divide="ignore", invalid="ignore")(method))
+    return np.errstate(divide="ignore", invalid="ignore")(method)
 
 
-class VariancePreserving(abc.ABC):
+class ThousandLabels:
+    """Labels are 1000 t."""
+
+    def label(self, t: Numbers) -> Numbers:
+        """The number that a network sees for t."""
+        return LABELS * _module(t)[1]
+
+    def time(self, label: Numbers) -> Numbers:
+        """The time of a network's number."""
+        return _module(label)[1] / LABELS
+
+
+class VariancePreserving(ThousandLabels, abc.ABC):
     """Everything that follows from ``log_alpha``, its slope and its inverse."""
 
     t_max: float
@@ -94,17 +114,20 @@ class VariancePreserving(abc.ABC):
     def sigma(self, t: Numbers) -> Numbers:
         """Weight of the source, sqrt(1 - alpha^2) without cancellation near t = 0."""
         xp, t = _module(t)
-        return xp.sqrt(0.0 - xp.expm1(2 * self.log_alpha(t)))  # 0.0 - x: never -0.0
+        # (4) sigma^2 = 1 - alpha^2 = -expm1(2 l); 0.0 - x, since -x would be -0.0 at t = 0
+        return xp.sqrt(0.0 - xp.expm1(2 * self.log_alpha(t)))
 
     @_quiet
     def log_snr(self, t: Numbers) -> Numbers:
-        """lambda(t) = log(alpha / sigma)."""
+        """lambda(t) = log(alpha / sigma), inf at t = 0."""
         xp, t = _module(t)
+        # (2) from log alpha, which is exact where alpha itself is rounded to 1
         return self.log_alpha(t) - xp.log(self.sigma(t))
 
     def time_of(self, log_snr: Numbers) -> Numbers:
-        """The time of a lambda: log alpha = -log(1 + exp(-2 lambda)) / 2."""
+        """The time of a lambda, the inverse of ``log_snr``."""
         xp, log_snr = _module(log_snr)
+        # log alpha = -log(1 + exp(-2 lambda)) / 2, without overflow
         return self._time_at(-0.5 * xp.logaddexp(0.0, -2 * log_snr))
 
     def velocity_weights(self, t: Numbers) -> tuple[Numbers, Numbers]:
@@ -115,22 +138,15 @@ class VariancePreserving(abc.ABC):
     def derivative(self, t: Numbers) -> tuple[Numbers, Numbers]:
         """(d alpha / dt, d sigma / dt); the second is infinite at t = 0."""
         slope, alpha = self._slope(t), self.alpha(t)
+        # (4) alpha' = alpha l', sigma' = -alpha^2 l' / sigma
         return alpha * slope, -(alpha**2) * slope / self.sigma(t)
-
-    def label(self, t: Numbers) -> Numbers:
-        """The network's number for t."""
-        return LABELS * _module(t)[1]
-
-    def time(self, label: Numbers) -> Numbers:
-        """The time of a network's number."""
-        return _module(label)[1] / LABELS
 
 
 @functools.lru_cache(maxsize=16)
 def _knots(beta_start: float, beta_end: float, steps: int) -> np.ndarray:
-    """log alpha at t = 1/steps .. 1 (read-only)."""
+    """log alpha at t = 1/steps .. 1, ``[steps]`` (read-only)."""
     betas = np.linspace(beta_start**0.5, beta_end**0.5, steps) ** 2
-    knots = 0.5 * np.cumsum(np.log1p(-betas))
+    knots = 0.5 * np.cumsum(np.log1p(-betas))  # log prod_{j <= i} (1 - beta_j)^(1/2)
     knots.flags.writeable = False
     return knots
 
@@ -142,16 +158,13 @@ class ScaledLinear(VariancePreserving):
     Knot i lies at t = i/steps and has alpha^2 = prod_{j <= i} (1 - beta_j). Left of the first knot
     the line of the next interval goes on, up to log alpha = 0.
 
-    Attributes:
-      time_offset: which label means which knot; see the table of the module.
-
     Source: Stable Diffusion (Rombach et al. 2022) and U-ViT (Bao et al. 2023), the same betas.
     """
 
     beta_start: float = 0.00085
     beta_end: float = 0.012
-    steps: int = 1000
-    time_offset: int = 1
+    steps: int = 1000  # knots
+    time_offset: int = 1  # 1: labels 1 .. steps; 0: labels 0 .. steps-1, as diffusers counts
     t_max: float = 1.0
 
     def __post_init__(self) -> None:
@@ -176,10 +189,11 @@ class ScaledLinear(VariancePreserving):
         """beta_1 .. beta_steps."""
         return np.linspace(self.beta_start**0.5, self.beta_end**0.5, self.steps) ** 2
 
-    def _segment(self, t: Any) -> tuple[Any, Any, Any]:
+    def _segment(self, t: Numbers) -> tuple[Numbers, Numbers, Numbers]:
         """(left knot's index, log alpha there, rise over the interval)."""
         xp, t = _module(t)
         knots = _knots(self.beta_start, self.beta_end, self.steps)
+        # knot i (from 0) lies at t = (i + 1) / steps; left of the first knot its line goes on
         index = xp.clip(xp.floor(t * self.steps).astype(int) - 1, 0, self.steps - 2)
         knots = knots if xp is np else jnp.asarray(knots, t.dtype)
         return index, knots[index], knots[index + 1] - knots[index]
@@ -188,6 +202,7 @@ class ScaledLinear(VariancePreserving):
         """Linear between the knots."""
         xp, t = _module(t)
         index, left, rise = self._segment(t)
+        # at most 0: the line left of the first knot would pass it before t = 0
         return xp.minimum(left + (t * self.steps - (index + 1)) * rise, 0.0)
 
     def _slope(self, t: Numbers) -> Numbers:
@@ -197,6 +212,7 @@ class ScaledLinear(VariancePreserving):
         xp, log_alpha = _module(log_alpha)
         knots = _knots(self.beta_start, self.beta_end, self.steps)
         knots = knots if xp is np else jnp.asarray(knots, log_alpha.dtype)
+        # searchsorted wants a rising list, and log alpha falls
         index = xp.clip(xp.searchsorted(-knots, -log_alpha) - 1, 0, self.steps - 2)
         share = (log_alpha - knots[index]) / (knots[index + 1] - knots[index])
         return (index + 1 + share) / self.steps
@@ -230,8 +246,9 @@ class BetaLinear(VariancePreserving):
             )
 
     def log_alpha(self, t: Numbers) -> Numbers:
-        """A falling parabola."""
+        """The integral of -beta / 2 from 0 to t."""
         _, t = _module(t)
+        # log alpha = -(b1 - b0) t^2 / 4 - b0 t / 2
         return -0.25 * (self.beta_max - self.beta_min) * t**2 - 0.5 * self.beta_min * t
 
     def _slope(self, t: Numbers) -> Numbers:
@@ -240,6 +257,7 @@ class BetaLinear(VariancePreserving):
 
     def _time_at(self, log_alpha: Numbers) -> Numbers:
         xp, log_alpha = _module(log_alpha)
+        # t = -4 l / (b0 + sqrt(b0^2 - 4 (b1 - b0) l)): the root without cancellation near t = 0
         root = xp.sqrt(self.beta_min**2 - 4 * (self.beta_max - self.beta_min) * log_alpha)
         return -4 * log_alpha / (self.beta_min + root)
 
@@ -251,8 +269,8 @@ class Cosine(VariancePreserving):
     Source: improved DDPM (Nichol & Dhariwal 2021) eq. 17; t_max as in DPM-Solver.
     """
 
-    shift: float = 0.008
-    t_max: float = 0.9946
+    shift: float = 0.008  # keeps sigma from being tiny near t = 0
+    t_max: float = 0.9946  # alpha is 0 at t = 1, so solvers start before
 
     def __post_init__(self) -> None:
         if self.shift < 0 or not 0 < self.t_max < 1:
@@ -261,11 +279,11 @@ class Cosine(VariancePreserving):
                 "must hold (alpha is 0 at t = 1); change them in the schedule's config."
             )
 
-    def _angle(self, t: Any) -> Any:
+    def _angle(self, t: Numbers) -> Numbers:
         return (t + self.shift) / (1 + self.shift) * (np.pi / 2)
 
     def log_alpha(self, t: Numbers) -> Numbers:
-        """log cos of the angle at t, less that at 0."""
+        """log(cos(angle(t)) / cos(angle(0)))."""
         xp, t = _module(t)
         return xp.log(xp.cos(self._angle(t))) - float(np.log(np.cos(self._angle(0.0))))
 
@@ -280,17 +298,15 @@ class Cosine(VariancePreserving):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Linear:
+class Linear(ThousandLabels):
     """Rectified flow: a straight line between data and source, alpha = 1 - t, sigma = t.
-
-    Attributes:
-      t_max: where solvers start; less than 1 keeps some data in the start, which a network that
-        predicts noise needs (see ``Process``).
 
     Source: rectified flow (Liu et al. 2022) eq. 1.
     """
 
     t_max: float = 1.0
+    """Where solvers start; below 1 it keeps some data in the start, which a network that predicts
+    noise needs (see ``Process``)."""
 
     def __post_init__(self) -> None:
         if not 0 < self.t_max <= 1:
@@ -305,7 +321,7 @@ class Linear:
 
     def sigma(self, t: Numbers) -> Numbers:
         """Weight of the source."""
-        return _module(t)[1] + 0.0
+        return _module(t)[1] + 0.0  # a new value, and never -0.0
 
     @_quiet
     def log_alpha(self, t: Numbers) -> Numbers:
@@ -320,8 +336,9 @@ class Linear:
         return xp.log1p(-t) - xp.log(t)
 
     def time_of(self, log_snr: Numbers) -> Numbers:
-        """t = 1 / (1 + exp(lambda)), without overflow."""
+        """The time of a lambda, without overflow."""
         xp, log_snr = _module(log_snr)
+        # t = 1 / (1 + e^lambda) = exp(-log(e^0 + e^lambda))
         return xp.exp(-xp.logaddexp(0.0, log_snr))
 
     def velocity_weights(self, t: Numbers) -> tuple[Numbers, Numbers]:
@@ -330,16 +347,8 @@ class Linear:
         return -xp.ones_like(t), xp.ones_like(t)
 
     def derivative(self, t: Numbers) -> tuple[Numbers, Numbers]:
-        """The same as ``velocity_weights``: the predicted velocity is dx/dt."""
+        """``velocity_weights``: on a straight line the predicted velocity is dx/dt."""
         return self.velocity_weights(t)
-
-    def label(self, t: Numbers) -> Numbers:
-        """1000 t."""
-        return LABELS * _module(t)[1]
-
-    def time(self, label: Numbers) -> Numbers:
-        """The time of a network's number."""
-        return _module(label)[1] / LABELS
 
 
 SCHEDULES = {

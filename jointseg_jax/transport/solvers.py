@@ -1,14 +1,10 @@
-"""Solvers: what every method shares, and the two plainest, Euler and Heun.
-
-1. ``Euler``: ``x_{i+1} = x_i + (t_{i+1} - t_i) v(x_i, t_i)``.
-2. ``Heun``: ``x' = x_i + (t_{i+1} - t_i) v(x_i, t_i)``, then
-   ``x_{i+1} = x_i + (t_{i+1} - t_i) (v(x_i, t_i) + v(x', t_{i+1})) / 2``.
+"""Solvers: what every fixed-step method shares, and the two plainest, Euler and Heun.
 
 Both run from any time to any other, in either direction. A solver only lays out rows; the loop
 is in ``integrator``.
 
-Source: 1 SemFlow sec. 3.2 (eqs. 11-13), rectified flow (Liu et al. 2022) alg. 1; 2 Karras et al.
-2022 alg. 1 in the variable t.
+Source: Euler, SemFlow sec. 3.2 (eqs. 11-13), rectified flow (Liu et al. 2022) alg. 1; Heun, Karras
+et al. 2022 alg. 1 in the variable t.
 """
 
 from __future__ import annotations
@@ -19,32 +15,33 @@ import itertools
 from collections.abc import Mapping
 
 import numpy as np
-from jaxtyping import Array
 
 from jointseg_jax.rng import Keys
-from jointseg_jax.transport.integrator import Noise, Predict, Row, Table, integrate, tabulate
+from jointseg_jax.transport.integrator import (
+    Noise,
+    Predict,
+    Row,
+    States,
+    Table,
+    integrate,
+    tabulate,
+)
 from jointseg_jax.transport.process import Process
 from jointseg_jax.transport.schedules import Schedule
-from jointseg_jax.types import Streams
+from jointseg_jax.types import Streams, require_one_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Solver(abc.ABC):
-    """Moves states from one end of their processes to the other.
-
-    Attributes:
-      final: ``"state"`` returns the state at the end time; ``"evaluate"`` asks the network once
-        more there and returns its data reading.
-    """
+class FixedStepSolver(abc.ABC):
+    """A solver whose steps are known beforehand, as rows of a table."""
 
     final: str = "state"
+    """What is returned: ``"state"``, that at the end time; ``"evaluate"``, the data reading of one
+    more network call there."""
+    steps: int  # network calls for which the method is laid out
 
     def __post_init__(self) -> None:
-        if self.final not in ("state", "evaluate"):
-            raise ValueError(
-                f"solver: final={self.final!r}: must be 'state' or 'evaluate'; change "
-                "`solver.final`."
-            )
+        require_one_of("solver: final", self.final, ("state", "evaluate"), "Change `solver.final`.")
 
     @abc.abstractmethod
     def rows(self, schedule: Schedule, t_max: float) -> list[Row]:
@@ -55,6 +52,7 @@ class Solver(abc.ABC):
         t_max = min(p.schedule.t_max for p in processes.values())
         rows = {name: self.rows(p.schedule, t_max) for name, p in processes.items()}
         if self.final == "evaluate":
+            # x = 0 y + 1 D: the state becomes the data reading at the end time
             rows = {k: [*r, Row(r[-1].t_next, r[-1].t_next, 0.0, (1.0,))] for k, r in rows.items()}
         return tabulate(rows, processes)
 
@@ -68,23 +66,22 @@ class Solver(abc.ABC):
         condition: Streams | None = None,
         trajectory: bool = False,
         noise: Noise | None = None,
-    ) -> dict[str, Array] | tuple[dict[str, Array], dict[str, Array]]:
-        """Integrates ``x``; the arguments are those of ``integrate``.
+    ) -> States | tuple[States, States]:
+        """Integrates ``x`` over the method's table.
 
         Raises:
-          ValueError: no state, a state without a process, or one that is also ``condition``.
+          ValueError: no state, a state without a process, or one that is also in ``condition``.
         """
-        missing, twice = sorted(set(x) - set(processes)), sorted(set(x) & set(condition or {}))
-        if not x or missing or twice:
+        missing, both = sorted(set(x) - set(processes)), sorted(set(x) & set(condition or {}))
+        if not x or missing or both:
             raise ValueError(
                 f"solver: got states {sorted(x)}, processes {sorted(processes)}, condition "
                 f"{sorted(condition or {})}; every state needs a process (lacking: {missing}) and "
-                f"must not also be condition (both: {twice})."
+                f"must not be in the condition too (both: {both})."
             )
         processes = {name: processes[name] for name in x}
-        table = self.table(processes)
         return integrate(
-            table,
+            self.table(processes),
             predict,
             processes,
             x,
@@ -96,18 +93,11 @@ class Solver(abc.ABC):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Continuous(Solver):
-    """A solver on a grid of its own between two times.
+class Continuous(FixedStepSolver):
+    """A solver on a grid of its own between two times."""
 
-    Attributes:
-      steps: network calls for which the grid is laid out.
-      start: where it begins; None is the schedules' ``t_max``.
-      end: where it stops.
-    """
-
-    steps: int
-    start: float | None = None
-    end: float = 0.0
+    start: float | None = None  # where it begins; None is the schedules' ``t_max``
+    end: float = 0.0  # where it stops; 0 is the data end
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -122,7 +112,7 @@ class Continuous(Solver):
                 "needed (0 is the data end); change `solver.start` or `solver.end`."
             )
 
-    def span(self, t_max: float) -> tuple[float, float]:
+    def time_range(self, t_max: float) -> tuple[float, float]:
         """(start, end), checked against the schedules' range."""
         start = t_max if self.start is None else self.start
         if max(start, self.end) > t_max:
@@ -135,11 +125,12 @@ class Continuous(Solver):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Euler(Continuous):
-    """Explicit Euler on the velocity, ``steps`` network calls.  Source: the module's 1."""
+    """Explicit Euler on the velocity, ``steps`` network calls."""
 
     def rows(self, schedule: Schedule, t_max: float) -> list[Row]:
         """One row per step."""
-        grid = np.linspace(*self.span(t_max), self.steps + 1)
+        grid = np.linspace(*self.time_range(t_max), self.steps + 1)
+        # x_{i+1} = x_i + (t_{i+1} - t_i) v(x_i, t_i)
         return [Row(t, u, 1.0, (u - t,), reading="velocity") for t, u in itertools.pairwise(grid)]
 
 
@@ -149,15 +140,15 @@ class Heun(Continuous):
 
     It evaluates at the end time too, so a variance-preserving process, whose velocity is infinite
     at t = 0, needs ``end`` above 0.
-
-    Source: the module's 2.
     """
 
     def rows(self, schedule: Schedule, t_max: float) -> list[Row]:
         """Two rows per step: to the far end, and again from the start with both velocities."""
-        grid = np.linspace(*self.span(t_max), self.steps + 1)
+        grid = np.linspace(*self.time_range(t_max), self.steps + 1)
         rows = []
         for t, u in itertools.pairwise(grid):
+            # x' = x_i + (t_{i+1} - t_i) v(x_i, t_i), then
+            # x_{i+1} = x_i + (t_{i+1} - t_i) (v(x_i, t_i) + v(x', t_{i+1})) / 2
             rows.append(Row(t, u, 1.0, (u - t,), is_step_end=False, reading="velocity"))
             rows.append(Row(u, u, 1.0, ((u - t) / 2,) * 2, reading="velocity"))
         return rows

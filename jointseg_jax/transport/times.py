@@ -35,9 +35,18 @@ Time = Float[Array, " batch"]
 
 @runtime_checkable
 class Distribution(Protocol):
-    """One time per row."""
+    """Draws one time per row."""
 
     def __call__(self, keys: Keys) -> Time: ...
+
+
+@runtime_checkable
+class TimeSampler(Protocol):
+    """Draws the training times of all streams: a distribution with a coupling."""
+
+    def draw(self, keys: Keys, streams: Sequence[str]) -> dict[str, Time]:
+        """One time per row for every stream, in [0, 1]."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,6 +68,7 @@ class Uniform:
     def __call__(self, keys: Keys) -> Time:
         """Draws one time per row."""
         u = uniform(keys)
+        # t = 0 is clean and has nothing to learn: knots are 1/N .. 1
         u = (jnp.floor(u * self.steps) + 1) / self.steps if self.steps else u
         return self.low + (self.high - self.low) * u
 
@@ -79,6 +89,7 @@ class LogitNormal:
 
     def __call__(self, keys: Keys) -> Time:
         """Draws one time per row."""
+        # t = 1 / (1 + exp(-(mean + std n)))
         return jax.nn.sigmoid(self.mean + self.std * jax.vmap(_normal)(keys))
 
 
@@ -101,6 +112,7 @@ class HighNoise:
 
     def __call__(self, keys: Keys) -> Time:
         """Draws one time per row."""
+        # the inverse of the distribution function t^(1 + power)
         return uniform(keys) ** (1 / (1 + self.power))
 
 
@@ -111,7 +123,7 @@ class Shared:
     distribution: Distribution = Uniform()
 
     def draw(self, keys: Keys, streams: Sequence[str]) -> dict[str, Time]:
-        """The same time under every name."""
+        """One draw for each row, the same under every name."""
         return dict.fromkeys(streams, self.distribution(fold(keys, name_id("shared"))))
 
 
@@ -134,13 +146,15 @@ class Grouped:
     distribution: Distribution = Uniform()
 
     def __post_init__(self) -> None:
+        # JSON configs hold lists, and groups are dict keys below
         object.__setattr__(self, "groups", tuple(tuple(group) for group in self.groups))
         names = [name for group in self.groups for name in group]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if not names or twice:
+        duplicates = sorted({name for name in names if names.count(name) > 1})
+        if not names or duplicates:
             raise ValueError(
                 f"grouped times: groups={self.groups}: every stream must be in exactly one group"
-                f"{', twice: ' + ', '.join(twice) if twice else ''}; change `times.groups`."
+                f"{', twice: ' + ', '.join(duplicates) if duplicates else ''}; change "
+                "`times.groups`."
             )
 
     def draw(self, keys: Keys, streams: Sequence[str]) -> dict[str, Time]:

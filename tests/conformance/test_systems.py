@@ -19,10 +19,10 @@ from jointseg_jax.models.text import Features
 from jointseg_jax.models.uvit import UViT
 from jointseg_jax.rng import sample_keys
 from jointseg_jax.systems.joint import TEXT_STREAM, Joint
-from jointseg_jax.systems.stream import Stream
+from jointseg_jax.systems.system import Stream
 from jointseg_jax.transport.discrete import MultistepDPM
 from jointseg_jax.transport.dpm import DPMSolverPP
-from jointseg_jax.transport.guidance import Branch, guided
+from jointseg_jax.transport.guidance import Branch, Guidance
 from jointseg_jax.transport.process import Process
 from jointseg_jax.transport.schedules import ScaledLinear
 from jointseg_jax.transport.times import Shared
@@ -87,6 +87,9 @@ class Spy:
     data_type: int | None = None
     calls: list = dataclasses.field(default_factory=list)
 
+    def init(self, key, *inputs):
+        return self.module.init(key, *inputs)
+
     def apply(self, variables, latents, times, text):
         rows = next(iter(latents.values())).shape[0]
         kind = None if self.data_type is None else jnp.full((rows,), self.data_type)
@@ -117,8 +120,18 @@ class Traced:
         return final
 
     @property
+    def steps(self):
+        return self.solver.steps
+
+    @property
     def table(self):
         return self.solver.table(self.processes)
+
+
+def guided(denoise, conditional, unconditional=()):
+    """The guided network, as a solver calls it."""
+    guidance = Guidance(conditional, unconditional)
+    return lambda x, t, step: guidance.combine(denoise(*guidance.expand(x, t, step)))
 
 
 def module_of(case):

@@ -197,7 +197,7 @@ def test_semflow_sampler(case):
                     process.schedule.label(table.t_network), labels, atol=1e-9
                 )
             # where steps does not divide 1000 the reference shows the network rounded labels
-            table = dataclasses.replace(table, times=labels / LABELS)
+            table = dataclasses.replace(table, t_network=labels / LABELS)
             start = {"x": inputs["x_init"]}
             final, states = integrate(table, predict, {"x": process}, start, trajectory=True)
             case.check(f"{name}__xs", states["x"])

@@ -24,7 +24,7 @@ from jointseg_jax.evaluation.pair_report import (
     pairs_folder,
     pairs_report,
 )
-from jointseg_jax.systems.stream import Stream
+from jointseg_jax.systems.system import Stream
 from jointseg_jax.training.workdir import Run
 from jointseg_jax.transport.process import Process
 from jointseg_jax.transport.schedules import Cosine

@@ -15,7 +15,7 @@ from jointseg_jax.generation.sampler import make_sampler, one_ahead, pending_bat
 from jointseg_jax.models.text import Features
 from jointseg_jax.models.uvit import UViT
 from jointseg_jax.systems.joint import Joint
-from jointseg_jax.systems.stream import Stream
+from jointseg_jax.systems.system import Stream
 from jointseg_jax.training.workdir import Run
 from jointseg_jax.transport.process import Process
 from jointseg_jax.transport.schedules import Cosine

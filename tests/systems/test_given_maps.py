@@ -15,7 +15,7 @@ from jointseg_jax.models.two_stream import TwoStream
 from jointseg_jax.models.uvit import UViT
 from jointseg_jax.rng import sample_keys
 from jointseg_jax.systems.joint import Joint
-from jointseg_jax.systems.stream import Stream
+from jointseg_jax.systems.system import Stream
 from jointseg_jax.transport.dpm import DPMSolverPP
 from jointseg_jax.transport.process import Process
 from jointseg_jax.transport.schedules import ScaledLinear

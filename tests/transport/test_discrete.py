@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from jointseg_jax.transport.discrete import DDIM, DDPM, MultistepDPM, ddim_row, ddpm_row, knot
-from jointseg_jax.transport.dpm import DPMSolverPP
-from jointseg_jax.transport.exponential import point, singlestep
+from jointseg_jax.transport.dpm import DPMSolverPP, point, singlestep
 from jointseg_jax.transport.integrator import Row, integrate, tabulate
 from jointseg_jax.transport.process import Process
 from jointseg_jax.transport.schedules import Cosine, ScaledLinear
@@ -155,10 +154,13 @@ def test_noise_needs_keys():
     [
         (lambda: DDIM(steps=3, eta=1.5), "eta=1.5"),
         (lambda: DDIM(steps=0), "steps=0"),
-        (lambda: DDIM(steps=3, spacing="even"), "spacing='even': must be one of linspace"),
-        (lambda: DDPM(steps=3, variance="learned"), "variance='learned'"),
-        (lambda: MultistepDPM(steps=3, solver_type="dpm_solver"), "must be one of midpoint, heun"),
-        (lambda: MultistepDPM(steps=3, algorithm="sde"), "algorithm='sde'"),
+        (lambda: DDIM(steps=3, spacing="even"), "spacing = 'even'; it must be one of 'linspace'"),
+        (lambda: DDPM(steps=3, variance="learned"), "variance = 'learned'"),
+        (
+            lambda: MultistepDPM(steps=3, solver_type="dpm_solver"),
+            "must be one of 'midpoint', 'heun'",
+        ),
+        (lambda: MultistepDPM(steps=3, algorithm="sde"), "algorithm = 'sde'"),
         (lambda: DDIM(steps=1001).table(PROCESS), "1000 labels, too few"),
         (lambda: DDIM(steps=1000, steps_offset=1).table(PROCESS), "the first label is 1000"),
         (
@@ -168,7 +170,7 @@ def test_noise_needs_keys():
     ],
 )
 def test_refusals(make, said):
-    with pytest.raises(ValueError, match="change") as refused:
+    with pytest.raises(ValueError, match=r"[Cc]hange") as refused:
         make()
     assert said in str(refused.value)
 

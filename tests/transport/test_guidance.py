@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jointseg_jax.transport.guidance import Branch, guided, interleave, part
+from jointseg_jax.transport.guidance import Branch, Guidance, interleave, part
 from jointseg_jax.transport.process import Process
 from jointseg_jax.transport.schedules import Linear
 from jointseg_jax.transport.solvers import Euler
@@ -35,6 +35,12 @@ def denoise(latents, times, text):
 def separately(latents, times, text):
     rows = {k: jnp.broadcast_to(t, (BATCH,)) for k, t in times.items()}
     return denoise(latents, rows, text)
+
+
+def guided(denoise, conditional, unconditional=()):
+    """The guided network, as a solver calls it."""
+    guidance = Guidance(conditional, unconditional)
+    return lambda x, t, step: guidance.combine(denoise(*guidance.expand(x, t, step)))
 
 
 def test_scale_one_is_the_conditional_prediction_bit_for_bit():
