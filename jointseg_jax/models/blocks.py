@@ -59,7 +59,7 @@ class Parameters(nn.Module):
     """The parameters of a ``linear``, for products that are written otherwise."""
 
     shape: tuple[int, ...]  # of the kernel
-    outputs: int  # the last so many axes of the kernel are those of the bias
+    outputs: int  # how many of the kernel's last axes the bias has
     use_bias: bool = True
 
     @nn.compact
@@ -98,7 +98,7 @@ class Attention(nn.Module):
     def _by_kernel(
         self, x: Float[Array, "batch tokens width"], backend: str, count: int | None
     ) -> Float[Array, "batch tokens width"]:
-        """The same from the same parameters, in the layout of a TPU kernel all the way."""
+        """The TPU kernels, from the parameters of the plain layers, each in the layout it reads."""
         # imported here: only TPU programs pay for Pallas
         from jointseg_jax.models.packed_attention import attend_packed
 

@@ -72,8 +72,7 @@ class WordEmbedding(nn.Module):
 class Words:
     """Word embeddings over a fixed vocabulary; the empty prompt is all padding.
 
-    A text *stream* (text that is itself diffused) needs a table that stays: a denoiser that also
-    trains its target could make it constant.
+    A text *stream* (text that is itself diffused) needs ``trainable=False``: a target that stays.
     """
 
     vocabulary_size: int  # number of ids, the padding word included

@@ -44,7 +44,7 @@ from jointseg_jax.models.uvit import (
 from jointseg_jax.types import Streams
 
 MAP = "map_stream/"
-"""What the taps of the map stream begin with."""
+"""Prefix of the taps of the map stream."""
 
 Pair = tuple[Array, Array]
 """Of the image stream and the map stream."""
