@@ -194,8 +194,11 @@ def test_every_run_of_a_config_is_written_out_in_its_own_file(name):
 
 
 def documented():
-    """Every ``configs/NAME.py:ARGUMENT`` that a docstring or the README names."""
-    pages = [ROOT / "README.md", *(ROOT / "configs").glob("*.py"), *(ROOT / "launch").glob("*.py")]
+    """Every ``configs/NAME.py:ARGUMENT`` that a docstring or a README names."""
+    folders = ("configs", "launch", "tests", "jointseg_jax")
+    pages = [page for folder in folders for page in (ROOT / folder).rglob("README.md")]
+    pages += [page for folder in folders[:2] for page in (ROOT / folder).glob("*.py")]
+    pages.append(ROOT / "README.md")
     pattern = re.compile(r"configs/(\w+)\.py(?::([\w=,]+))?")
     return sorted({pair for page in pages for pair in pattern.findall(page.read_text())})
 
