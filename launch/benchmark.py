@@ -93,6 +93,7 @@ CACHED = flags.DEFINE_bool(
 REMAT = flags.DEFINE_enum(
     "remat", None, ["none", "dots", "attn_out", "full"], "train: sets system.denoiser.remat."
 )
+ATTENTION = flags.DEFINE_string("attention", None, "train, sample: sets system.denoiser.attention.")
 TRACE = flags.DEFINE_bool("trace", True, "train, sample: a trace of one more call.")
 CACHE = flags.DEFINE_bool("cache", False, "Let compiled programs come from the compile cache.")
 
@@ -106,6 +107,7 @@ ONLY = {
     "data": ("train",),
     "cached": ("train",),
     "remat": ("train",),
+    "attention": ("train", "sample"),
     "trace": ("train", "sample"),
     "steps": ("sample",),
     "given": ("sample",),
@@ -192,7 +194,7 @@ def _bench_config(flag: str, config: Any) -> Any:
     return BenchConfig(
         what=WHAT.value,
         name=name,
-        config=abstract.with_denoiser(plain, remat=REMAT.value),
+        config=abstract.with_denoiser(plain, remat=REMAT.value, attention=ATTENTION.value),
         codec=CODEC.value.to_dict() if CODEC.value is not None else {},
         classes=CLASSES.value or 0,
         batch=BATCH.value or 0,

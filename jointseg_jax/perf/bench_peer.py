@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
@@ -174,13 +175,16 @@ def torch_network(torch: ModuleType, network: Network) -> Any:
     Written after models/uvit.py; parameters are named as ``torch_weights`` names them.
     """
     nn, functional = torch.nn, torch.nn.functional
-    width, heads, half = network.width, network.heads, network.depth // 2
+    # Plain numbers and tuples: what torch.compile sees of the sizes.
+    width, heads, half, order = network.width, network.heads, network.depth // 2, network.norm
+    streams, words = tuple((n, *sizes) for n, sizes in network.streams.items()), network.words
+    slowest = math.log(1e4)  # of the time's frequencies
 
     class Block(nn.Module):
         def __init__(self, joins: bool):
             super().__init__()
             self.join = nn.Linear(2 * width, width) if joins else None
-            self.join_norm = nn.LayerNorm(width) if joins and network.norm == "post" else None
+            self.join_norm = nn.LayerNorm(width) if joins and order == "post" else None
             self.attn_norm, self.mlp_norm = nn.LayerNorm(width), nn.LayerNorm(width)
             self.qkv, self.out = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width)
             self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
@@ -198,7 +202,7 @@ def torch_network(torch: ModuleType, network: Network) -> Any:
             if self.join is not None:
                 x = self.join(torch.cat([x, skip], dim=-1))
                 x = self.join_norm(x) if self.join_norm is not None else x
-            if network.norm == "pre":
+            if order == "pre":
                 x = x + self.attention(self.attn_norm(x))
                 return x + self.mlp(self.mlp_norm(x))
             x = self.attn_norm(x + self.attention(x))
@@ -208,11 +212,11 @@ def torch_network(torch: ModuleType, network: Network) -> Any:
         def __init__(self):
             super().__init__()
             self.time_position = nn.Parameter(0.02 * torch.randn(1, 1, width))
-            self.text_in = nn.Linear(network.words[1], width)
-            self.text_position = nn.Parameter(0.02 * torch.randn(1, network.words[0], width))
+            self.text_in = nn.Linear(words[1], width)
+            self.text_position = nn.Parameter(0.02 * torch.randn(1, words[0], width))
             self.enter, self.leave = nn.ModuleDict(), nn.ModuleDict()
             self.positions = nn.ParameterDict()
-            for name, (side, c, p) in network.streams.items():
+            for name, side, c, p in streams:
                 tokens = (side // p) ** 2
                 self.enter[name] = nn.Linear(p * p * c, width)
                 self.leave[name] = nn.Linear(width, p * p * c)
@@ -224,10 +228,10 @@ def torch_network(torch: ModuleType, network: Network) -> Any:
 
         def forward(self, latents: Any, times: Any, text: Any) -> Any:
             steps = torch.arange(width // 2, device=times.device, dtype=torch.float32)
-            angles = times[:, None] * torch.exp(-np.log(1e4) * steps / (width // 2))
+            angles = times[:, None] * torch.exp(-slowest * steps / (width // 2))
             time = torch.cat([angles.cos(), angles.sin()], dim=-1)[:, None]  # [b, 1, width]
             parts = [time + self.time_position, self.text_in(text) + self.text_position]
-            for name, (side, c, p) in network.streams.items():
+            for name, side, c, p in streams:
                 r = side // p
                 x = latents[name].reshape(-1, r, p, r, p, c).permute(0, 1, 3, 2, 4, 5)
                 x = x.reshape(x.shape[0], r * r, p * p * c)  # row-major patches, channel fastest
@@ -240,7 +244,7 @@ def torch_network(torch: ModuleType, network: Network) -> Any:
             for block in self.outs:
                 x = block(x, skips.pop())
             x, made, end = self.norm(x), {}, x.shape[1]
-            for name, (side, c, p) in reversed(list(network.streams.items())):
+            for name, side, c, p in streams[::-1]:
                 r = side // p
                 own = x[:, end - r * r : end]
                 end -= r * r

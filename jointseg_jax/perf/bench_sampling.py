@@ -29,7 +29,7 @@ from jointseg_jax.generation.sampler import (
     pending_batches,
     sampling_params,
 )
-from jointseg_jax.perf import abstract, harness, trace, under_test
+from jointseg_jax.perf import abstract, harness, under_test
 from jointseg_jax.perf.harness import Action, BenchConfig, Benchmark, Values
 from jointseg_jax.systems.system import Generator
 from jointseg_jax.types import UserError
@@ -136,13 +136,11 @@ class _Sampling:
 
     def after(self, medians: Mapping[str, float]) -> Values:
         """Memory, speed and trace."""
-        out: Values = {"memory": harness.memory()}
         each = profiling.sampling_flops(self.system, self.given)
-        share = each * self.batch / harness.num_chips() if each else None
-        out["speed"] = harness.speed(share, medians["sampler"], self.model.dtype)
-        if self.bench.trace:
-            out["trace"] = trace.traced(lambda: self.run(1), self.program.run.as_text())
-        return out
+        flops = each * self.batch if each else None
+        run = (lambda: self.run(1)) if self.bench.trace else None
+        speed = self.program.after(flops, medians["sampler"], self.model.dtype, run)
+        return {"memory": harness.memory()} | speed
 
     def close(self) -> None:
         """Removes the pairs."""

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 import jax
 
 from jointseg_jax import profiling, sharding
-from jointseg_jax.perf import harness, trace, under_test
+from jointseg_jax.perf import harness, under_test
 from jointseg_jax.perf.harness import Action, BenchConfig, Benchmark, Values
 from jointseg_jax.training.flight import InFlight
 from jointseg_jax.training.program import check_batch, make_program
@@ -103,11 +103,8 @@ class _Update:
             # The first call and the warm-ups found their batches ready, or none at all.
             out["data_wait"] = round(statistics.median(self.waits[1 + self.bench.warmups :]), 4)
         flops = profiling.step_flops(self.model.system, self.update.run, self.batch)
-        share = flops / harness.num_chips() if flops else None
-        out["speed"] = harness.speed(share, medians["update"], self.model.dtype)
-        if self.bench.trace:
-            out["trace"] = trace.traced(lambda: self.run(1), self.update.run.as_text())
-        return out
+        run = (lambda: self.run(1)) if self.bench.trace else None
+        return out | self.update.after(flops, medians["update"], self.model.dtype, run)
 
     def close(self) -> None:
         """Ends the input pipeline."""

@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 ERROR_TEXT = 3000
@@ -45,6 +45,8 @@ class Job:
     parts: Mapping[str, Sequence[str]]  # name -> command; {seconds}: what is left for it
     estimate: float  # seconds; with less left, the job is skipped
     limit: float  # seconds after which it is ended
+    # a part that failed is tried once more with these words: first key in its error -> words
+    retry: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
 def run_plan(
@@ -82,9 +84,14 @@ def _run_job(
         log(f"{job.name}: skipped; {record['reason']}")
     else:
         end, parts = time.monotonic() + min(job.limit, left), {}
-        for name, command in job.parts.items():
-            parts[name] = run_command(command, end - time.monotonic(), cwd)
-            log(f"{job.name}, {name}: {parts[name]['status']}, {parts[name]['seconds']} s")
+        waiting = list(job.parts.items())
+        while waiting:
+            name, command = waiting.pop(0)
+            found = parts[name] = run_command(command, end - time.monotonic(), cwd)
+            log(f"{job.name}, {name}: {found['status']}, {found['seconds']} s")
+            words = next((w for key, w in job.retry.items() if key in found.get("error", "")), None)
+            if found["status"] == "failed" and words and name in job.parts:
+                waiting.insert(0, (f"{name} {' '.join(words)}", (*command, *words)))
             states = [part["status"] for part in parts.values()]
             worst = next((s for s in ("failed", "out of time", "absent") if s in states), "done")
             record |= {"status": worst, "parts": parts}
@@ -106,7 +113,7 @@ def run_command(command: Sequence[str], seconds: float, cwd: Path) -> Record:
         process = subprocess.Popen(
             words,
             cwd=cwd,
-            env=ENVIRONMENT | os.environ,
+            env=_environment(cwd),
             stdout=stdout,
             stderr=stderr,
             process_group=0,
@@ -129,6 +136,12 @@ def run_command(command: Sequence[str], seconds: float, cwd: Path) -> Record:
         text = f"exit status {status}\n{_tail(texts)}"
         return record | {"status": "failed", "error": text}
     return record | {"status": "absent" if "absent" in values else "done", "values": values}
+
+
+def _environment(cwd: Path) -> dict[str, str]:
+    """The user's variables; the package of ``cwd`` is found without being installed."""
+    path = os.pathsep.join(filter(None, (str(cwd), os.environ.get("PYTHONPATH"))))
+    return {**ENVIRONMENT, **os.environ, "PYTHONPATH": path}
 
 
 def _read(stream: tempfile._TemporaryFileWrapper) -> str:
@@ -236,6 +249,8 @@ def gpu_jobs(out: Path, *, smoke: bool) -> list[Job]:
         pdm = (*bench, "--config=configs/pdm.py:data=coco_panoptic", *few)
         short = ("--seconds={seconds}",)
         networks = dict.fromkeys(("small", "large"), ("jax", "eager", "compiled"))
+    # Out of memory: recompute all. Anything else: the attention kernel, which was new here.
+    retry = {"RESOURCE_EXHAUSTED": ("--remat=full",), "": ("--attention=xla",)}
     train = ("--what=train", "--cached", "--remat=dots", *(() if smoke else few))
     sample = ("--what=sample", f"--steps={2 if smoke else 50}", *once)
     pairs = ("--what=sample", "--steps=2") if smoke else ("--what=sample", "--batch=64")
@@ -251,12 +266,14 @@ def gpu_jobs(out: Path, *, smoke: bool) -> list[Job]:
             parts={"train": (*jodiffusion, *train), "sample": (*jodiffusion, *sample)},
             estimate=90,
             limit=330,
+            retry=retry,
         ),
         Job(
             name="pdm",
             parts={"train": (*pdm, "--what=train"), "sample": (*pdm, *pairs)},
             estimate=60,
             limit=150,
+            retry=retry,
         ),
         Job(
             name="peer",

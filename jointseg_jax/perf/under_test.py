@@ -7,7 +7,7 @@ be there. Values are random, never constant: chips draw less power, and so run f
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +17,7 @@ import numpy as np
 from jointseg_jax import build, sharding
 from jointseg_jax.data.cached.loader import CachedBatches
 from jointseg_jax.data.pipeline import Batches, batches
-from jointseg_jax.perf import abstract
+from jointseg_jax.perf import abstract, harness, trace
 from jointseg_jax.perf.abstract import Config, System
 from jointseg_jax.perf.harness import BenchConfig, Values
 from jointseg_jax.systems.system import Generator
@@ -153,3 +153,22 @@ class Program:
             "compile_s": round(self.compile_s, 2),
             "planned_gib": round(total / 2**30, 3),
         }
+
+    def after(
+        self, flops: float | None, seconds: float, dtype: str, run: Callable[[], object] | None
+    ) -> Values:
+        """Speed of a call, and where the time of one more goes.
+
+        Args:
+          flops: that the network needs for one call, over all chips; None: unknown.
+          seconds: of one call.
+          run: makes one call and waits for its end; None: no trace.
+        """
+        share = flops / harness.num_chips() if flops else None
+        out: Values = {"speed": harness.speed(share, seconds, dtype)}
+        if run is None:
+            return out
+        try:
+            return out | {"trace": trace.traced(run, self.run.as_text())}
+        except Exception as error:  # a profiler that fails costs no figure but its own
+            return out | {"trace_error": f"{type(error).__name__}: {error}"[:500]}

@@ -93,6 +93,18 @@ def test_a_command_is_told_its_time_and_each_part_is_on_disk_at_once(tmp_path):
     assert set(parts["b"]["values"]["parts"]) == {"a"}  # what it found when it ran
 
 
+@pytest.mark.parametrize(
+    ("error", "words"), [("RESOURCE_EXHAUSTED: 80 GiB", "less"), ("no such kernel", "other")]
+)
+def test_a_part_that_failed_is_tried_once_more_as_its_error_says(tmp_path, error, words):
+    text = f"import sys; sys.exit({error!r}) if len(sys.argv) < 2 else print('{{}}')"
+    retry = {"RESOURCE_EXHAUSTED": ("less",), "": ("other",)}
+    again = Job(name="again", parts={"a": script(text)}, estimate=0, limit=20, retry=retry)
+    summary = run([again], tmp_path)
+    assert [row["part"] for row in summary["rows"]] == ["a", f"a {words}"]
+    assert [row["status"] for row in summary["rows"]] == ["failed", "done"]
+
+
 @pytest.mark.parametrize("smoke", [False, True])
 def test_the_gpus_commands_name_files_that_exist(tmp_path, smoke):
     jobs = plan.gpu_jobs(tmp_path, smoke=smoke)
