@@ -73,12 +73,15 @@ def measure(backend: str, tokens: int, rows: int, heads: int, size: int, dtype: 
     """Errors and times of a backend and of plain products, for one number of tokens."""
     fields = {"dtype": dtype, "heads": heads, "size": size}
     count = tokens + attention.padding(backend, tokens, **fields)
+    # Of order 1, as after the norms of a network; scores then have a spread of one.
     rng = np.random.default_rng(tokens)
     shape = (rows, count, heads, size)
     inputs = [jnp.asarray(rng.standard_normal(shape, np.float32), dtype) for _ in range(4)]
+    # Else a GPU multiplies float32 in TF32, with errors like those that are measured.
     with jax.default_matmul_precision("highest"):
         exact = with_gradients(attention.attend_xla)(*(x.astype(jnp.float32) for x in inputs))
     out: Values = {"tokens": tokens, "padded_to": count, "errors": {}, "ms": {}}
+    # Plain products first: their error is what rounding alone costs.
     for name in dict.fromkeys(("xla", backend)):
         both, forward = with_gradients(BACKENDS[name]), jax.jit(BACKENDS[name])
         try:

@@ -119,6 +119,7 @@ def measure_jax(network: Network) -> Values:
         run = harness.wall(lambda c=call, x=inputs: jax.block_until_ready(c(params, *x)))
         actions[name] = Action(run, rows)
     times = timed(actions)
+    # Measured after the network, in the same process: the clock of a warm chip.
     flops, ceiling = forward_flops(module), harness.ceiling("bfloat16").flops
     return {
         "machine": harness.machine(),
@@ -278,6 +279,7 @@ def torch_weights(params: Mapping[str, Any], network: Network) -> dict[str, np.n
             if part in ours:
                 norm(f"{name}.{part}", ours[part])
         if "join" in ours:
+            # A x + B skip here is one Linear of the concatenation there.
             kernels = [np.asarray(ours[k]["kernel"]) for k in ("join", "join_skip")]
             linear(f"{name}.join", {**ours["join"], "kernel": np.concatenate(kernels)}, 2 * width)
 
@@ -301,6 +303,7 @@ def measure_torch(torch: ModuleType, network: Network, *, compiled: bool) -> Val
     """Times of the network in torch, bfloat16 by autocast, float32 parameters."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_float32_matmul_precision("high")  # TF32 for what is float32, as XLA does
+    # Parameters stay float32 and are rounded in every product, as here.
     model = torch_network(torch, network).to(device)
     run = torch.compile(model) if compiled else model
 

@@ -35,6 +35,7 @@ def train(launcher: str, workdir: Path, *words: str) -> tuple[float, dict]:
     """
     command = [sys.executable, launcher, f"--workdir={workdir}", *words]
     start = time.monotonic()
+    # Captured: the last line of this process is read by a plan.
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}: status {done.returncode}\n{done.stderr[-3000:]}")

@@ -201,6 +201,7 @@ TOGETHER = {
 
 def _pairs(values: Row) -> list[str]:
     rest, lines = dict(values), []
+    # Whatever has no row of its own comes last, so that nothing measured is left out.
     for head, names in TOGETHER.items():
         own = {k: rest.pop(k) for k in names.split() if k in rest}
         first = [text_of(rest.pop(head))] if head in rest else []
@@ -258,7 +259,7 @@ def _after(result: Result) -> list[str]:
 
 
 def _memory(memory: Row) -> str:
-    chip = memory.get("chip_peak_gib")
+    chip = memory.get("chip_peak_gib")  # CPUs do not count
     device = f"{chip} GiB on a chip" if chip else "not reported by this device"
     return f"{device}; {memory['host_peak_gib']} GiB on the host, in this process"
 

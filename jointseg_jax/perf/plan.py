@@ -61,6 +61,7 @@ def run_plan(
     """
     out.mkdir(parents=True, exist_ok=True)
     start, records = time.monotonic(), []
+    # In order of value: what comes last is what a short slot can do without.
     for job in jobs:
         left = 60 * minutes - (time.monotonic() - start)
         record = _run_job(job, out, left, minutes, cwd, log)
@@ -93,6 +94,7 @@ def _run_job(
             if found["status"] == "failed" and words and name in job.parts:
                 waiting.insert(0, (f"{name} {' '.join(words)}", (*command, *words)))
             states = [part["status"] for part in parts.values()]
+            # One failure marks the job, whatever else it brought.
             worst = next((s for s in ("failed", "out of time", "absent") if s in states), "done")
             record |= {"status": worst, "parts": parts}
             _write(out / f"{job.name}.json", record)
@@ -156,6 +158,7 @@ def _tail(texts: Sequence[str]) -> str:
 
 
 def _last_object(text: str) -> dict | None:
+    # Libraries may print after the result.
     for line in reversed(text.splitlines()):
         with contextlib.suppress(ValueError):
             if isinstance(found := json.loads(line), dict):

@@ -73,6 +73,7 @@ def lower_training(
     except UserError as error:
         raise UserError(f"{error} Or give rows per chip: --batch_per_chip=N.") from error
     system, frozen, notes = _system(config, missing)
+    # The same function that training calls, so that the program is the run's to the letter.
     program = make_program(system, config, mesh)
     rows = abstract.training_shapes(
         config, system, config["batch"], frozen if missing.cached else None
@@ -132,6 +133,7 @@ def lower_sampling(
         system.check_condition(known)
     except ValueError as error:
         raise UserError(f"{error} On the command line: --given=labels or --given=image.") from error
+    # Shapes alone: a billion parameters are never in this machine's memory.
     params = jax.eval_shape(
         lambda key: sampling_params(system, system.init(key)), jax.random.key(0)
     )

@@ -84,6 +84,7 @@ class Report:
             return None
         if not self.costs.kernels:
             return 0.0
+        # Attention's part of the network's FLOPs, times the kernel's products for one forward pass.
         share = self.lowered.attention * self.lowered.passes
         return self.roofline_ms * share / self.chip.attention
 
@@ -156,6 +157,7 @@ class Report:
         return found | self._memory_values(self.memory) | self._cost_values(self.costs)
 
     def _memory_values(self, m: Memory) -> Values:
+        # GiB in spite of the names, which scripts read.
         sizes = {
             "hbm_gb": m.peak,
             "arguments_gb": m.arguments,
@@ -204,6 +206,7 @@ def compiled(
       UserError: the compiler refuses for another reason than memory (an option it does not know).
     """
     start, options = time.perf_counter(), dict(options or {})
+    # The compiler plans memory; what does not fit is an error of compiling, not of running.
     try:
         done = lowered.program.compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
@@ -242,6 +245,7 @@ def _memory(done: jax.stages.Compiled) -> Memory:
 
 def _shortened(message: str, lines: int = 24) -> str:
     """The compiler's message without source traces, links and the far end of long lists."""
+    # Source traces, links, alignment tables: nothing of it helps who has to make the run smaller.
     dropped = re.compile(r"=== Source|^See https|^\s*$|^\S+\.cc:\d+|^\s*Unpadded size|^\s*=+\s*$")
     kept = [line[:240] for line in message.splitlines() if not dropped.search(line)]
     return "\n".join([*kept[:lines], *(["..."] if len(kept) > lines else [])])

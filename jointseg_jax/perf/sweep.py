@@ -164,6 +164,7 @@ def lines_to_use(trial: Trial) -> list[str]:
 
 def values(trial: Trial) -> Values:
     """A trial as plain values."""
+    # Of a refused setting there is only the refusal.
     found = trial.report.values() if trial.report is not None else {}
     keys = ("estimate_ms", "kernel_ms", "ici_ms", "step_ms", "image_ms", "hbm_gb", "hbm_share")
     facts = {k: found[k] for k in (*keys, "collective_gb", "compile_s") if k in found}

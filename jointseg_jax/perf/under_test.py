@@ -73,6 +73,7 @@ def model_under_test(bench: BenchConfig) -> ModelUnderTest:
     config = bench.config
     info = abstract.dataset_info(config, bench.classes or None)
     specs = abstract.codecs(config, info, bench.codec or None).specs
+    # Random weights: speed depends on shapes and dtypes alone.
     frozen = {
         name: build.codec(spec, info, name).init(jax.random.key(n))
         for n, (name, spec) in enumerate(specs.items())
