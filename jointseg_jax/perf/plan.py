@@ -192,6 +192,20 @@ def rows_of(record: Record) -> list[Record]:
             rows += [head | {"what": what} | _figures(values, what) for what in values["times"]]
         else:
             rows.append(head | values.get("summary", {}))
+    return _beside_jax(rows)
+
+
+def _beside_jax(rows: list[Record]) -> list[Record]:
+    """Adds how many times our time a peer takes; parts are called ``NETWORK BACKEND``."""
+    ours = {
+        (row["part"].removesuffix(" jax"), row.get("what")): row["median_ms"]
+        for row in rows
+        if row["part"].endswith(" jax") and "median_ms" in row
+    }
+    for row in rows:
+        own = ours.get((row["part"].rpartition(" ")[0], row.get("what")))
+        if own and "median_ms" in row and not row["part"].endswith(" jax"):
+            row["times_ours"] = float(f"{row['median_ms'] / own:.4g}")
     return rows
 
 

@@ -60,6 +60,15 @@ def test_a_job_that_fails_costs_no_other_job(tmp_path):
     assert "good only update" in text and "RESOURCE_EXHAUSTED" in text and "no torch here" in text
 
 
+def test_a_peers_time_is_set_beside_ours(tmp_path):
+    def timed(ms):
+        return script(f"print({json.dumps(json.dumps({'times': {'forward': {'median_ms': ms}}}))})")
+
+    parts = {"small jax": timed(2.0), "small eager": timed(5.0)}
+    rows = run([Job(name="peer", parts=parts, estimate=0, limit=20)], tmp_path)["rows"]
+    assert [row.get("times_ours") for row in rows] == [None, 2.5]
+
+
 def test_what_no_longer_fits_is_skipped_and_says_so(tmp_path):
     jobs = [job("long", estimate=100.0, only="print('{}')"), job("short", only="print('{}')")]
     summary = run(jobs, tmp_path, minutes=0.5)
