@@ -26,11 +26,11 @@ Each in a process of its own; OUT/JOB.json after each, OUT/summary.json and a ta
 
 Neither data nor checkpoints have to be there (but for --data and data): weights and batches are
 random; --classes and --codec say what cannot be known without data, as in launch/compile.py.
---workdir RUN takes a trained run in place of --config (sample, codec).
+--workdir RUN takes a trained run instead of --config (sample, codec).
 
 How to read the page:
   first, warm-up   calls that do not count; median, min and max are of the repetitions, a repetition
-                   being the mean of so many calls in a row. Compilation is listed apart.
+                   being the mean of several calls in a row. Compilation is listed apart.
   model FLOPs      train: 3 x forward on the unpadded tokens, no credit for recomputation, codecs or
                    optimizer. sample: forward x calls of the network.
   MFU              model FLOPs / time / the fastest matrix product measured on this machine in the

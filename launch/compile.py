@@ -15,7 +15,7 @@ Needs libtpu (pip install 'jointseg_jax[tpu]'), a CPU and 2 to 10 GB of memory; 
 the program, not on the number of chips: seconds to minutes. Neither data nor checkpoints have to be
 on this machine (--classes and --codec say what cannot be known without them).
 
-With --cached, training reads latents in place of encoding in each step, as from a cache that is
+With --cached, training reads latents instead of encoding in each step, as from a cache that is
 still to be made (launch/encode.py). Of one that there is, --config.data.cache=DIR, DIR/train.json
 and DIR/frozen/*.json are enough.
 

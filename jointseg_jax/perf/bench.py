@@ -61,27 +61,27 @@ class InProcess:
 
     def __init__(self, bench: BenchConfig):
         self.bench = bench
-        self.job = JOBS[bench.what](bench)
-        self.timings = {k: Timing(images=a.images) for k, a in self.job.actions.items()}
+        self.benchmark = JOBS[bench.what](bench)
+        self.timings = {k: Timing(images=a.images) for k, a in self.benchmark.actions.items()}
 
     def warm_up(self) -> None:
         """Makes the first calls of every action."""
-        for name, action in self.job.actions.items():
+        for name, action in self.benchmark.actions.items():
             self.timings[name].warm_up(action, self.bench.warmups, self.bench.calls)
 
     def repeat(self) -> None:
         """Makes one repetition of every action."""
-        for name, action in self.job.actions.items():
+        for name, action in self.benchmark.actions.items():
             self.timings[name].repeat(action)
 
     def result(self) -> Result:
         """The figures so far; may run the actions once more, for a trace."""
-        after = self.job.after({name: timing.median for name, timing in self.timings.items()})
-        return Result(self.bench.name, harness.machine(), self.job.facts, self.timings, after)
+        after = self.benchmark.after({name: timing.median for name, timing in self.timings.items()})
+        return Result(self.bench.name, harness.machine(), self.benchmark.facts, self.timings, after)
 
     def close(self) -> None:
         """Frees what it holds."""
-        self.job.close()
+        self.benchmark.close()
 
 
 class Subprocess:

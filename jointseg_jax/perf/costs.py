@@ -7,7 +7,7 @@ Of the text, products, collectives and estimated cycles:
    features`` x, for each window dimension, the mean number of taps that fall on real input: exact
    under padding, stride and dilation, by which batch axes are often expressed.
 3. A collective's bytes are those of the larger of what goes in and what comes out, on one device:
-   what an all-gather makes, what a reduction is given. An asynchronous one stands in several
+   what an all-gather makes, what a reduction is given. An asynchronous one is in several
    computations under one channel, and counts once.
 4. XLA:TPU writes the cycles it expects of each fusion into the text; time = cycles / clock. Kernels
    of our own (``custom-call``) have none and are listed.
@@ -103,7 +103,7 @@ def costs(module: Module, lengths: Sequence[int] = ()) -> Costs:
         if sides and visit.computation not in fused:
             squares |= dict.fromkeys(_squares(instruction.type, sides))
         if kind := collective_kind(visit):
-            # An asynchronous collective stands in several computations under one channel.
+            # An asynchronous collective is in several computations under one channel.
             key = (kind, _channel(visit))
             if key not in seen:
                 count, total = traffic.get(kind, Traffic(0, 0))
@@ -203,7 +203,7 @@ def collective_kind(visit: Visit) -> str | None:
 
 
 def _channel(visit: Visit) -> str:
-    """What all the computations have in common that one collective stands in.
+    """What the computations that one collective is in have in common.
 
     Reductions of which a chip keeps its part all have the same channel, each its own computation.
     """

@@ -56,7 +56,7 @@ class BenchConfig:
     warmups: int = 2  # calls before the repetitions, after the first
     calls: int = 0  # in one repetition; 0: as many as take about ``LENGTH`` seconds
     trace: bool = True  # train, sample: one more call under the profiler
-    cache: bool = False  # whether compiled programs may come from the compile cache
+    cache: bool = False  # compiled programs may come from the compile cache
     launcher: str = ""  # startup: path of ``launch/train.py``
 
     def values(self) -> Values:
@@ -97,7 +97,7 @@ class Benchmark(NamedTuple):
 
     actions: Mapping[str, Action]  # in the order in which they are timed
     facts: Values  # what was prepared
-    # from the median seconds of the actions to what only then can be said; may run them again
+    # from the median seconds of the actions to what depends on them; may run them again
     after: Callable[[Mapping[str, float]], Values] = lambda medians: {}
     close: Callable[[], None] = lambda: None  # frees what is held outside this process
 

@@ -139,7 +139,7 @@ def bench_page(results: list[Result], what: str) -> str:
             lines += ["", f"--- {result.name}"]
             if result.machine["platform"] != "cpu":
                 lines += _row(
-                    "NOTE", "both configs lie on the chip: its peak memory is that of both"
+                    "NOTE", "both configs are on the chip: its peak memory is that of both"
                 )
         lines += ["", "Measured", *_pairs(result.facts), "", *_times(result.timings)]
         lines += _after(result)

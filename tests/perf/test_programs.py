@@ -59,7 +59,7 @@ def test_random_rows_are_shaped_as_the_pipelines(config_of):
 
 def test_training_is_the_update_of_a_run(trained, config_of):
     here, found = trained
-    state = here.job.actions["update"].run.__self__.state
+    state = here.benchmark.actions["update"].run.__self__.state
     assert int(state.step) == 4  # the first call, a warm-up, a repetition, and one for the trace
     system = under_test.model_under_test(config_of("train")).system
     assert found.after["finite"] and math.isfinite(found.after["loss"])
