@@ -1,4 +1,4 @@
-"""The device a program is made for, what its chips can do, and its options for them.
+"""The device a program is made for, what its chips can do, and the compiler's options for them.
 
 A program may be lowered for devices that are not there, on a host that has others: the mesh in
 force says what it is for, and only without one the process's own devices do.
