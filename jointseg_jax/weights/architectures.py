@@ -39,7 +39,7 @@ def _uvit(config: Config) -> dict[str, Any]:
     return _original(config) | {
         "streams": (("image", image),),
         "time_tokens": ("image",),
-        "classes": max(config.get("num_classes", 0), 0),
+        "classes": max(config.get("num_classes", 0), 0),  # U-ViT says -1 for none
         "norm": "pre",
         "skip": config.get("skip", True),
     }
@@ -77,6 +77,7 @@ def _original(config: Config) -> dict[str, Any]:
 
 
 def _image(config: Config, *, conv: bool) -> Patches:
+    # The original UniDiffuser ends without a convolution, U-ViT may.
     size = config["img_size"]
     grid = (size, size) if isinstance(size, int) else tuple(size)
     return Patches(
@@ -85,6 +86,7 @@ def _image(config: Config, *, conv: bool) -> Patches:
 
 
 def _diffusers(config: Config, *, inner: str | None = None, mask: bool = False) -> dict[str, Any]:
+    # Variants that nobody published, and whose numbers would differ.
     _only(config, "block_type", "unidiffuser")
     _only(config, "activation_fn", "gelu")
     _only(config, "norm_type", "layer_norm")
@@ -103,18 +105,19 @@ def _diffusers(config: Config, *, inner: str | None = None, mask: bool = False) 
         "clip": Tokens(count=1, width=config["clip_img_dim"]),
         "image": image,
     }
-    pre = config.get("pre_layer_norm", False)
+    if mask:
+        streams["mask"] = image  # label latents have the image's grid and channels
     return {
-        "streams": tuple((streams | ({"mask": image} if mask else {})).items()),
+        "streams": tuple(streams.items()),
         "time_tokens": ("image", "text"),
         "data_types": 2 if config["use_data_type_embedding"] else 0,
         "width": config["num_attention_heads"] * config["attention_head_dim"],
         "depth": config["num_layers"],
         "heads": config["num_attention_heads"],
-        "mlp_ratio": 4,
+        "mlp_ratio": 4,  # diffusers' blocks know no other
         "qkv_bias": config.get("attention_bias", False),
         "time_mlp": config.get("use_timestep_embedding", False),
-        "norm": "pre" if pre else "post",
+        "norm": "pre" if config.get("pre_layer_norm", False) else "post",
         "join_norm": True,
     }
 
@@ -123,12 +126,11 @@ def _jodiffusion(config: Config) -> dict[str, Any]:
     return _diffusers(config, inner="inner_text_dim", mask=True)
 
 
-def _only(config: Config, key: str, value: Any) -> None:
-    given = config.get(key, value)
-    if given is None and key == "out_channels":
-        return
-    if given != value:
-        raise UserError(f"config: {key}={given!r} is not supported; only {value!r} is.")
+def _only(config: Config, key: str, value: object) -> None:
+    own = config.get(key, value)
+    # diffusers writes None for "as many as come in".
+    if own != value and not (own is None and key == "out_channels"):
+        raise UserError(f"config: {key}={own!r} is not supported; only {value!r} is.")
 
 
 BUILDERS = {

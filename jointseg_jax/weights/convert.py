@@ -1,11 +1,8 @@
 """Reference weights to our parameters and back, by a table, with every tensor accounted for.
 
-1. A table is a list of ``Entry``: some reference tensors, some of ours, and the change of layout
-   between them. Layouts only move numbers, so that both directions are exact.
-2. Before anything is moved, names and shapes are compared with what the model needs, in the
-   reference's own words. Anything missing, left over or of another shape is an error; tensors the
-   table names as ``idle`` (present in reference files, used by nothing) are left out.
-3. Numpy arrays in, numpy float32 arrays out. Files are safetensors only: a pickle can run code.
+A table is a list of ``Entry``: some reference tensors, some of ours, and the change of layout
+between them. Layouts only move numbers, so that both directions are exact. Numpy arrays in, numpy
+float32 arrays out. Files are safetensors only: a pickle can run code.
 
 ``stack_blocks`` and ``unstack_blocks`` turn the parameters of an unrolled network into those of a
 scanned one and back; a half that is in the wanted form already stays as it is.
@@ -16,18 +13,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jointseg_jax.rules import by_path, nested
-from jointseg_jax.types import UserError
+from jointseg_jax.types import AnyArray, Params, UserError
 
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 PICKLE_STARTS = (b"PK\x03\x04", b"\x80")  # zip (torch.save), and pickle protocol 2 or later
-SHOWN = 5
+MAX_LISTED = 5
 """How many tensors of each kind an error names."""
 
 Weights = Mapping[str, np.ndarray]
@@ -52,49 +49,47 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """All entries of one model in one reference layout.
-
-    Args:
-      idle: reference tensors that a file may hold and that nothing uses.
-      shapes: our parameters' shapes by path, blocks unrolled.
-    """
+    """All entries of one model in one reference layout."""
 
     name: str
     entries: tuple[Entry, ...]
-    shapes: Mapping[str, tuple[int, ...]]
-    idle: tuple[str, ...] = ()
+    shapes: Mapping[str, tuple[int, ...]]  # of our parameters by path, blocks unrolled
+    idle: tuple[str, ...] = ()  # reference tensors that a file may hold and that nothing uses
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         ours = [path for entry in self.entries for path in entry.ours]
         theirs = [key for entry in self.entries for key in entry.theirs]
-        wrong = set(ours) ^ set(self.shapes)
-        if wrong or len(set(ours)) != len(ours) or len(set(theirs)) != len(theirs):
+        uncovered = set(ours) ^ set(self.shapes)
+        # Compared with the lengths: a parameter named twice would be moved twice.
+        if uncovered or len(set(ours)) != len(ours) or len(set(theirs)) != len(theirs):
             raise ValueError(
                 f"Table {self.name!r} does not cover the model's parameters once each: "
-                f"{sorted(wrong)[:SHOWN]}; mend the table (weights/tables.py)."
+                f"{sorted(uncovered)[:MAX_LISTED]}; fix the table (weights/tables.py)."
             )
 
     def reference_shapes(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes of the reference tensors that this model would have."""
+        # Traced, not computed: a layout knows the shapes that it makes.
         ours = {p: jax.ShapeDtypeStruct(s, np.float32) for p, s in self.shapes.items()}
         theirs = jax.eval_shape(lambda flat: _apply(self, flat, "theirs"), ours)
         return {key: value.shape for key, value in theirs.items()}
 
 
-def to_ours(weights: Weights, table: Table) -> dict[str, Any]:
+def to_ours(weights: Weights, table: Table) -> Params:
     """Our parameters (nested, blocks unrolled) from a reference state dict.
 
     Raises:
       UserError: tensors missing, left over, or of another shape.
     """
     weights = _without_prefix(weights, "module.")
+    # Before anything is moved, and in the reference's own words.
     _compare(weights, table.reference_shapes(), table.idle, where=f"{table.name} weights")
     flat = _apply(table, weights, "ours")
     flat = {p: np.ascontiguousarray(a, dtype=np.float32) for p, a in flat.items()}
     return nested(flat)
 
 
-def to_theirs(params: Mapping[str, Any], table: Table) -> dict[str, np.ndarray]:
+def to_theirs(params: Params, table: Table) -> dict[str, np.ndarray]:
     """A reference state dict from our parameters (blocks unrolled), without the idle tensors.
 
     Raises:
@@ -126,6 +121,7 @@ def read_safetensors(path: str | Path) -> dict[str, np.ndarray]:
             f"weights: {path} holds tensors of a dtype that is not read here ({error}); float64, "
             "float32, float16, bfloat16 and integers are. Convert them and give that file."
         ) from error
+    # Not integers: they are counters and tables, which float32 could round.
     return {k: a if a.dtype.kind in "iub" else a.astype(np.float32) for k, a in tensors.items()}
 
 
@@ -140,6 +136,7 @@ def require_safetensors(path: str | Path) -> None:
         raise UserError(f"weights: there is no file {path}.")
     with path.open("rb") as file:
         start = file.read(4)
+    # By its content too: a pickle is one under any name.
     if path.suffix in PICKLE_SUFFIXES or start.startswith(PICKLE_STARTS):
         raise UserError(
             f"weights: {path} is a pickle (torch.save) file and is refused: pickle can run code "
@@ -148,23 +145,24 @@ def require_safetensors(path: str | Path) -> None:
         )
 
 
-def stack_blocks(params: Mapping[str, Any]) -> dict[str, Any]:
+def stack_blocks(params: Params) -> Params:
     """Parameters of a ``UViT`` or ``TwoStream`` as those of one with ``scan=True``."""
 
-    def stacked(half: Mapping[str, Any], *, mirrored: bool) -> Any:
+    def stacked(half: Params, mirrored: bool) -> Params:
         if "0" not in half:
             return half
         layers = [half[str(i)] for i in range(len(half))]
+        # Out-block 0 takes the last in-block's skip: mirrored, layer i of both halves is a pair.
         layers = layers[::-1] if mirrored else layers
         return jax.tree.map(lambda *leaves: _stack(leaves), *layers)
 
     return _over_halves(params, stacked)
 
 
-def unstack_blocks(params: Mapping[str, Any]) -> dict[str, Any]:
+def unstack_blocks(params: Params) -> Params:
     """Parameters of a ``UViT`` or ``TwoStream`` as those of one with ``scan=False``."""
 
-    def unstacked(half: Mapping[str, Any], *, mirrored: bool) -> Any:
+    def unstacked(half: Params, mirrored: bool) -> Params:
         if "0" in half:
             return half
         length = len(jax.tree.leaves(half)[0])
@@ -174,27 +172,28 @@ def unstack_blocks(params: Mapping[str, Any]) -> dict[str, Any]:
     return _over_halves(params, unstacked)
 
 
-def _over_halves(params: Mapping[str, Any], change: Callable[..., Any]) -> dict[str, Any]:
+def _over_halves(params: Params, change: Callable[[Params, bool], Params]) -> Params:
     """The tree with its ``in_blocks`` and ``out_blocks``, at any depth, replaced."""
-    found: dict[str, Any] = {}
+    changed: dict[str, Any] = {}
     for name, part in params.items():
         if name in ("in_blocks", "out_blocks"):
-            found[name] = change(part, mirrored=name == "out_blocks")
+            changed[name] = change(part, name == "out_blocks")
         else:
-            found[name] = _over_halves(part, change) if isinstance(part, Mapping) else part
-    return found
+            changed[name] = _over_halves(part, change) if isinstance(part, Mapping) else part
+    return changed
 
 
-def _stack(leaves: Sequence[Any]) -> Any:
+def _stack(leaves: Sequence[AnyArray]) -> AnyArray:
+    # Host arrays stay on the host: a checkpoint may be larger than the device.
     return (np if isinstance(leaves[0], np.ndarray) else jnp).stack(leaves)
 
 
-def _apply(table: Table, flat: Mapping[str, Any], to: str) -> dict[str, Any]:
+def _apply(table: Table, flat: Params, to: Literal["ours", "theirs"]) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for entry in table.entries:
-        given, wanted = (entry.theirs, entry.ours) if to == "ours" else (entry.ours, entry.theirs)
-        moved = getattr(entry.layout, to)(*(flat[name] for name in given))
-        out |= dict(zip(wanted, moved, strict=True))
+        names = {"ours": entry.ours, "theirs": entry.theirs}
+        arrays = (flat[name] for name in names["theirs" if to == "ours" else "ours"])
+        out |= dict(zip(names[to], getattr(entry.layout, to)(*arrays), strict=True))
     return out
 
 
@@ -205,7 +204,10 @@ def _without_prefix(weights: Weights, prefix: str) -> Weights:
     return {key.removeprefix(prefix): a for key, a in weights.items()}
 
 
-def _compare(given: Weights, wanted: Mapping[str, tuple], idle: Sequence[str], *, where: str):
+def _compare(
+    given: Weights, wanted: Mapping[str, tuple[int, ...]], idle: Sequence[str], *, where: str
+) -> None:
+    """Raises one error that names all tensors missing, left over or of another shape."""
     missing = [f"{k} {wanted[k]}" for k in sorted(set(wanted) - set(given))]
     unused = [f"{k} {given[k].shape}" for k in sorted(set(given) - set(wanted) - set(idle))]
     differ = [
@@ -214,13 +216,14 @@ def _compare(given: Weights, wanted: Mapping[str, tuple], idle: Sequence[str], *
         if given[k].shape != tuple(wanted[k])
     ]
     kinds = {"missing": missing, "left over": unused, "of another shape": differ}
-    found = [
-        f"{len(names)} {kind} ({'; '.join(names[:SHOWN])}{'; ...' if len(names) > SHOWN else ''})"
+    more = "; ..."
+    errors = [
+        f"{len(names)} {kind} ({'; '.join(names[:MAX_LISTED])}{more * (len(names) > MAX_LISTED)})"
         for kind, names in kinds.items()
         if names
     ]
-    if found:
+    if errors:
         raise UserError(
-            f"{where}: {', '.join(found)}. Change the model's config to the one of these weights "
+            f"{where}: {', '.join(errors)}. Change the model's config to the one of these weights "
             "(depth, width, streams), or choose the layout they are in."
         )

@@ -1,35 +1,31 @@
 """Reference weights of the label autoencoder, renamed and transposed, in both directions.
 
-1. Every reference tensor has exactly one place in our tree and the other way round; what is
-   missing, left over or of another shape is an error that names it.
-2. Layouts: convolution [out, in, kh, kw] <-> [kh, kw, in, out]; transposed convolution
-   [in, out, kh, kw] <-> [kh, kw, in, out]; vectors as they are. Both directions are exact.
-3. Reference keys are positions in two sequences, counted over layers *and* activations.
+Every reference tensor has exactly one place in our tree and the other way round; what is missing,
+left over or of another shape is an error that names it. Both directions are exact.
 
 Source: JoDiffusion, ``LightweightLabelVAE`` state dict.
 """
 
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from jointseg_jax.codecs.label_ae import LabelAE
 from jointseg_jax.rules import by_path, nested
-from jointseg_jax.types import UserError
+from jointseg_jax.types import Params, UserError
+
+CONV = (2, 3, 1, 0)  # [out, in, kh, kw] -> [kh, kw, in, out]
+TRANSPOSED_CONV = (2, 3, 0, 1)  # [in, out, kh, kw] -> [kh, kw, in, out]
 
 
 class Rename(NamedTuple):
-    """One tensor: its reference key, our path, and the axes that turn the first into the second."""
+    """One tensor's two names and layouts."""
 
     reference: str
-    path: str
-    axes: tuple[int, ...] | None
-
-
-CONV = (2, 3, 1, 0)
-TRANSPOSED_CONV = (2, 3, 0, 1)
+    path: str  # ours
+    axes: tuple[int, ...] | None  # transposes the reference's into ours; None: as it is
 
 
 def table(codec: LabelAE) -> list[Rename]:
@@ -42,7 +38,7 @@ def table(codec: LabelAE) -> list[Rename]:
     return [*_encoder(codec), *_decoder(codec)]
 
 
-def from_reference(codec: LabelAE, tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
+def from_reference(codec: LabelAE, tensors: Mapping[str, np.ndarray]) -> Params:
     """Our parameters from a reference state dict.
 
     Raises:
@@ -55,7 +51,7 @@ def from_reference(codec: LabelAE, tensors: Mapping[str, np.ndarray]) -> dict[st
     return nested(flat)
 
 
-def to_reference(codec: LabelAE, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def to_reference(codec: LabelAE, params: Params) -> dict[str, np.ndarray]:
     """A reference state dict from our parameters; the inverse of ``from_reference``.
 
     Raises:
@@ -65,45 +61,39 @@ def to_reference(codec: LabelAE, params: Mapping[str, Any]) -> dict[str, np.ndar
     flat = by_path(params)
     _same_names({r.path for r in renames}, set(flat), "parameters")
     _same_shapes(codec, flat)
-    return {
-        r.reference: _turned(
-            np.asarray(flat[r.path]), r.axes and tuple(np.argsort(r.axes).tolist())
-        )
-        for r in renames
-    }
+    return {r.reference: _turned(np.asarray(flat[r.path]), _inverse(r.axes)) for r in renames}
 
 
 def _encoder(codec: LabelAE) -> Iterator[Rename]:
-    place, ours = "encoder.", "encoder/"
-    yield from _layer(place + "0", ours + "conv_in", CONV)
+    # Reference keys are positions in a sequence, counted over layers *and* activations.
+    yield from _layer("encoder.0", "encoder/conv_in", CONV)
     n = 2  # conv, silu
     for i in range(len(codec.widths) - 1):
-        yield from _layer(f"{place}{n}", f"{ours}widen_{i}", CONV)
-        yield from _layer(f"{place}{n + 1}", f"{ours}halve_{i}", CONV)
+        yield from _layer(f"encoder.{n}", f"encoder/widen_{i}", CONV)
+        yield from _layer(f"encoder.{n + 1}", f"encoder/halve_{i}", CONV)
         n += 3  # conv, conv, silu
-    yield from _layer(f"{place}{n}", ours + "conv_middle", CONV)
-    yield from _residuals(codec, f"{place}{n + 1}", ours)
-    yield from _layer(f"{place}{n + 2}", ours + "norm_out", None)
-    yield from _layer(f"{place}{n + 4}", ours + "conv_out", CONV)
+    yield from _layer(f"encoder.{n}", "encoder/conv_middle", CONV)
+    yield from _residuals(codec, f"encoder.{n + 1}", "encoder")
+    yield from _layer(f"encoder.{n + 2}", "encoder/norm_out", None)
+    yield from _layer(f"encoder.{n + 4}", "encoder/conv_out", CONV)  # after norm, silu
 
 
 def _decoder(codec: LabelAE) -> Iterator[Rename]:
-    place, ours = "decoder.", "decoder/"
-    yield from _layer(place + "0", ours + "conv_in", CONV)
-    yield from _residuals(codec, place + "1", ours)
-    n = 2  # conv, middle
+    yield from _layer("decoder.0", "decoder/conv_in", CONV)
+    yield from _residuals(codec, "decoder.1", "decoder")
+    n = 2  # conv, middle (which counts even where it is empty)
     for i in range(len(codec.up_widths)):
-        yield from _layer(f"{place}{n}", f"{ours}double_{i}", TRANSPOSED_CONV)
-        yield from _layer(f"{place}{n + 1}", f"{ours}norm_{i}", None)
+        yield from _layer(f"decoder.{n}", f"decoder/double_{i}", TRANSPOSED_CONV)
+        yield from _layer(f"decoder.{n + 1}", f"decoder/norm_{i}", None)
         n += 3  # transposed conv, norm, silu
-    yield from _layer(f"{place}{n}", ours + "norm_out", None)
-    yield from _layer(f"{place}{n + 2}", ours + "conv_out", CONV)
+    yield from _layer(f"decoder.{n}", "decoder/norm_out", None)
+    yield from _layer(f"decoder.{n + 2}", "decoder/conv_out", CONV)
 
 
-def _residuals(codec: LabelAE, place: str, ours: str) -> Iterator[Rename]:
+def _residuals(codec: LabelAE, reference: str, ours: str) -> Iterator[Rename]:
     for i in range(codec.middle_blocks):
         for j in (1, 2):
-            there, here = f"{place}.resnets.{i}", f"{ours}middle_{i}"
+            there, here = f"{reference}.resnets.{i}", f"{ours}/middle_{i}"
             yield from _layer(f"{there}.norm{j}", f"{here}/norm_{j}", None)
             yield from _layer(f"{there}.conv{j}", f"{here}/conv_{j}", CONV)
 
@@ -114,10 +104,10 @@ def _layer(reference: str, path: str, axes: tuple[int, ...] | None) -> Iterator[
 
 
 def _turned(tensor: np.ndarray, axes: tuple[int, ...] | None) -> np.ndarray:
-    if axes is None:
+    # One of another rank is left as it is: the check of shapes names it.
+    if axes is None or tensor.ndim != len(axes):
         return tensor
-    if tensor.ndim != len(axes):
-        return tensor  # left as it is: the shape check names it
+    # Contiguous: safetensors writes the bytes as they lie, whatever the strides.
     return np.ascontiguousarray(tensor.transpose(axes))
 
 
@@ -126,6 +116,7 @@ def _inverse(axes: tuple[int, ...] | None) -> tuple[int, ...] | None:
 
 
 def _same_names(want: set[str], got: set[str], what: str) -> None:
+    # Both lists in one error: a rename shows as one name missing and one too many.
     missing, extra = sorted(want - got), sorted(got - want)
     if missing or extra:
         raise UserError(
@@ -135,16 +126,16 @@ def _same_names(want: set[str], got: set[str], what: str) -> None:
         )
 
 
-def _same_shapes(codec: LabelAE, flat: Mapping[str, Any]) -> None:
+def _same_shapes(codec: LabelAE, flat: Params) -> None:
     shapes = jax.eval_shape(codec.init, jax.random.key(0))
-    wrong = [
+    errors = [
         f"{path} is {flat[path].shape}, the codec needs {leaf.shape}"
         for path, leaf in by_path(shapes).items()
         if tuple(flat[path].shape) != leaf.shape
     ]
-    if wrong:
+    if errors:
         raise UserError(
-            f"label autoencoder weights: {len(wrong)} shapes differ ({_first(wrong)}). Check "
+            f"label autoencoder weights: {len(errors)} shapes differ ({_first(errors)}). Check "
             "classes, bits, background and the widths of the codec config against the file."
         )
 

@@ -8,13 +8,6 @@
 | ``unidiffuser_diffusers`` | the same in the diffusers layout | text, clip, image |
 | ``jodiffusion`` | JoDiffusion | text, clip, image, mask |
 
-1. Linear ``[out, in]`` <-> ``[in, out]``; convolution ``[out, in, kh, kw]`` <-> ``[kh, kw, in,
-   out]``; a patch convolution is also flattened to ``[p * p * in, out]``.
-2. The fused qkv has its rows in the order (q, k, v), heads contiguous inside each.
-3. ``pos_embed`` is cut into the parts' own positions, in the reference's token order, whatever the
-   order of the module's streams; the data type's position is a tensor of its own.
-4. ``skip_linear`` of ``cat([x, skip])`` is cut into the kernels of ``x`` and of the skip.
-
 Source: the state dicts of baofff/U-ViT, thu-ml/unidiffuser, diffusers and 00why00/JoDiffusion.
 """
 
@@ -22,7 +15,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -32,13 +25,16 @@ from einops import rearrange
 from jointseg_jax.models.embed import Patches
 from jointseg_jax.models.uvit import UViT
 from jointseg_jax.rules import by_path
-from jointseg_jax.types import UserError
+from jointseg_jax.types import AnyArray, UserError
 from jointseg_jax.weights.convert import Entry, Layout, Table, Weights
 
 SAME = Layout(ours=lambda a: [a], theirs=lambda a: [a])
 ROW = Layout(ours=lambda a: [a[0]], theirs=lambda a: [a[None]])
+# [out, in] <-> [in, out]
 LINEAR = Layout(ours=lambda a: [a.T], theirs=lambda a: [a.T])
+# [out, in, kh, kw] <-> [kh, kw, in, out]
 CONV = Layout(ours=lambda a: [a.transpose(2, 3, 1, 0)], theirs=lambda a: [a.transpose(3, 2, 0, 1)])
+# skip_linear of cat([x, skip]), [d, 2 d], is cut into the kernels of x and of the skip, [d, d].
 JOIN = Layout(
     ours=lambda a: [a[:, : a.shape[0]].T, a[:, a.shape[0] :].T],
     theirs=lambda x, skip: [rearrange([x, skip], "k i o -> o (k i)")],
@@ -56,11 +52,12 @@ def patch_layout(patch: int) -> Layout:
 def qkv_layout(heads: int, *, tensors: int) -> Layout:
     """Rows of query, key and value, in one tensor or three, weights or biases."""
 
-    def ours(*rows):
+    def ours(*rows: AnyArray) -> Sequence[AnyArray]:
+        # The rows are in the order (q, k, v), the heads contiguous inside each.
         fused = rows[0] if tensors == 1 else rearrange(list(rows), "k o ... -> (k o) ...")
         return [rearrange(fused, "(k h d) ... -> ... k h d", k=3, h=heads)]
 
-    def theirs(kernel):
+    def theirs(kernel: AnyArray) -> Sequence[AnyArray]:
         if tensors == 1:
             return [rearrange(kernel, "... k h d -> (k h d) ...")]
         return list(rearrange(kernel, "... k h d -> k (h d) ..."))
@@ -80,11 +77,11 @@ def positions_layout(shapes: list[tuple[int, ...]]) -> Layout:
     """One table of positions as the parts' own, in order."""
     ends = np.cumsum([math.prod(s[:-1]) for s in shapes]).tolist()
 
-    def ours(table):
+    def ours(table: AnyArray) -> Sequence[AnyArray]:
         starts = [0, *ends[:-1]]
         return [table[0, a:b].reshape(s) for a, b, s in zip(starts, ends, shapes)]
 
-    def theirs(*parts):
+    def theirs(*parts: AnyArray) -> Sequence[AnyArray]:
         join = np.concatenate if isinstance(parts[0], np.ndarray) else jax.numpy.concatenate
         return [join([p.reshape(-1, p.shape[-1]) for p in parts])[None]]
 
@@ -93,24 +90,17 @@ def positions_layout(shapes: list[tuple[int, ...]]) -> Layout:
 
 @dataclass(frozen=True, kw_only=True)
 class Reference:
-    """The names of one reference.
+    """The names of one reference."""
 
-    Args:
-      places: what stands before the names of a block, ``{i}`` being its number; ``join`` for the
-        parts that only out-blocks have.
-      block: our module inside a block -> theirs.
-      edges: our module outside the blocks -> theirs.
-      positions: our position parameters in the order of ``pos_embed``.
-    """
-
-    places: Mapping[str, str]
-    block: Mapping[str, tuple[str, ...]]
-    edges: Mapping[str, str]
-    positions: tuple[str, ...]
-    idle: tuple[str, ...] = ()
+    prefixes: Mapping[str, str]
+    """Before the names of a block, numbered ``{i}``; ``join``: of what only out-blocks have."""
+    block: Mapping[str, tuple[str, ...]]  # our module inside a block -> theirs
+    edges: Mapping[str, str]  # our module outside the blocks -> theirs
+    positions: tuple[str, ...]  # our position parameters in the order of ``pos_embed``
+    idle: tuple[str, ...] = ()  # tensors that a file may hold and that nothing uses
 
 
-PLACES = {
+PREFIXES = {
     "in_blocks": "in_blocks.{i}.",
     "mid_block": "mid_block.",
     "out_blocks": "out_blocks.{i}.",
@@ -133,7 +123,7 @@ IMAGE = {
 TIMES = ("time_image", "time_text")
 
 UVIT = Reference(
-    places=PLACES,
+    prefixes=PREFIXES,
     block=BLOCK | PRE_NORMS,
     edges=IMAGE
     | {
@@ -146,7 +136,7 @@ UVIT = Reference(
     positions=("class_token", "time_image", "context_in", "image_in"),
 )
 UNIDIFFUSER = Reference(
-    places=PLACES,
+    prefixes=PREFIXES,
     block=BLOCK | POST_NORMS,
     edges=IMAGE
     | {
@@ -164,7 +154,7 @@ UNIDIFFUSER = Reference(
     positions=(*TIMES, "text_in", "clip_in", "image_in"),
 )
 DIFFUSERS = Reference(
-    places={
+    prefixes={
         "in_blocks": "transformer.transformer_in_blocks.{i}.",
         "mid_block": "transformer.transformer_mid_block.",
         "out_blocks": "transformer.transformer_out_blocks.{i}.block.",
@@ -220,25 +210,22 @@ def table(layout: str, module: UViT) -> Table:
     if layout not in REFERENCES:
         raise UserError(f"layout {layout!r} is unknown; one of: {', '.join(REFERENCES)}.")
     names, shapes = REFERENCES[layout], parameter_shapes(module)
-    places = [f"{p}/position" for p in names.positions if f"{p}/position" in shapes]
-    entries = [
-        Entry(
-            theirs=("pos_embed",),
-            ours=tuple(places),
-            layout=positions_layout([shapes[p] for p in places]),
-        )
-    ]
+    # One table of positions, cut in the reference's token order, whatever that of our streams; the
+    # data type's position is a tensor of its own.
+    positions = [f"{p}/position" for p in names.positions if f"{p}/position" in shapes]
+    cut = positions_layout([shapes[p] for p in positions])
+    entries = [Entry(theirs=("pos_embed",), ours=tuple(positions), layout=cut)]
     for path in shapes:
         parent, _, leaf = path.rpartition("/")
-        if path in places or parent.endswith("/join_skip"):
+        if path in positions or parent.endswith("/join_skip"):
             continue  # moved together with another parameter
-        known = _theirs(names, path if leaf == "position" else parent)
-        if known is None:
+        theirs = _theirs(names, path if leaf == "position" else parent)
+        if theirs is None:
             raise UserError(
                 f"layout {layout!r} has no name for our {path!r}: the model is not one of this "
                 f"layout. Choose another of {', '.join(REFERENCES)}, or change the model."
             )
-        entries.append(_entry(module, path, known))
+        entries.append(_entry(module, path, theirs))
     return Table(name=layout, entries=tuple(entries), shapes=shapes, idle=names.idle)
 
 
@@ -251,21 +238,23 @@ def parameter_shapes(module: UViT) -> dict[str, tuple[int, ...]]:
 
 def _theirs(names: Reference, ours: str) -> tuple[str, ...] | None:
     """The reference's names of one of our modules."""
-    found = re.fullmatch(r"(in_blocks|mid_block|out_blocks)/(?:(\d+)/)?(.+)", ours)
-    if found is None:
+    match = re.fullmatch(r"(in_blocks|mid_block|out_blocks)/(?:(\d+)/)?(.+)", ours)
+    if match is None:
         return (names.edges[ours],) if ours in names.edges else None
-    half, i, inside = found.groups()
-    place = names.places["join" if inside.startswith("join") else half].format(i=i)
-    return tuple(place + n for n in names.block[inside]) if inside in names.block else None
+    half, i, inside = match.groups()
+    # Of an out-block's parts, diffusers keeps the join apart from the block.
+    prefix = names.prefixes["join" if inside.startswith("join") else half].format(i=i)
+    return tuple(prefix + n for n in names.block[inside]) if inside in names.block else None
 
 
-def _entry(module: UViT, path: str, known: tuple[str, ...]) -> Entry:
+def _entry(module: UViT, path: str, names: tuple[str, ...]) -> Entry:
     parent, _, leaf = path.rpartition("/")
     if leaf == "position":
-        return Entry(theirs=known, ours=(path,), layout=ROW)
-    theirs = tuple(f"{name}.{'bias' if leaf == 'bias' else 'weight'}" for name in known)
+        return Entry(theirs=names, ours=(path,), layout=ROW)
+    # Norms call their scale a weight.
+    theirs = tuple(f"{name}.{'bias' if leaf == 'bias' else 'weight'}" for name in names)
     if parent.endswith("attn/qkv"):
-        layout = qkv_layout(module.heads, tensors=len(known))
+        layout = qkv_layout(module.heads, tensors=len(names))
         return Entry(theirs=theirs, ours=(path,), layout=layout)
     if leaf != "kernel":
         return Entry(theirs=theirs, ours=(path,), layout=SAME)

@@ -1,6 +1,5 @@
 """Reference weights of the image autoencoder: sizes from its config, and the table of its tensors.
 
-Reference keys are positions in two sequences, counted over layers, activations and resizes;
 ``convert.to_ours(weights, table(codec))`` and ``to_theirs`` go through the table.
 
 Source: the constructor and the state dict of diffusers' ``AutoencoderTiny``.
@@ -19,6 +18,7 @@ from jointseg_jax.types import UserError
 from jointseg_jax.weights.convert import Entry, Table
 from jointseg_jax.weights.tables import CONV, SAME
 
+# Reference setting -> field of ours.
 RENAMED = {
     "encoder_block_out_channels": "widths",
     "num_encoder_blocks": "blocks",
@@ -28,6 +28,7 @@ RENAMED = {
     "act_fn": "activation",
     "scaling_factor": "scale",
 }
+# Settings of which one value is supported, since it is part of our network.
 ONLY = {
     "in_channels": CHANNELS,
     "out_channels": CHANNELS,
@@ -41,7 +42,7 @@ IDLE = ("force_upcast", "block_out_channels")
 """What a reference config repeats or only hints at."""
 
 
-def fields(config: Mapping[str, Any]) -> dict[str, Any]:
+def fields(config: Mapping[str, object]) -> dict[str, Any]:
     """Keyword arguments of ``ImageTiny`` for a reference config.
 
     Raises:
@@ -55,7 +56,10 @@ def fields(config: Mapping[str, Any]) -> dict[str, Any]:
             raise UserError(
                 f"image_tiny config: {key} = {value!r} is not supported; only {ONLY[key]!r} is."
             )
-    return {ours: config[theirs] for theirs, ours in RENAMED.items() if theirs in config}
+    ours: dict[str, Any] = {RENAMED[key]: v for key, v in config.items() if key in RENAMED}
+    if "scale" in ours:
+        ours["scale"] = float(ours["scale"])  # JSON may write 1.0 as 1
+    return ours
 
 
 def _known() -> str:
@@ -76,18 +80,19 @@ def table(codec: ImageTiny) -> Table:
             )
     flat = by_path(jax.eval_shape(codec.init, jax.random.key(0)))
     shapes = {path: leaf.shape for path, leaf in flat.items()}
-    places = dict([*_encoder(codec), *_decoder(codec)])
-    entries = tuple(_entry(path, places) for path in shapes)
+    names = dict([*_encoder(codec), *_decoder(codec)])
+    entries = tuple(_entry(path, names) for path in shapes)
     return Table(name="image_tiny", entries=entries, shapes=shapes)
 
 
-def _entry(path: str, places: Mapping[str, str]) -> Entry:
+def _entry(path: str, names: Mapping[str, str]) -> Entry:
     layer, _, leaf = path.rpartition("/")
     name, layout = ("weight", CONV) if leaf == "kernel" else ("bias", SAME)
-    return Entry(theirs=(f"{places[layer]}.{name}",), ours=(path,), layout=layout)
+    return Entry(theirs=(f"{names[layer]}.{name}",), ours=(path,), layout=layout)
 
 
 def _encoder(codec: ImageTiny) -> Iterator[tuple[str, str]]:
+    # Reference keys are positions in a sequence, counted over layers, activations and resizes.
     yield "encoder/conv_in", "encoder.layers.0"
     n = 1
     for i, count in enumerate(codec.blocks):
@@ -114,5 +119,8 @@ def _decoder(codec: ImageTiny) -> Iterator[tuple[str, str]]:
 def _blocks(part: str, level: int, count: int, start: int) -> Iterator[tuple[str, str]]:
     for j in range(count):
         for i in (1, 2, 3):
-            place = f"{part}.layers.{start + j}.conv.{2 * (i - 1)}"
-            yield f"{part}/block_{level}_{j}/conv_{i}", place
+            # conv, relu, conv, relu, conv: every second position is an activation
+            yield (
+                f"{part}/block_{level}_{j}/conv_{i}",
+                f"{part}.layers.{start + j}.conv.{2 * (i - 1)}",
+            )
