@@ -37,12 +37,11 @@ with _epy.lazy_api_imports(globals()):
     from jointseg_jax.transport.times import Grouped, Independent, LogitNormal, Shared, Uniform
 
     # Codecs: pixels or labels <-> latents.
-    from jointseg_jax.codecs.bits import Bits
+    from jointseg_jax.codecs.bits import Bits, PanopticBits
     from jointseg_jax.codecs.chain import Chain
     from jointseg_jax.codecs.image_tiny import ImageTiny
     from jointseg_jax.codecs.label_ae import LabelAE
     from jointseg_jax.codecs.palette import Palette
-    from jointseg_jax.codecs.panoptic import PanopticBits
     from jointseg_jax.codecs.pixels import Latents, Pixels
 
     # Data, label maps and pictures of both.

@@ -15,12 +15,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jointseg_jax.codecs.bits import Bits
+from jointseg_jax.codecs.bits import Bits, PanopticBits
 from jointseg_jax.codecs.chain import Chain
 from jointseg_jax.codecs.image_tiny import ImageTiny
 from jointseg_jax.codecs.label_ae import LabelAE
 from jointseg_jax.codecs.palette import Palette
-from jointseg_jax.codecs.panoptic import PanopticBits
 from jointseg_jax.codecs.pixels import Latents, Pixels
 from jointseg_jax.config import make
 from jointseg_jax.data import tokenizer as data_text

@@ -3,7 +3,7 @@
 import pytest
 
 from jointseg_jax import build
-from jointseg_jax.codecs.panoptic import PanopticBits
+from jointseg_jax.codecs.bits import PanopticBits
 from jointseg_jax.data.classes import Classes
 from jointseg_jax.types import UserError
 

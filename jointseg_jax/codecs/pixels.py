@@ -4,25 +4,24 @@
 2. ``quantise``: x -> round(127.5 (clip(x, -1, 1) + 1)), the exact inverse on all 256 values.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Key, Num, UInt8
 
-from jointseg_jax.types import Array, UserError
+from jointseg_jax.codecs.codec import Kind
+from jointseg_jax.types import AnyArray, Array, ArrayT, Params, UserError, require
 
-AnyArray = Array | np.ndarray
 
-
-def normalise(image: UInt8[AnyArray, "..."]) -> Float[AnyArray, "..."]:
+def normalise(image: UInt8[ArrayT, "..."]) -> Float[ArrayT, "..."]:
     """Float32 in [-1, 1] from 8-bit values; numpy stays numpy."""
     return image.astype(np.float32) / np.float32(127.5) - np.float32(1)
 
 
-def quantise(image: Float[AnyArray, "..."]) -> UInt8[AnyArray, "..."]:
+def quantise(image: Float[ArrayT, "..."]) -> UInt8[ArrayT, "..."]:
     """The nearest 8-bit values, after clipping to [-1, 1]; numpy stays numpy."""
     return ((image.clip(-1, 1) + 1) * 127.5).round().astype(np.uint8)
 
@@ -32,12 +31,12 @@ class Pixels:
     """The identity codec of images: a latent cell is a pixel in [-1, 1]."""
 
     channels: int = 3
-    kind: ClassVar[str] = "image"
+    kind: ClassVar[Kind] = "image"
 
     def __post_init__(self) -> None:
         _positive("pixels codec", channels=self.channels)
 
-    def init(self, key: Key[Array, ""]) -> dict[str, Any]:
+    def init(self, key: Key[Array, ""]) -> Params:
         """No parameters."""
         return {}
 
@@ -47,7 +46,7 @@ class Pixels:
 
     def encode(
         self,
-        params: Mapping[str, Any],
+        params: Params,
         image: Num[AnyArray, "batch height width channels"],
         *,
         keys: Key[Array, " batch"] | None = None,
@@ -57,6 +56,7 @@ class Pixels:
         image = jnp.asarray(image)
         if image.dtype == jnp.uint8:
             return normalise(image)
+        # Integers of another type are refused: their range says nothing about grey levels.
         if not jnp.issubdtype(image.dtype, jnp.floating):
             raise UserError(
                 f"pixels codec: the image has dtype {image.dtype}; it must be uint8 in [0, 255] or "
@@ -65,7 +65,7 @@ class Pixels:
         return image.astype(jnp.float32)
 
     def decode(
-        self, params: Mapping[str, Any], latents: Float[AnyArray, "batch height width channels"]
+        self, params: Params, latents: Float[AnyArray, "batch height width channels"]
     ) -> Float[Array, "batch height width channels"]:
         """The latents clipped to [-1, 1]."""
         return jnp.clip(jnp.asarray(latents, jnp.float32), -1, 1)
@@ -73,16 +73,12 @@ class Pixels:
 
 @dataclass(frozen=True, kw_only=True)
 class Latents:
-    """The identity codec of a batch field that already holds (scaled) latents.
+    """The identity codec of a batch field that already holds (scaled) latents."""
 
-    Maps have ``channels`` and ``factor`` pixels per cell along each side, from which
-    ``latent_shape`` follows; anything else (a token list, a vector) has a fixed ``shape``.
-    """
-
-    channels: int = 4
-    factor: int = 8
-    shape: Sequence[int] | None = None
-    kind: ClassVar[str] = "latents"
+    channels: int = 4  # of a map of latents
+    factor: int = 8  # pixels per cell of the map, along each side
+    shape: Sequence[int] | None = None  # fixed, of what is no map (a token list, a vector)
+    kind: ClassVar[Kind] = "latents"
 
     def __post_init__(self) -> None:
         _positive("latents codec", channels=self.channels, factor=self.factor)
@@ -90,19 +86,19 @@ class Latents:
             object.__setattr__(self, "shape", tuple(self.shape))
             _positive("latents codec", **{f"shape[{i}]": n for i, n in enumerate(self.shape)})
 
-    def init(self, key: Key[Array, ""]) -> dict[str, Any]:
+    def init(self, key: Key[Array, ""]) -> Params:
         """No parameters."""
         return {}
 
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, ...]:
         """The shape of the stored latents of an image of this size."""
         if self.shape is not None:
-            return self.shape
+            return tuple(self.shape)
         return (*cells("latents codec", size, self.factor), self.channels)
 
     def encode(
         self,
-        params: Mapping[str, Any],
+        params: Params,
         latents: Float[AnyArray, " batch *shape"],
         *,
         keys: Key[Array, " batch"] | None = None,
@@ -118,13 +114,13 @@ class Latents:
         return jnp.asarray(latents, jnp.float32)
 
     def decode(
-        self, params: Mapping[str, Any], latents: Float[AnyArray, " batch *shape"]
+        self, params: Params, latents: Float[AnyArray, " batch *shape"]
     ) -> Float[Array, " batch *shape"]:
         """The latents in float32."""
         return jnp.asarray(latents, jnp.float32)
 
 
-def cells(where: str, size: tuple[int, int], factor: int) -> tuple[int, int]:
+def cells(where: str, size: tuple[int, ...], factor: int) -> tuple[int, int]:
     """Height and width in latent cells of ``factor`` pixels a side.
 
     Raises:
@@ -141,8 +137,7 @@ def cells(where: str, size: tuple[int, int], factor: int) -> tuple[int, int]:
 
 def _positive(where: str, **values: int) -> None:
     for name, value in values.items():
-        if value < 1:
-            raise ValueError(f"{where}: {name} = {value}; it must be at least 1. Mend the config.")
+        require(f"{where}: {name}", value, value >= 1, "at least 1", "Fix the config.")
 
 
 def _same_channels(where: str, got: int, channels: int) -> None:

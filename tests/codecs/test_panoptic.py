@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jointseg_jax.codecs.bits import Bits, analog, pooled
-from jointseg_jax.codecs.panoptic import PanopticBits
+from jointseg_jax.codecs.bits import Bits, PanopticBits, analog, pooled
 from jointseg_jax.types import VOID, UserError
 
 FIELDS = [

@@ -92,7 +92,7 @@ def test_void_points_do_not_count():
     logits = 0.1 * normal(3, 1, 16, 16, 3)
     masks = jax.jit(loss.mask_points)(logits, void, draws)
     left = np.asarray(draws.mask_fresh[0, :2, :, 0]) < 4 / 16
-    np.testing.assert_array_equal(~left, masks.counted[0, :2, loss.kept :])
+    np.testing.assert_array_equal(~left, masks.counted[0, :2, loss.num_uncertain :])
     original = PointLoss(points=128, importance=0.5, void="negative")
     assert bool(jax.jit(original.mask_points)(logits, void, draws).counted.all())
     nothing = jnp.full_like(labels, VOID)

@@ -179,7 +179,7 @@ def test_losses(case):
         class_points.logits,
         np.where(outputs["ce_point_labels"] == FILE_VOID, VOID, outputs["ce_point_labels"]),
         class_points.labels,
-        loss.kept,
+        loss.num_uncertain,
     )
     same_points(
         case,
@@ -187,7 +187,7 @@ def test_losses(case):
         np.asarray(mask_points.logits)[present][..., None],
         outputs["mask_point_labels"],
         np.asarray(mask_points.targets)[present],
-        loss.kept,
+        loss.num_uncertain,
     )
     case.check("loss_point_ce", point_ce)
     case.check("loss_mask_bce", bce)

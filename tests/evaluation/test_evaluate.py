@@ -10,8 +10,7 @@ import pytest
 
 from jointseg_jax import build
 from jointseg_jax.annotations import viz
-from jointseg_jax.codecs.bits import Bits
-from jointseg_jax.codecs.panoptic import PanopticBits
+from jointseg_jax.codecs.bits import Bits, PanopticBits
 from jointseg_jax.codecs.pixels import Pixels
 from jointseg_jax.data.sources.scenes import Scenes
 from jointseg_jax.evaluation.codec_report import codec_report

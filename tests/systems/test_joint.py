@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jointseg_jax.codecs.bits import Bits
-from jointseg_jax.codecs.panoptic import PanopticBits
+from jointseg_jax.codecs.bits import Bits, PanopticBits
 from jointseg_jax.codecs.pixels import Latents, Pixels
 from jointseg_jax.models.embed import Patches, Tokens
 from jointseg_jax.models.text import Features, Words
