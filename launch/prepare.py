@@ -55,7 +55,7 @@ STRICT = flags.DEFINE_boolean("strict", False, "Write nothing unless every recor
 SHARDS = flags.DEFINE_integer(
     "shards", None, "Number of files; one per 1024 records when not given.", lower_bound=1
 )
-LIMIT = flags.DEFINE_integer("limit", None, "Only so many records, from the first.", lower_bound=1)
+LIMIT = flags.DEFINE_integer("limit", None, "At most this many records.", lower_bound=1)
 THREADS = flags.DEFINE_integer("threads", 4, "Threads that read.", lower_bound=1)
 OVERWRITE = flags.DEFINE_boolean("overwrite", False, "Replace this split in --out.")
 flags.mark_flags_as_required(["source", "split", "out"])

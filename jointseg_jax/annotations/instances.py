@@ -5,9 +5,7 @@
 1. Stuff and VOID pixels lose their instance.
 2. Vote: the pixels of an instance that touch each other by edges all take the category that most of
    them have (of equals the smallest). Each connected part votes for itself; parts of one number and
-   of different categories are different instances afterwards. (Two things that were read as one
-   number are commoner than a thing in two parts one of which was misread, and a vote over the
-   number would repaint the whole of the smaller one.)
+   of different categories are different instances afterwards.
 3. Thing pixels without an instance: a connected region of one category joins the instance of this
    category that it shares most edges with (of equals the smallest number), or is a new instance.
 4. Connected parts of fewer than ``min_size`` pixels take category and instance of the commonest
@@ -40,7 +38,7 @@ Map = Integer[np.ndarray, "height width"]
 def clean(
     labels: Map, segments: Map, isthing: Sequence[bool], *, min_size: int
 ) -> tuple[Map, Int32[np.ndarray, "height width"]]:
-    """Returns the map with whole instances only, as the module docstring says.
+    """Returns the map and its instances, cleaned: every thing pixel in one whole instance.
 
     Args:
       segments: instance numbers, 0 where there is none.
@@ -48,17 +46,21 @@ def clean(
       min_size: pixels that a connected part of an instance has at least.
     """
     _check(labels, segments, isthing, min_size)
+    # 1. stuff and VOID have no instance
     kept = np.where(countable(labels, isthing), segments, 0).astype(np.int64)
     if labels.size == 0:
         return labels.copy(), kept.astype(np.int32)
-    voted = _voted(labels.astype(np.int64), kept)
-    kept = _completed(voted, kept, isthing)
-    voted, kept = _absorbed(voted, kept, isthing, min_size)
+    voted = _voted(labels.astype(np.int64), kept)  # 2. one category for each connected part
+    kept = _completed(voted, kept, isthing)  # 3. thing pixels without an instance get one
+    voted, kept = _absorbed(voted, kept, isthing, min_size)  # 4. small parts go
+    # 5. numbers 1 .. n in raster order
     return voted.astype(labels.dtype), numbered(voted, kept, isthing, most=labels.size)
 
 
 def _voted(labels: np.ndarray, segments: np.ndarray) -> np.ndarray:
     """Gives every connected part of an instance its commonest label."""
+    # Each part for itself: two things that were read as one number are commoner than a thing in two
+    # parts one of which was misread, and a vote over the number would repaint the smaller whole.
     part, areas = masks.connected(segments)
     inside = segments > 0
     votes = parts(part[inside], labels[inside])
@@ -73,42 +75,45 @@ def _completed(labels: np.ndarray, segments: np.ndarray, isthing: Sequence[bool]
     loose = countable(labels, isthing) & (segments == 0)
     if not loose.any():
         return segments
+    # Regions of one label and one instance; the loose ones have instance 0.
     region, areas = masks.connected(parts(labels, segments).codes)
     touching, instance = [], []
-    for here, there in _neighbours(labels.shape):
+    for here, there in _neighbours():
         joins = loose[here] & (segments[there] > 0) & (labels[here] == labels[there])
         touching.append(region[here][joins])
         instance.append(segments[there][joins])
     edges = parts(np.concatenate(touching), np.concatenate(instance))
-    given = segments.max() + 1 + np.arange(len(areas))
+    # A region without an instance beside it becomes a new one, of a number nobody has.
+    numbers = segments.max() + 1 + np.arange(len(areas))
     chosen, number = _largest(edges.labels, edges.segments, edges.areas)
-    given[chosen] = number
-    return np.where(loose, given[region], segments)
+    numbers[chosen] = number
+    return np.where(loose, numbers[region], segments)
 
 
 def _absorbed(
     labels: np.ndarray, segments: np.ndarray, isthing: Sequence[bool], min_size: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Merges small parts of instances into what surrounds them."""
-    found, things = parts(labels, segments), countable(labels, isthing)
-    if things.all() and masks.connected(found.codes)[1].max() < min_size:
+    table, things = parts(labels, segments), countable(labels, isthing)
+    # Nothing to absorb into: ``absorb`` would return such a map unchanged.
+    if things.all() and masks.connected(table.codes)[1].max() < min_size:
         return np.full_like(labels, VOID), np.zeros_like(segments)
-    codes = masks.absorb(found.codes, min_size, mode="fast", only=things)
-    return found.labels[codes], found.segments[codes]
+    codes = masks.absorb(table.codes, min_size, mode="fast", only=things)
+    return table.labels[codes], table.segments[codes]
 
 
-def _neighbours(shape: tuple[int, int]) -> list[tuple[tuple[slice, slice], tuple[slice, slice]]]:
-    """Windows of a map that lie on each other where pixels share an edge, both ways round."""
+def _neighbours() -> list[tuple[tuple[slice, slice], tuple[slice, slice]]]:
+    """Returns pairs of windows of a map: what lies on each other in them shares an edge."""
     whole, head, tail = slice(None), slice(None, -1), slice(1, None)
-    beside = ((whole, head), (whole, tail))
-    below = ((head, whole), (tail, whole))
-    return [beside, beside[::-1], below, below[::-1]]
+    left, right, upper, lower = (whole, head), (whole, tail), (head, whole), (tail, whole)
+    return [(left, right), (right, left), (upper, lower), (lower, upper)]
 
 
 def _largest(
     groups: np.ndarray, values: np.ndarray, weights: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The groups, and of each the value of the largest weight (of equals the smallest value)."""
+    """Returns the groups, and of each the value of the largest weight (of equals the smallest)."""
+    # Sorted so that the best value of a group is where the group begins.
     order = np.lexsort((values, -weights, groups))
     best = order[np.diff(groups[order], prepend=-1) != 0]
     return groups[best], values[best]
@@ -122,10 +127,10 @@ def _check(
             f"instances.clean: labels {labels.shape} and segments {segments.shape} given; their "
             "shapes must be equal."
         )
-    wrong = (labels < VOID) | (labels >= len(isthing))
-    if wrong.any() or (segments < 0).any():
+    unknown = (labels < VOID) | (labels >= len(isthing))
+    if unknown.any() or (segments < 0).any():
         raise ValueError(
-            f"instances.clean: labels {np.unique(labels[wrong])[:8].tolist()} and segments from "
+            f"instances.clean: labels {np.unique(labels[unknown])[:8].tolist()} and segments from "
             f"{segments.min()} given; labels are 0..{len(isthing) - 1} or {VOID}, segments 0 or "
             "more. Check the class list."
         )

@@ -37,7 +37,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Integer
@@ -96,10 +96,10 @@ def boundary(
 class Ranked(NamedTuple):
     """A map with its labels numbered in their order; ``values[ranks]`` is the map again."""
 
-    ranks: np.ndarray
-    values: np.ndarray
-    background: int
-    void: int
+    ranks: np.ndarray  # int32 [height, width], 0 and up
+    values: np.ndarray  # [ranks], the label of each
+    background: int  # the rank of label 0, or NONE
+    void: int  # the rank of VOID, or NONE
 
 
 def sequential(
@@ -122,21 +122,23 @@ def sweep_crops(ranks: np.ndarray, count: int, tau: int, background: int, frozen
         if rank in (background, frozen) or not mask.any():
             continue
         (window,) = ndimage.find_objects(mask.view(np.uint8))
-        regions, _ = ndimage.label(mask[window])
+        regions = np.empty(mask[window].shape, np.int32)
+        ndimage.label(mask[window], output=regions)
         boxes = ndimage.find_objects(regions)
         for number in np.flatnonzero(np.bincount(regions.ravel())[1:] < tau) + 1:
-            place, inside = _with_margin(boxes[number - 1], window, ranks.shape)
-            part = np.zeros([s.stop - s.start for s in place], bool)
+            # A margin of one pixel holds the ring.
+            around, inside = _with_margin(boxes[number - 1], window, ranks.shape)
+            part = np.zeros([s.stop - s.start for s in around], bool)
             part[inside] = regions[boxes[number - 1]] == number
-            crop = ranks[place]
+            crop = ranks[around]
             votes = np.bincount(crop[_ring(part)], minlength=count)
             if frozen != NONE:
                 votes[frozen] = 0
-            if votes.any():
+            if votes.any():  # written at once: later labels see it; of equals the smallest wins
                 crop[part] = votes.argmax()
 
 
-def sweep_pixels(ranks: Any, count: int, tau: int, background: int, frozen: int) -> None:
+def sweep_pixels(ranks: np.ndarray, count: int, tau: int, background: int, frozen: int) -> None:
     """The sequential sweep pixel by pixel, to be compiled (``compiled``)."""
     height, width = ranks.shape
     region_of = np.zeros((height, width), np.int32)  # number of the region a pixel was last in
@@ -154,6 +156,7 @@ def sweep_pixels(ranks: Any, count: int, tau: int, background: int, frozen: int)
     for rank in range(count):
         if rank in (background, frozen):
             continue
+        # Numbers up to ``old`` are of earlier labels: their pixels may have become this label.
         old = number
         for row in range(height):
             for column in range(first[rank, row], last[rank, row] + 1):
@@ -162,6 +165,7 @@ def sweep_pixels(ranks: Any, count: int, tau: int, background: int, frozen: int)
                 number += 1
                 region_of[row, column] = number
                 queue[0, 0], queue[0, 1] = row, column
+                # breadth first over the region, by edges
                 size, at = 1, 0
                 while at < size:
                     for dy, dx in ((-1, 0), (0, -1), (0, 1), (1, 0)):
@@ -175,6 +179,7 @@ def sweep_pixels(ranks: Any, count: int, tau: int, background: int, frozen: int)
                     at += 1
                 if size >= tau:
                     continue
+                # the ring: every pixel around the region counts once, corners too
                 votes[:] = 0
                 for at in range(size):
                     for y in range(max(queue[at, 0] - 1, 0), min(queue[at, 0] + 2, height)):
@@ -184,9 +189,10 @@ def sweep_pixels(ranks: Any, count: int, tau: int, background: int, frozen: int)
                             ring_of[y, x] = number
                             if ranks[y, x] != frozen:
                                 votes[ranks[y, x]] += 1
-                winner = np.argmax(votes)
+                winner = np.argmax(votes)  # the first of equals: the smallest label
                 if votes[winner] == 0:
                     continue
+                # merged at once; the winner's rows now reach to here as well
                 for at in range(size):
                     y, x = queue[at, 0], queue[at, 1]
                     ranks[y, x] = winner
@@ -196,7 +202,7 @@ def sweep_pixels(ranks: Any, count: int, tau: int, background: int, frozen: int)
 
 @functools.cache
 def compiled() -> Callable[..., None] | None:
-    """``sweep_pixels`` as machine code, kept on disk; None where numba is not installed."""
+    """Returns ``sweep_pixels`` as machine code, kept on disk; None where numba is not installed."""
     try:
         import numba
     except ImportError:
@@ -206,6 +212,7 @@ def compiled() -> Callable[..., None] | None:
 
 def jacobi(ranked: Ranked, tau: int, frozen: int, only: np.ndarray | None = None) -> None:
     """Absorbs in place, all small regions that touch a settled one at once, until none is left."""
+    # Regions are found once: from here on a map is a label per region and a list of touches.
     ranks, count = ranked.ranks, len(ranked.values)
     regions, areas = connected(ranks)
     rank_of = np.zeros(len(areas), ranks.dtype)
@@ -216,8 +223,9 @@ def jacobi(ranked: Ranked, tau: int, frozen: int, only: np.ndarray | None = None
     if settled.all() or not settled.any():
         return
     touching = _touching(regions, ~settled)
-    touching = touching.where(rank_of[touching.other] != frozen)
+    touching = touching.where(rank_of[touching.other] != frozen)  # frozen labels do not spread
     while True:
+        # All of a round see the labels from before it: the order of regions does not matter.
         now = touching.where(settled[touching.other])
         chosen, winners = _winners(now, rank_of, areas, count)
         if not len(chosen):
@@ -229,26 +237,23 @@ def jacobi(ranked: Ranked, tau: int, frozen: int, only: np.ndarray | None = None
 
 
 class Touching(NamedTuple):
-    """Which region touches which, row by row.
+    """Pairs of regions that touch, one a row."""
 
-    ``pixels`` of the region ``other`` lie in the ring of the region ``small``; ``edge`` says
-    whether one of them shares an edge with it.
-    """
-
-    small: np.ndarray
-    other: np.ndarray
-    pixels: np.ndarray
-    edge: np.ndarray
+    small: np.ndarray  # a region that may change
+    other: np.ndarray  # a region in its ring
+    pixels: np.ndarray  # number of pixels of ``other`` in that ring
+    edge: np.ndarray  # True if one of them shares an edge with ``small``
 
     def where(self, rows: np.ndarray) -> Touching:
-        """The chosen rows."""
+        """Returns the chosen rows."""
         return Touching(*(column[rows] for column in self))
 
 
 def _winners(
     touching: Touching, rank_of: np.ndarray, areas: np.ndarray, count: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Regions that have a label to take, and these labels."""
+    """Returns the regions that have a label to take, and these labels."""
+    # The ring's pixels are counted by label, whichever of its regions they belong to.
     pairs, row = np.unique(
         touching.small.astype(np.int64) * count + rank_of[touching.other], return_inverse=True
     )
@@ -258,6 +263,7 @@ def _winners(
     np.maximum.at(largest, row, areas[touching.other])
     pairs, votes, largest = pairs[edge], votes[edge], largest[edge]
     small, ranks = np.divmod(pairs, count)
+    # commonest label first; of equals that of the largest region it touches, then the smallest
     order = np.lexsort((ranks, -largest, -votes, small))
     small, ranks = small[order], ranks[order]
     best = np.diff(small, prepend=NONE) != 0
@@ -265,10 +271,8 @@ def _winners(
 
 
 def connected(ranks: LabelMap) -> tuple[np.ndarray, np.ndarray]:
-    """The number of every pixel's region (0 ..), and the regions' areas.
-
-    Runs of equal pixels along the rows are joined to those below that they overlap.
-    """
+    """Returns the number of every pixel's region, 0 and up, and the areas of the regions."""
+    # Runs of equal pixels along the rows are joined to those below that they overlap.
     starts = np.ones(ranks.shape, bool)
     starts[:, 1:] = ranks[:, 1:] != ranks[:, :-1]
     runs = (np.cumsum(starts.ravel(), dtype=np.int32) - 1).reshape(ranks.shape)
@@ -305,39 +309,41 @@ def _ranked(labels: np.ndarray) -> Ranked:
     """Numbers the labels that occur, ascending, VOID last."""
     void = FILE_VOID if labels.dtype == np.uint8 else VOID
     low, high = int(labels.min()), int(labels.max())
+    # Counting is faster than sorting, as long as the range is that of labels.
     if high - low < 2**16:
         values, codes = np.arange(low, high + 1), labels.astype(np.int64) - low
     else:
         values, codes = np.unique(labels, return_inverse=True)
-    found = np.flatnonzero(np.bincount(codes.ravel()))
-    is_void = values[found] == void
-    found = np.concatenate([found[~is_void], found[is_void]])
+    present = np.flatnonzero(np.bincount(codes.ravel()))
+    is_void = values[present] == void
+    present = np.concatenate([present[~is_void], present[is_void]])
     table = np.zeros(len(values), np.int32)
-    table[found] = np.arange(len(found))
-    values = values[found]
+    table[present] = np.arange(len(present))
+    values = values[present]
     return Ranked(table[codes], values, _rank(values, 0), _rank(values, void))
 
 
 def _rank(values: np.ndarray, value: int) -> int:
-    found = np.flatnonzero(values == value)
-    return int(found[0]) if len(found) else NONE
+    matches = np.flatnonzero(values == value)
+    return int(matches[0]) if len(matches) else NONE
 
 
 def _with_margin(
     box: tuple[slice, ...], window: tuple[slice, ...], shape: tuple[int, ...]
 ) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
-    """A box of a window one pixel wider, in the map's coordinates, and the box inside of it."""
-    place, inside = [], []
+    """Returns a box of a window, one pixel wider, in the map's coordinates, and the box in that."""
+    around, inside = [], []
     for part, outer, length in zip(box, window, shape):
         start, stop = part.start + outer.start, part.stop + outer.start
         low = max(start - 1, 0)
-        place.append(slice(low, min(stop + 1, length)))
+        around.append(slice(low, min(stop + 1, length)))
         inside.append(slice(start - low, stop - low))
-    return tuple(place), tuple(inside)
+    return tuple(around), tuple(inside)
 
 
 def _ring(part: np.ndarray) -> np.ndarray:
-    """The pixels outside a region that it touches by an edge or a corner."""
+    """Marks the pixels outside a region that it touches by an edge or a corner."""
+    # Grown by one pixel along the columns, then along the rows: by a square of three.
     grown = part.copy()
     grown[1:] |= part[:-1]
     grown[:-1] |= part[1:]

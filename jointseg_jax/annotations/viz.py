@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from jointseg_jax.data.classes import VOID_COLOUR, Classes, voc_palette
 from jointseg_jax.types import FILE_VOID, VOID
 
+Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
 Picture = UInt8[np.ndarray, "_ _ 3"]
 Labels = Integer[np.ndarray, "_ _"]
 
@@ -51,9 +52,13 @@ def overlay(
     """Blends the coloured labels over a picture; pixels without annotation stay as they are.
 
     Args:
-        segments: instance ids, which are outlined as the labels are.
+      segments: instance ids, which are outlined as the labels are.
     """
-    _same_size(image, labels)
+    if image.shape[:2] != labels.shape:
+        raise ValueError(
+            f"overlay: picture {image.shape[:2]} and labels {labels.shape} given; "
+            "they must have the same height and width"
+        )
     colours = colourise(labels, classes)
     weight = np.where(labels == VOID, 0.0, alpha)[..., None]
     mixed = np.round((1.0 - weight) * image + weight * colours).astype(np.uint8)
@@ -72,13 +77,10 @@ def enlarge(image: np.ndarray, scale: int) -> np.ndarray:
 
 
 def triplet(
-    image: Picture,
-    labels: Labels,
-    classes: Classes,
-    scale: int = 1,
-    segments: Labels | None = None,
+    image: Picture, labels: Labels, classes: Classes, scale: int = 1, segments: Labels | None = None
 ) -> Picture:
     """Sets picture, label map and overlay side by side; borders are drawn at the final size."""
+    # Enlarged before drawing: borders stay one pixel wide.
     large, marked = enlarge(image, scale), enlarge(labels, scale)
     outlined = None if segments is None else enlarge(segments, scale)
     mixed = overlay(large, marked, classes, segments=outlined)
@@ -99,7 +101,7 @@ def pair_sheet(
     """Lays out pairs as captioned triplets in columns, with a legend of the classes present.
 
     Args:
-        segments: instance ids of every pair, outlined in its overlay.
+      segments: instance ids of every pair, outlined in its overlay.
     """
     if len(images) != len(labels) or not len(images):
         raise ValueError(
@@ -127,8 +129,8 @@ def contact_sheet(
     """Arranges pictures in rows with small captions below each, a title above and a legend below.
 
     Args:
-        captions: same nesting as rows; rows and cells may be missing at the end.
-        present: the class indices (or ``VOID``) the legend shows; all when not given.
+      captions: same nesting as rows; rows and cells may be missing at the end.
+      present: the class indices (or ``VOID``) the legend shows; all when not given.
     """
     if not rows or not all(len(row) for row in rows):
         raise ValueError("contact_sheet: an empty row or no rows given; give one picture per row")
@@ -155,17 +157,19 @@ def legend_strip(classes: Classes, width: int, present: Sequence[int] | None = N
     """Draws a colour patch and the name of each class, in as many lines as the width needs."""
     font, line = _font(12), 18
     indices = range(len(classes)) if present is None else present
-    entries = [_entry(i, classes) for i in indices]
-    places, x, y = [], 0, 0
+    named = list(zip(classes.palette, classes.names))
+    entries = [(VOID_COLOUR, classes.void) if i == VOID else named[i] for i in indices]
+    # Placed first: the height of the canvas follows from it.
+    corners, x, y = [], 0, 0
     for _, name in entries:
         need = line + int(font.getlength(name)) + 2 * GAP
         if x and x + need > width:
             x, y = 0, y + line
-        places.append((x, y))
+        corners.append((x, y))
         x += need
     canvas = Image.new("RGB", (width, y + line), PAPER)
     pen = ImageDraw.Draw(canvas)
-    for (colour, name), (x, y) in zip(entries, places):
+    for (colour, name), (x, y) in zip(entries, corners):
         pen.rectangle((x, y + 3, x + 12, y + 15), fill=colour, outline=INK)
         pen.text((x + line, y + 2), name, fill=INK, font=font)
     return np.asarray(canvas)
@@ -188,6 +192,7 @@ def png_bytes(array: np.ndarray) -> bytes:
 
 def palette_png_bytes(labels: Labels, classes: Classes) -> bytes:
     """Encodes label values as an indexed PNG: file value = label, 255 = no annotation."""
+    # Indices, not colours: the file is labels for programs and a picture for people.
     image = Image.fromarray(np.ascontiguousarray(_file_values(labels, classes)))
     image.putpalette(_palette(classes).tobytes())
     return _encoded(image)
@@ -226,32 +231,20 @@ def _palette(classes: Classes) -> np.ndarray:
     return table
 
 
-def _entry(index: int, classes: Classes):
-    if index == VOID:
-        return VOID_COLOUR, classes.void
-    return classes.palette[index], classes.names[index]
-
-
-def _same_size(image, labels) -> None:
-    if image.shape[:2] != labels.shape:
-        raise ValueError(
-            f"overlay: picture {image.shape[:2]} and labels {labels.shape} given; "
-            "they must have the same height and width"
-        )
-
-
 def _encoded(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
+    # The level is part of the contract: the same array gives the same bytes.
     image.save(buffer, format="PNG", compress_level=6)
     return buffer.getvalue()
 
 
-def _font(size: int):
+def _font(size: int) -> Font:
+    # Pillow's own font: the same pixels wherever the sheet is drawn.
     return ImageFont.load_default(size=size)
 
 
 def _texts(texts: Sequence[str], width: int, most: int, size: int = 12) -> list[np.ndarray]:
-    """Draws texts broken at words, all in as many lines as the longest needs, but not over most."""
+    """Draws texts broken at words, all in the lines that the longest needs, at most ``most``."""
     font, step = _font(size), size + 3
     broken = [_wrapped(text.split(), font, width, most) for text in texts]
     height = max(1, *(len(lines) for lines in broken)) * step
@@ -265,7 +258,7 @@ def _texts(texts: Sequence[str], width: int, most: int, size: int = 12) -> list[
     return drawn
 
 
-def _wrapped(words: list[str], font, width: int, most: int) -> list[str]:
+def _wrapped(words: list[str], font: Font, width: int, most: int) -> list[str]:
     """Breaks words into lines of a width in pixels; what does not fit ends in dots."""
     done: list[str] = []
     line = ""

@@ -1,8 +1,7 @@
 """Reads every record of a source once and says what is in it and what is wrong with it.
 
-Counted per class: pixels, and records that show it. Also image sizes, caption lengths in words,
-void pixels, records that are void all over (they teach nothing), classes that never occur, records
-whose images are the same to the pixel, and every bad sample with file, cause and remedy.
+Counted: pixels and records per class, image sizes, caption lengths, void pixels, records that are
+void all over (they teach nothing), equal images, and every bad sample with file, cause and remedy.
 """
 
 from __future__ import annotations
@@ -35,44 +34,33 @@ class Listed(Protocol):
 class Finding(NamedTuple):
     """What one record holds, or what is wrong with it."""
 
-    index: int
+    position: int  # its index in the source
     id: str = ""
-    size: tuple[int, int] = (0, 0)
-    pixels: np.ndarray | None = None  # per class, void last
-    words: tuple[int, ...] = ()
-    digest: bytes = b""
+    size: tuple[int, int] = (0, 0)  # height, width
+    pixels: np.ndarray | None = None  # int [classes + 1]: per class, void last
+    words: tuple[int, ...] = ()  # number of words of each caption
+    digest: bytes = b""  # of the image
     problem: BadSample | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """The findings of a scan.
+    """What a scan counted."""
 
-    Args:
-      count: records looked at.
-      good: indices of those that can be used.
-      pixels: pixels per class.
-      records: records that show the class.
-      bad: what is wrong with the others, with their index (-1: with no record in particular).
-      sizes: (height, width) and how many records have it, the commonest first.
-      captions: number of captions and fewest, mean and most words.
-      void: pixels without annotation.
-      empty: ids of records that are void all over.
-      duplicates: groups of ids whose images are equal.
-    """
-
-    name: str
-    names: tuple[str, ...]
-    count: int
-    good: tuple[int, ...]
-    pixels: tuple[int, ...]
-    records: tuple[int, ...]
-    void: int
+    name: str  # of the source
+    names: tuple[str, ...]  # of the classes
+    count: int  # records looked at
+    good: tuple[int, ...]  # indices of those that can be used
+    pixels: tuple[int, ...]  # per class
+    records: tuple[int, ...]  # per class, those that show it
+    void: int  # pixels without annotation
     sizes: tuple[tuple[tuple[int, int], int], ...]
-    captions: tuple[int, int, float, int]
-    empty: tuple[str, ...]
-    duplicates: tuple[tuple[str, ...], ...]
+    """(height, width) and the number of records that have it, the commonest first."""
+    captions: tuple[int, int, float, int]  # number of captions; fewest, mean and most words
+    empty: tuple[str, ...]  # ids of records that are void all over
+    duplicates: tuple[tuple[str, ...], ...]  # groups of ids whose images are equal
     bad: tuple[tuple[int, BadSample], ...]
+    """What is wrong with the others, with their index (-1: with no record in particular)."""
 
     @property
     def unseen(self) -> tuple[str, ...]:
@@ -81,7 +69,7 @@ class Report:
 
     @property
     def void_share(self) -> float:
-        """Returns the part of all pixels that is void."""
+        """Returns the share of all pixels that is void, in [0, 1]."""
         return self.void / max(self.void + sum(self.pixels), 1)
 
     def problems(self) -> str:
@@ -97,13 +85,7 @@ class Report:
             "records": self.count,
             "good": len(self.good),
             "bad": [
-                {
-                    "index": index,
-                    "file": problem.path,
-                    "cause": problem.found,
-                    "expected": problem.expected,
-                    "remedy": problem.remedy,
-                }
+                {"index": index, **dict(zip(("file", "cause", "expected", "remedy"), problem.args))}
                 for index, problem in self.bad
             ],
             "sizes": {f"{h}x{w}": n for (h, w), n in self.sizes},
@@ -154,7 +136,7 @@ def listed(names: Iterable[str], most: int = 5) -> str:
 
 
 def silent(iterable: Iterable[Any], *, total: int, desc: str) -> Iterable[Any]:
-    """Shows no progress; takes the arguments of ``tqdm``."""
+    """Returns ``iterable``: no progress is shown. Takes the arguments of ``tqdm``."""
     return iterable
 
 
@@ -169,16 +151,15 @@ def scan(
     """Reads every record and reports.
 
     Args:
-      limit: looks at so many records only, from the first on.
+      limit: looks at at most this many records, the first ones.
       spread: takes these evenly from the whole source instead.
       progress: wraps the findings as they come, like ``tqdm``.
     """
     count = len(source) if limit is None else min(limit, len(source))
     wanted = [i * len(source) // count for i in range(count)] if spread else range(count)
-    found = in_order(lambda index: examine(source, index), wanted, threads)
-    findings = list(progress(found, total=count, desc=f"reading {source.name}"))
-    apart = source.problems if isinstance(source, Listed) else ()
-    return summarise(source, findings, apart)
+    examined = in_order(lambda index: examine(source, index), wanted, threads)
+    findings = list(progress(examined, total=count, desc=f"reading {source.name}"))
+    return summarise(source, findings, source.problems if isinstance(source, Listed) else ())
 
 
 def examine(source: Source, index: int) -> Finding:
@@ -189,46 +170,44 @@ def examine(source: Source, index: int) -> Finding:
     except BadSample as problem:
         return Finding(index, problem=problem)
     labels = record["labels"]
+    # VOID counts as one more class, after the others.
     values = np.where(labels < 0, len(source.classes), labels).ravel()
     return Finding(
-        index=index,
+        position=index,
         id=record["id"],
-        size=labels.shape,
+        size=(labels.shape[0], labels.shape[1]),
         pixels=np.bincount(values, minlength=len(source.classes) + 1),
         words=tuple(len(split(caption)) for caption in record["captions"]),
-        digest=hashlib.sha256(
-            record["image"].tobytes() + bytes(str(labels.shape), "ascii")
-        ).digest(),
+        # With the shape: grey stripes of two shapes may have the same bytes.
+        digest=hashlib.sha256(record["image"].tobytes() + str(labels.shape).encode()).digest(),
     )
 
 
-def summarise(source: Source, findings: list[Finding], apart: Iterable[BadSample]) -> Report:
-    """Adds findings up."""
+def summarise(source: Source, findings: list[Finding], others: Iterable[BadSample]) -> Report:
+    """Adds findings up; ``others`` are problems that belong to no record."""
     good = [finding for finding in findings if finding.problem is None]
     pixels = np.zeros((len(good), len(source.classes) + 1), np.int64)
     for row, finding in zip(pixels, good):
-        row[:] = finding.pixels
+        row += 0 if finding.pixels is None else finding.pixels
     words = [n for finding in good for n in finding.words]
+    mean = sum(words) / len(words) if words else 0.0
     return Report(
         name=source.name,
         names=source.classes.names,
         count=len(findings),
-        good=tuple(finding.index for finding in good),
+        good=tuple(finding.position for finding in good),
         pixels=tuple(pixels.sum(0)[:-1].tolist()),
         records=tuple((pixels > 0).sum(0)[:-1].tolist()),
         void=int(pixels.sum(0)[-1]),
         sizes=tuple(Counter(finding.size for finding in good).most_common()),
-        captions=(len(words), min(words, default=0), mean(words), max(words, default=0)),
+        captions=(len(words), min(words, default=0), mean, max(words, default=0)),
         empty=tuple(f.id for f, row in zip(good, pixels) if not row[:-1].any()),
         duplicates=same_images(good),
-        bad=tuple((f.index, f.problem) for f in findings if f.problem is not None)
-        + tuple((-1, problem) for problem in apart),
+        bad=(
+            *((f.position, f.problem) for f in findings if f.problem is not None),
+            *((-1, problem) for problem in others),
+        ),
     )
-
-
-def mean(numbers: list[int]) -> float:
-    """Returns the mean, 0 of nothing."""
-    return sum(numbers) / len(numbers) if numbers else 0.0
 
 
 def same_images(good: list[Finding]) -> tuple[tuple[str, ...], ...]:

@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import json
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 from jaxtyping import Int16
@@ -37,7 +38,9 @@ def clean(text: object, where: str) -> str:
     """Returns the caption without control characters and with single blanks."""
     if not isinstance(text, str):
         raise BadSample(where, f"a caption of type {type(text).__name__}", "text", "Fix the file.")
+    # Cc: control characters. Cf stays: it joins emoji and turns the writing direction.
     kept = "".join(" " if unicodedata.category(c) == "Cc" else c for c in text)
+    # NFC: the same word, typed with combining accents or without, is the same text.
     words = " ".join(unicodedata.normalize("NFC", kept).split())
     if not words:
         raise BadSample(where, "an empty caption", "words", "Write a caption, or drop the entry.")
@@ -48,7 +51,8 @@ def clean(text: object, where: str) -> str:
 
 
 def read_lines(path: Path) -> tuple[Captions, list[BadSample]]:
-    """Reads a ``.jsonl`` file; lines that are no good are returned as complaints."""
+    """Reads a ``.jsonl`` file; returns the captions by id, and a problem for each bad line."""
+    # Bytes, not text: one line that is not UTF-8 must not cost the others.
     lines = enumerate(files.read(path).split(b"\n"), 1)
     return gather(_line(path, number, line) for number, line in lines if line.strip())
 
@@ -64,7 +68,7 @@ def read_mapping(path: Path) -> tuple[Captions, list[BadSample]]:
 
 def read_coco(path: Path) -> tuple[Captions, list[BadSample]]:
     """Reads a COCO caption file; keys are image ids as text."""
-    content = files.read_json(path)
+    content = cast(dict, files.read_json(path))
     try:
         pairs = [(str(a["image_id"]), a["caption"]) for a in content["annotations"]]
     except (TypeError, KeyError) as error:
@@ -74,24 +78,27 @@ def read_coco(path: Path) -> tuple[Captions, list[BadSample]]:
     return gather((key, text, f"{path}: image {key}") for key, text in pairs)
 
 
-def gather(entries: Iterable[object]) -> tuple[Captions, list[BadSample]]:
-    """Collects (id, caption, where) by id, and complaints apart."""
-    found: dict[str, list[str]] = {}
+def gather(
+    entries: Iterable[tuple[str, object, str] | BadSample],
+) -> tuple[Captions, list[BadSample]]:
+    """Returns captions by id, and the problems, of entries (id, caption, location)."""
+    captions: dict[str, list[str]] = {}
     problems = []
     for entry in entries:
         try:
             if isinstance(entry, BadSample):
                 raise entry
             key, text, where = entry
+            # Cleaned first: an id whose captions are all bad must not be there without any.
             cleaned = clean(text, where)
-            found.setdefault(key, []).append(cleaned)
+            captions.setdefault(key, []).append(cleaned)
         except BadSample as error:
             problems.append(error)
-    return {key: tuple(texts) for key, texts in found.items()}, problems
+    return {key: tuple(texts) for key, texts in captions.items()}, problems
 
 
 def _line(path: Path, number: int, data: bytes) -> tuple[str, object, str] | BadSample:
-    """Returns the id, the caption and the place of a line, or what is wrong with it."""
+    """Returns the id, the caption and the location of a line, or what is wrong with it."""
     where = f"{path}:{number}"
     try:
         content = json.loads(data.decode("utf-8"))
@@ -108,6 +115,7 @@ def _line(path: Path, number: int, data: bytes) -> tuple[str, object, str] | Bad
 def describe(labels: Int16[np.ndarray, "height width"], classes: Classes) -> str:
     """Returns the caption made from labels: class names in descending area."""
     areas = np.bincount(labels[labels >= 0].ravel(), minlength=len(classes))
+    # Stable: of equal areas the smaller class index comes first.
     present = [c for c in np.argsort(-areas, kind="stable") if areas[c]]
     return f"{PREFIX} {', '.join(classes.names[c] for c in present) or 'nothing'}"
 
@@ -120,8 +128,3 @@ def words_of(captions: Iterable[str]) -> set[str]:
 def described_words(classes: Classes) -> set[str]:
     """Returns every word that ``describe`` can write."""
     return words_of((PREFIX, "nothing", *classes.names))
-
-
-def all_words(captions: Mapping[str, tuple[str, ...]]) -> set[str]:
-    """Returns the different words of captions by id."""
-    return words_of(caption for texts in captions.values() for caption in texts)

@@ -18,6 +18,7 @@ benchmark).
 from jointseg_jax.data.classes import Classes
 
 
+# Names are kept as running text, which compares easily with the lists of the data sets' own tools.
 def _names(text: str) -> tuple[str, ...]:
     return tuple(" ".join(name.split()) for name in text.split(","))
 
@@ -75,6 +76,7 @@ COCO = Classes(
     isthing=(True,) * 80,
 )
 
+# Ids of 1..90 that no category of the release has.
 _COCO_GAPS = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)
 
 COCO_IDS = tuple(i for i in range(1, 91) if i not in _COCO_GAPS)
@@ -115,6 +117,7 @@ COCO_STUFF = Classes(
     isthing=(True,) * 80 + (False,) * 91,
 )
 
+# The stuffthingmaps hold category id - 1: things with COCO's gaps, then stuff without any.
 COCO_STUFF_IDS = (*(i - 1 for i in COCO_IDS), *range(91, 182))
 
 CITYSCAPES = Classes(

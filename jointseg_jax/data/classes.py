@@ -1,5 +1,6 @@
 """What the values of a label map mean: names, things and stuff, colours, left/right pairs."""
 
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,24 +14,20 @@ VOID_COLOUR: Colour = (224, 224, 192)
 
 @dataclass(frozen=True, kw_only=True)
 class Classes:
-    """The classes of a data set in index order; plain values, so hashable and picklable.
-
-    Args:
-        isthing: per class, whether it is countable; all False when not given.
-        palette: per class, an RGB colour; the VOC palette when not given.
-        swaps: pairs of indices that a left/right flip of the picture exchanges.
-    """
+    """The classes of a data set in index order; plain values, so hashable and picklable."""
 
     names: tuple[str, ...]
-    isthing: tuple[bool, ...] = ()
-    palette: tuple[Colour, ...] = ()
-    swaps: tuple[tuple[int, int], ...] = ()
-    void: str = "void"
+    isthing: tuple[bool, ...] = ()  # per class, True if it is countable; all False by default
+    palette: tuple[Colour, ...] = ()  # per class; VOC's colours by default
+    swaps: tuple[tuple[int, int], ...] = ()  # pairs of indices that a left/right flip exchanges
+    void: str = "void"  # the name of what is not annotated
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_names(self.names, self.void)
-        for field, default in (("isthing", _no_things), ("palette", _plain_palette)):
-            value = getattr(self, field) or default(len(self.names))
+        # Filled in here, so that lists with and without the defaults are equal.
+        count = len(self.names)
+        for field, default in (("isthing", (False,) * count), ("palette", _plain_palette(count))):
+            value = getattr(self, field) or default
             object.__setattr__(self, field, value)
             if len(value) != len(self.names):
                 raise ValueError(
@@ -83,16 +80,13 @@ def voc_palette(n: int) -> tuple[Colour, ...]:
     """
     if not 0 <= n <= 256:
         raise ValueError(f"voc_palette: {n} colours asked for; 8-bit label files hold 0 to 256")
+    # index bit 3 * digit + channel -> bit 7 - digit of that channel
     index = np.arange(n)[:, None]
     channel = np.arange(3)[None, :]
     colours = np.zeros((n, 3), int)
     for digit in range(3):
         colours |= ((index >> (3 * digit + channel)) & 1) << (7 - digit)
-    return tuple(tuple(row) for row in colours.tolist())
-
-
-def _no_things(n: int) -> tuple[bool, ...]:
-    return (False,) * n
+    return tuple((r, g, b) for r, g, b in colours.tolist())
 
 
 def _plain_palette(n: int) -> tuple[Colour, ...]:
@@ -101,27 +95,26 @@ def _plain_palette(n: int) -> tuple[Colour, ...]:
     return tuple(colours[i % 256] for i in range(n))
 
 
-def _check_names(names, void) -> None:
+def _check_names(names: tuple[str, ...], void: str) -> None:
     if not names:
         raise ValueError("Classes.names is empty; give at least one class name")
-    seen = set()
-    doubled = sorted({name for name in names if name in seen or seen.add(name)})
-    if doubled:
-        raise ValueError(f"Classes.names holds {', '.join(doubled)} twice; names must differ")
+    duplicates = sorted(name for name, count in Counter(names).items() if count > 1)
+    if duplicates:
+        raise ValueError(f"Classes.names holds {', '.join(duplicates)} twice; names must differ")
     if void in names:
         raise ValueError(f"Classes.void {void!r} is also a class name; choose another void name")
 
 
-def _check_colours(palette) -> None:
+def _check_colours(palette: tuple[tuple[int, ...], ...]) -> None:
     for i, colour in enumerate(palette):
         if len(colour) != 3 or not all(0 <= c <= 255 for c in colour):
             raise ValueError(f"Classes.palette[{i}] is {colour}; give three integers in 0..255")
 
 
-def _check_swaps(swaps, n: int) -> None:
+def _check_swaps(swaps: tuple[tuple[int, ...], ...], n: int) -> None:
     flat = [i for pair in swaps for i in pair]
-    wrong = any(len(pair) != 2 for pair in swaps) or len(set(flat)) != len(flat)
-    if wrong or any(not 0 <= i < n for i in flat):
+    disjoint = all(len(pair) == 2 for pair in swaps) and len(set(flat)) == len(flat)
+    if not disjoint or any(not 0 <= i < n for i in flat):
         raise ValueError(
             f"Classes.swaps is {swaps}; give disjoint pairs of different indices in 0..{n - 1}"
         )

@@ -269,6 +269,11 @@ def write(path: Path, data: bytes) -> None:
     publish(path)
 
 
+def write_json(path: Path, content: Mapping[str, object]) -> None:
+    """Writes JSON as people read it."""
+    write(path, json.dumps(content, indent=1, ensure_ascii=False).encode())
+
+
 def sync_folder(folder: Path) -> None:
     """Makes the names in a folder durable."""
     descriptor = os.open(folder, os.O_RDONLY)

@@ -6,8 +6,6 @@
 2. any other layout: the images or the labels of a split of it (``layouts.py``).
 3. Headers are checked at the start, all files at once; pixels when an item is loaded.
 4. ``load`` resizes as ``transforms.Resize`` does in evaluation: centre crop, or stretch.
-
-Pictures that EXIF says are turned are turned: no labels go with a given image.
 """
 
 from __future__ import annotations
@@ -28,7 +26,7 @@ from jointseg_jax.data.classes import Classes
 from jointseg_jax.data.files import Files
 from jointseg_jax.data.images import CONVERSIONS, PIXEL_LIMIT, Decoding, open_picture
 from jointseg_jax.data.labels import LabelRule, read_classes, stored_rule
-from jointseg_jax.data.records import BadSample
+from jointseg_jax.data.records import BadSample, problem_lines
 from jointseg_jax.data.sources.folders import label_files, list_split, read_image, read_labels
 from jointseg_jax.data.sources.layouts import LAYOUTS, Entry, SplitIndex, find, optional, pair
 from jointseg_jax.data.transforms import BOXES, Resize, resize_image, resize_labels
@@ -36,28 +34,22 @@ from jointseg_jax.data.workers import in_order
 from jointseg_jax.types import UserError
 
 PLAIN = "plain"
+# No labels go with a given image, so a picture that EXIF says is turned can be turned.
 TURNED = Decoding(orientation="apply")
 THREADS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
 class Given:
-    """Label maps or images of a folder, in the order of their ids.
-
-    Args:
-      classes: of the labels; ``None`` for images.
-      rule: what the values of label files mean; ``None`` for images, segments and parts.
-      mode: ``crop`` shows the centre, ``stretch`` the whole.
-      digest: SHA-256 over ids, file contents and label rule.
-    """
+    """Label maps or images of a folder, in the order of their ids."""
 
     root: Path
     entries: tuple[Entry, ...] = field(repr=False, compare=False)  # the digest tells them apart
-    classes: Classes | None
-    rule: LabelRule | None
+    classes: Classes | None  # of the labels; None for images
+    rule: LabelRule | None  # what values of label files mean; None: images, segments, parts
     layout: str
-    mode: str
-    digest: str = ""
+    mode: str  # ``crop`` shows the centre, ``stretch`` the whole
+    digest: str = ""  # SHA-256 over ids, file contents and label rule
 
     def __post_init__(self) -> None:
         Resize(size=1, mode=self.mode)  # knows the modes
@@ -67,12 +59,12 @@ class Given:
 
     @functools.cached_property
     def files(self) -> Files:
-        """Its files."""
+        """The files of the folder, with its list of sums."""
         return Files.of(self.root)
 
     @property
     def kind(self) -> str:
-        """Tells labels from images."""
+        """``labels`` or ``images``."""
         return "images" if self.classes is None else "labels"
 
     @property
@@ -93,6 +85,7 @@ class Given:
         Raises:
           BadSample: its pixels cannot be used.
         """
+        # The box of evaluation, which draws nothing: the generator is never asked.
         resize = Resize(size=size, mode=self.mode)
         whole = self.read(index)
         box = BOXES[self.mode](resize, whole.shape[:2], np.random.default_rng(0), False)
@@ -120,19 +113,20 @@ class Given:
         """Checks the headers of one item; returns the digest of its files, or what is wrong."""
         entry = self.entries[index]
         names = (entry.image,) if self.classes is None else label_files(entry)
+        # The rows of segments are in no file of their own: the JSON holds those of all images.
         digest = hashlib.sha256(b"" if entry.segments is None else entry.segments.tobytes())
         try:
             for name in names:
                 path, data = self.files.read(name)
                 digest.update(hashlib.sha256(data).digest())
                 if not self._expects(open_picture(data, str(path), PIXEL_LIMIT), entry):
-                    self.read(index)  # says what is wrong
+                    self.read(index)  # decodes it, which raises what is wrong
         except BadSample as problem:
             return problem
         return digest.hexdigest()
 
     def _expects(self, picture: Image.Image, entry: Entry) -> bool:
-        """Tells whether a header is of the usual kind."""
+        """Returns True if a header is of a kind that decodes without questions."""
         if self.classes is None:
             return picture.mode in CONVERSIONS
         painted = picture.mode in ("RGB", "RGBA")
@@ -154,7 +148,7 @@ def given_labels(
       UserError: files that cannot be used, all of them at once, or labels of other classes.
     """
     listing = listing_of(Path(folder), layout, split, "labels", stored_rule(len(classes)))
-    if listing.classes is not None:
+    if listing.classes is not None:  # None: plain PNG files of the model's own indices
         check_names(listing.classes, classes, folder)
     return checked(listing, Path(folder), classes, layout, mode)
 
@@ -200,13 +194,13 @@ def list_plain(root: Path, kind: str, rule: LabelRule | None) -> SplitIndex:
     """Lists every picture under a folder."""
     if not root.is_dir():
         raise UserError(f"ERROR [given] {root}: {'not a' if root.exists() else 'no such'} folder.")
-    found = find(root, ".", ".png")
-    classes, texts = None, files.inside(root, "captions.jsonl")
+    pictures = find(root, ".", ".png")
+    classes = None
     if kind == "labels" and files.inside(root, "classes.json").exists():
         classes, rule = read_classes(root / "classes.json")
-    texts, problems = optional(texts, captions.read_lines)
-    sides = (None, found) if kind == "labels" else (found, None)
-    entries = pair(root, found.names, *sides, texts)
+    texts, problems = optional(files.inside(root, "captions.jsonl"), captions.read_lines)
+    sides = (None, pictures) if kind == "labels" else (pictures, None)
+    entries = pair(root, pictures.names, *sides, texts)
     if not entries:
         ending = ".png" if kind == "labels" else ", ".join(files.PICTURES)
         here = sorted({path.suffix or path.name for path in root.iterdir()})
@@ -233,25 +227,25 @@ def checked(
     seen = list(in_order(given.examine, range(len(given)), THREADS))
     problems += [finding for finding in seen if isinstance(finding, BadSample)]
     if problems:
-        lines = "\n".join(map(str, problems[:50]))
-        more = f"\n... and {len(problems) - 50} more" if len(problems) > 50 else ""
         hint = f" A data set folder needs its layout ({', '.join(LAYOUTS)}) and split."
+        hint = hint if layout == PLAIN else ""
         raise UserError(
-            f"{lines}{more}\nERROR [given] {root}: problems: {len(problems)}, {given.kind} found: "
-            f"{len(listing.entries)}. Fix or remove them.{hint if layout == PLAIN else ''}"
+            f"{problem_lines(problems)}\nERROR [given] {root}: problems: {len(problems)}, "
+            f"{given.kind} found: {len(listing.entries)}. Fix or remove them.{hint}"
         )
+    # Any other folder, or rule, is another digest: a run that goes on refuses it.
     rows = repr((given.ids, seen, given.rule)).encode()
     return dataclasses.replace(given, digest=hashlib.sha256(rows).hexdigest())
 
 
-def check_names(found: Classes, wanted: Classes, where: str | Path) -> None:
+def check_names(theirs: Classes, ours: Classes, where: str | Path) -> None:
     """Refuses labels of classes that are not the model's, naming the first difference."""
-    rows = itertools.zip_longest(found.names, wanted.names, fillvalue="absent")
-    for index, (theirs, ours) in enumerate(rows):
-        if theirs != ours:
+    rows = itertools.zip_longest(theirs.names, ours.names, fillvalue="absent")
+    for index, (there, here) in enumerate(rows):
+        if there != here:
             raise UserError(
-                f"ERROR [given] {where}: class {index} is {theirs!r} there and {ours!r} in the "
-                f"model ({len(found)} and {len(wanted)} classes); names and order must be equal. "
+                f"ERROR [given] {where}: class {index} is {there!r} there and {here!r} in the "
+                f"model ({len(theirs)} and {len(ours)} classes); names and order must be equal. "
                 "Give labels of the model's classes, or put the label files into one folder with "
                 "a classes.json that lists the model's classes and has a label_map {file value: "
                 "class name or null}, and give that as plain."

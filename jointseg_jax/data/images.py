@@ -14,10 +14,6 @@
 | palette | its indices; colours and transparency do not matter |
 | grey of 1, 2, 4, 8, 16 bits | its stored values, exactly |
 | RGB, RGBA | indices through an explicit colour map, or refused |
-
-Traps this file is built around: OpenCV turns palette masks into colours; Pillow widens 2- and
-4-bit grey to 0..255, does not check the CRC of PNG pixel data, and accepts truncated files once
-anything in the process has set ``LOAD_TRUNCATED_IMAGES``.
 """
 
 from __future__ import annotations
@@ -55,48 +51,48 @@ PIXEL_LIMIT = 64_000_000
 PILLOW_LIMIT = 89_478_485  # beyond it Pillow itself warns, and at twice that it refuses
 Colour = tuple[int, int, int]
 
-MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # of mallopt, in malloc.h
+PLACES = np.array([1, 256, 65536], np.int32)
+"""What red, green and blue count in a segment id."""
+
+MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # parameters of mallopt, in malloc.h
 LARGEST = 32 << 20  # the most that mallopt takes: arrays up to it come from the heap
 KEPT = 256 << 20  # bytes of a heap that may lie free
 
 
 def keep_freed_memory() -> bool:
-    """Tells glibc to keep what is freed; says whether it was told.
+    """Sets glibc's malloc to keep what is freed; returns True if it did.
 
     Another C library is left alone, and so is a process whose environment sets malloc
     (``MALLOC_TRIM_THRESHOLD_``, ``GLIBC_TUNABLES`` and the like).
     """
+    # By default arrays of a megabyte go back to the system as soon as they are freed, and it clears
+    # every page of the next one: a quarter of the time of reading a pair of 640 x 480.
     if any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
         return False
     library = ctypes.CDLL(None)
     if not hasattr(library, "gnu_get_libc_version"):
         return False
-    told = (library.mallopt(MMAP_THRESHOLD, LARGEST), library.mallopt(TRIM_THRESHOLD, KEPT))
-    return all(told)
+    accepted = (library.mallopt(MMAP_THRESHOLD, LARGEST), library.mallopt(TRIM_THRESHOLD, KEPT))
+    return all(accepted)
 
 
-# By default Pillow hands the memory of every picture back to the system, which clears it page by
-# page for the next one: a fifth of the time of reading a pair. (PILLOW_BLOCKS_MAX says otherwise.)
+# Pillow does the same with the memory of every picture: a fifth of the time of reading a pair.
+# (PILLOW_BLOCKS_MAX says otherwise.)
 BLOCKS = 8
 if not Image.core.get_blocks_max():
     Image.core.set_blocks_max(BLOCKS)
-keep_freed_memory()  # the same for arrays
+keep_freed_memory()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Decoding:
-    """The rules by which image files become 8-bit RGB.
+    """The rules by which image files become 8-bit RGB."""
 
-    Args:
-      pixel_limit: most pixels an image may have; checked in the header, before decoding.
-      orientation: what to do with a picture that EXIF says is turned. Its labels may or may not
-        be turned with it: ``refuse`` it, ``apply`` the turn to the image, or ``ignore`` it.
-      matte: the colour that shows through transparent pixels.
-    """
-
-    pixel_limit: int = PIXEL_LIMIT
+    pixel_limit: int = PIXEL_LIMIT  # most pixels; checked in the header, before decoding
     orientation: str = "refuse"
-    matte: Colour = (255, 255, 255)
+    """What to do with a picture that EXIF says is turned. Its labels may or may not be turned with
+    it: ``refuse`` it, ``apply`` the turn to the image, or ``ignore`` it."""
+    matte: Colour = (255, 255, 255)  # the colour that shows through transparent pixels
 
     def __post_init__(self) -> None:
         if not 0 < self.pixel_limit <= PILLOW_LIMIT:
@@ -144,6 +140,7 @@ def decode_labels(
     if picture.mode == "LA":
         refuse_transparency(np.asarray(picture)[..., 1], path)
         return np.asarray(picture)[..., 0].astype(np.int32)
+    # Pillow has multiplied values of 2 and 4 bits: divided again, they are those of the file.
     values, step = np.asarray(picture).astype(np.int32), grey_step(data)
     return values if step == 1 else values // step
 
@@ -160,7 +157,7 @@ def decode_segment_ids(
             "segment ids are stored in RGB as R + 256 G + 65536 B",
             "Give the panoptic PNG, not the semantic one.",
         )
-    return opaque_rgb(picture, path).astype(np.int32) @ np.array([1, 256, 65536], np.int32)
+    return opaque_rgb(picture, path).astype(np.int32) @ PLACES
 
 
 def encode_png(pixels: np.ndarray) -> bytes:
@@ -190,7 +187,7 @@ def open_picture(data: bytes, path: str, pixel_limit: int) -> Image.Image:
         raise BadSample(
             path, "not an image", f"files are {', '.join(FORMATS)}", "Replace the file."
         ) from error
-    except Exception as error:
+    except Exception as error:  # plugins raise whatever a damaged header makes them raise
         raise truncated(path, str(error)) from error
     if picture.width * picture.height > pixel_limit:
         size = f"{picture.width}x{picture.height} = {picture.width * picture.height} pixels"
@@ -208,6 +205,7 @@ def _too_large(path: str, size: str, limit: int) -> BadSample:
 
 def check_chunks(data: bytes, path: str) -> None:
     """Refuses a PNG with a wrong checksum, or without its end: Pillow lets both pass."""
+    # after 8 bytes of signature: length (4) | kind (4) | data (length) | CRC-32 of kind, data (4)
     start, kind = 8, b""
     while kind != b"IEND":
         length = int.from_bytes(data[start : start + 4], "big")
@@ -225,13 +223,14 @@ def check_chunks(data: bytes, path: str) -> None:
 
 
 def truncated(path: str, why: str = "") -> BadSample:
-    """Returns the complaint that the file ends too early."""
+    """Returns the problem that the file ends too early."""
     found = f"the file is truncated or damaged{f' ({why})' if why else ''}"
     return BadSample(path, found, "a whole file", "Copy it again from its source.")
 
 
 def load(picture: Image.Image, path: str) -> None:
     """Decodes the pixels, refusing truncated files."""
+    # A switch of the whole process, which other libraries throw: it is looked at every time.
     if ImageFile.LOAD_TRUNCATED_IMAGES:
         raise UserError(
             "ERROR [data] PIL.ImageFile.LOAD_TRUNCATED_IMAGES is True in this process, so damaged "
@@ -245,7 +244,7 @@ def load(picture: Image.Image, path: str) -> None:
 
 
 def orient(picture: Image.Image, path: str, rule: str) -> Image.Image:
-    """Treats a picture that EXIF says is turned."""
+    """Turns, refuses or leaves a picture that EXIF says is turned."""
     try:
         turn = picture.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception as error:
@@ -266,7 +265,7 @@ def orient(picture: Image.Image, path: str, rule: str) -> Image.Image:
 def open_labels(data: bytes, path: str, pixel_limit: int) -> Image.Image:
     """Opens and decodes a label file: PNG, in a mode that can hold labels."""
     picture = open_picture(data, path, pixel_limit)
-    if picture.format != "PNG":
+    if picture.format != "PNG":  # lossless others exist, but no data set keeps labels in them
         lossy = " (lossy: it changes values)" if picture.format in LOSSY else ""
         raise BadSample(
             path,
@@ -284,6 +283,7 @@ def open_labels(data: bytes, path: str, pixel_limit: int) -> Image.Image:
 
 def grey_step(data: bytes) -> int:
     """Returns the factor by which Pillow widened the grey values of a PNG: 255 / (2**bits - 1)."""
+    # Bytes 24 and 25 of a PNG, in its header chunk; colour type 0 is grey.
     bits, colour_type = data[24], data[25]
     return {2: 85, 4: 17}.get(bits, 1) if colour_type == 0 else 1
 
@@ -309,15 +309,15 @@ def paint_to_values(
     pixels: UInt8[np.ndarray, "height width 3"], path: str, colours: Mapping[Colour, int] | None
 ) -> Int32[np.ndarray, "height width"]:
     """Looks every colour up in the colour map."""
-    codes = pixels.astype(np.int32) @ np.array([1, 256, 65536], np.int32)
-    found, first, inverse, counts = np.unique(
+    codes = pixels.astype(np.int32) @ PLACES  # one number per colour: unique of rows is slow
+    _, first, inverse, counts = np.unique(
         codes, return_index=True, return_inverse=True, return_counts=True
     )
-    names = [tuple(int(c) for c in colour) for colour in pixels.reshape(-1, 3)[first]]
+    names = [(int(r), int(g), int(b)) for r, g, b in pixels.reshape(-1, 3)[first]]
     if colours is None:
         raise BadSample(
             path,
-            f"labels painted in RGB (different colours: {len(found)}, such as {names[0]})",
+            f"labels painted in RGB (different colours: {len(names)}, such as {names[0]})",
             "labels are palette or grey PNG of indices",
             "Save indices, or give a colour map (colours=...).",
         )
@@ -339,6 +339,7 @@ def _plain(picture: Image.Image, matte: Colour) -> np.ndarray:
 
 
 def _high_byte(picture: Image.Image, matte: Colour) -> np.ndarray:
+    # Pillow's own conversion clips at 255 instead.
     grey = (np.asarray(picture).astype(np.int32) >> 8).astype(np.uint8)
     return np.repeat(grey[..., None], 3, axis=-1)
 
@@ -349,15 +350,9 @@ def _over_matte(picture: Image.Image, matte: Colour) -> np.ndarray:
     return np.asarray(Image.alpha_composite(canvas, rgba).convert("RGB"))
 
 
-CONVERSIONS = {
-    "RGB": _plain,
-    "L": _plain,
-    "1": _plain,
-    "CMYK": _plain,
-    "P": _over_matte,
-    "PA": _over_matte,
-    "LA": _over_matte,
-    "RGBA": _over_matte,
-    "I;16": _high_byte,
-    "I": _high_byte,
-}
+CONVERSIONS = (
+    dict.fromkeys(("RGB", "L", "1", "CMYK"), _plain)
+    | dict.fromkeys(("P", "PA", "LA", "RGBA"), _over_matte)
+    | dict.fromkeys(("I;16", "I"), _high_byte)
+)
+"""How a picture of each of Pillow's modes becomes RGB."""

@@ -25,12 +25,13 @@ import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
+from typing import TypedDict, cast
 
 import numpy as np
 from jaxtyping import Int16, Int32
 
 from jointseg_jax.data import files
+from jointseg_jax.data.class_lists import CLASS_LISTS
 from jointseg_jax.data.classes import Classes, Colour
 from jointseg_jax.data.images import PIXEL_LIMIT, decode_labels, encode_png
 from jointseg_jax.data.records import BadSample, counted
@@ -72,6 +73,7 @@ class LabelRule:
         self, values: Int32[np.ndarray, "height width"], path: str, classes: Classes
     ) -> Int16[np.ndarray, "height width"]:
         """Returns the classes of file values; refuses values that stand for nothing."""
+        # One gather per map: the table of all 16-bit values is made once for a rule.
         labels = lookup(self, len(classes)).take(values)
         outside = labels == _OUTSIDE
         if outside.any():
@@ -103,6 +105,7 @@ def lookup(rule: LabelRule, count: int) -> Int16[np.ndarray, " values"]:
         if not VOID <= label < count:
             raise ValueError(f"LabelRule: table maps {value} to {label}; classes: {count}.")
         table[value] = label
+    # Last: a void value is void even where the shift or the table gives it a class.
     table[list(rule.void)] = VOID
     table.setflags(write=False)
     return table
@@ -138,6 +141,14 @@ def read_classes(path: Path) -> tuple[Classes, LabelRule]:
             '{"classes": ["sky", "road"], "ignore_label": 255}; it may also have '
             f"{', '.join(KEYS[2:])}. Or name a known list in config.data.*.classes."
         ) from None
+
+
+def named_classes(classes: Classes | str) -> Classes:
+    """Returns the classes behind a name of ``CLASS_LISTS``, a path of a classes.json, or itself."""
+    if isinstance(classes, Classes):
+        return classes
+    known = CLASS_LISTS.get(classes)
+    return read_classes(Path(classes))[0] if known is None else known
 
 
 def parse(content: object) -> tuple[Classes, LabelRule]:
@@ -185,8 +196,7 @@ def label_rule(content: dict, classes: Classes) -> LabelRule:
 
 
 def _colour(channels: Iterable[str | int]) -> Colour:
-    red, green, blue = map(int, channels)
-    return red, green, blue
+    return cast(Colour, tuple(map(int, channels)))  # ``Classes`` checks that there are three
 
 
 def to_content(classes: Classes) -> ClassesContent:

@@ -7,54 +7,53 @@
 4. Augmentation and the choice of caption draw from a generator seeded by (seed, step, row).
 
 So the position is the whole state: resuming is ``start_step=k``, whatever the number of hosts,
-workers or threads. Bad samples cannot be dropped (that would shift all later positions); they are
-replaced by the next good record of the source and reported with the batch they would have been in.
-
-A batch has image (uint8), labels (int16), index (int64); with a tokenizer, text (int32); with
-``instances``, panoptic (int16: label and instance number, ``segments.py``). The ``features`` of a
-record (arrays computed beforehand) become fields of their own names, untouched.
+workers or threads. A batch has image (uint8), labels (int16), index (int64); with a tokenizer, text
+(int32); with ``instances``, panoptic (int16: label and instance number, ``segments.py``). The
+``features`` of a record become fields of their own names, untouched by transforms.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import grain
 import numpy as np
 
-from jointseg_jax.data.cached.loader import CachedBatches, CachedSource
-from jointseg_jax.data.records import BadSample, Record, Source, check_record
+from jointseg_jax.data.cached.loader import (
+    Batch,
+    CachedBatches,
+    CachedSource,
+    HostBatches,
+    Tokenizer,
+)
+from jointseg_jax.data.records import BadReport, BadSample, Record, Source, check_record
 from jointseg_jax.data.segments import panoptic
 from jointseg_jax.data.transforms import Transform
 from jointseg_jax.data.workers import Reading
 from jointseg_jax.types import UserError
 
-Batch = dict[str, np.ndarray]
-Tokenizer = Callable[[str], np.ndarray]
+Row = dict[str, Any]
+"""Fields of a row or batch, with what was wrong on the way to it in ``bad``."""
+
 POLICIES = ("replace", "stop")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """Makes the row at a position: read, check, choose a caption, transform, tokenize.
-
-    Args:
-      mark: adds ``valid``, true where the record read is the one at its own position.
-      instances: the highest instance number of the field ``panoptic``; 0: no such field.
-    """
+    """Makes the row at a position: read, check, choose a caption, transform, tokenize."""
 
     source: Source
     transforms: tuple[Transform, ...]
     tokenizer: Tokenizer | None
     seed: int
-    batch: int
+    batch: int  # rows of the global batch
     train: bool
-    bad: str
-    mark: bool
-    instances: int = 0
+    bad: str  # one of ``POLICIES``
+    mark: bool  # adds ``valid``, true where the record read is the one at its own position
+    instances: int = 0  # the highest instance number of the field ``panoptic``; 0: no such field
 
     def __post_init__(self) -> None:
         if self.bad not in POLICIES:
@@ -62,23 +61,24 @@ class Rows:
         if self.seed < 0:
             raise ValueError(f"data: seed={self.seed} given; must be 0 or more.")
 
-    def __call__(self, position: int, index: int) -> dict[str, Any]:
+    def __call__(self, position: int, index: int) -> Row:
         step, row = divmod(position, self.batch)
+        # Of its own for every row: what a row draws does not depend on hosts, workers or threads.
         rng = np.random.default_rng((self.seed, step, row))
         record, used, reports = self.read(int(index))
         caption = choose_caption(record["captions"], rng, self.train)
         for transform in self.transforms:
             record = transform(record, rng, self.train)
-        out = self.fields(record) | {"index": np.int64(used), "bad": reports}
+        out: Row = {**self.fields(record), "index": np.int64(used), "bad": reports}
         if self.tokenizer is not None:
             out["text"] = np.asarray(self.tokenizer(caption), np.int32)
         if self.mark:
             out["valid"] = np.bool_(position == index == used)
         return out
 
-    def fields(self, record: Record) -> dict[str, Any]:
+    def fields(self, record: Record) -> Batch:
         """Returns the batch fields of a transformed record."""
-        out: dict[str, Any] = {
+        out = {
             **record.get("features", {}),
             "image": np.asarray(record["image"], np.uint8),
             "labels": np.asarray(record["labels"], np.int16),
@@ -87,15 +87,17 @@ class Rows:
             out["panoptic"] = panoptic(record, self.source.classes, self.instances)
         return out
 
-    def read(self, index: int) -> tuple[Record, int, list[dict[str, Any]]]:
+    def read(self, index: int) -> tuple[Record, int, list[BadReport]]:
         """Returns a good record, its index, and what was wrong with those before it."""
-        reports = []
+        # A bad sample cannot be dropped, for that would shift all later positions: the next good
+        # record of the source is read instead.
+        reports: list[BadReport] = []
         for distance in range(len(self.source)):
             used = (index + distance) % len(self.source)
             try:
                 record = self.source[used]
                 check_record(record, self.source.classes)
-                return record, used, _replaced(reports, used)
+                return record, used, [{**report, "replaced_by": used} for report in reports]
             except BadSample as error:
                 if self.bad == "stop":
                     raise
@@ -113,14 +115,10 @@ def choose_caption(captions: Sequence[str], rng: np.random.Generator, train: boo
     return captions[int(rng.integers(len(captions)))] if train else captions[0]
 
 
-def _replaced(reports: list[dict[str, Any]], used: int) -> list[dict[str, Any]]:
-    return [{**report, "replaced_by": used} for report in reports]
-
-
 class HostBlock(grain.MapDataset):
-    """The rows of one host: a contiguous block of every global batch, from ``start`` on."""
+    """The rows of one host: a contiguous block of every global batch, from step ``start`` on."""
 
-    _MUTATES_ELEMENT_SPEC = False
+    _MUTATES_ELEMENT_SPEC = False  # Grain: elements are those of the parent
 
     def __init__(self, parent: grain.MapDataset, *, batch: int, host: int, hosts: int, start: int):
         super().__init__(parent)
@@ -130,9 +128,10 @@ class HostBlock(grain.MapDataset):
     def __len__(self) -> int:
         return max(len(self._parent) // self._batch - self._start, 0) * self.local
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int | slice) -> Any:
         if isinstance(index, slice):
             return self.slice(index)
+        # own row of own step -> position (start + step) * batch + host * local + row of the stream
         step, row = divmod(index, self.local)
         return self._parent[(self._start + step) * self._batch + self._host * self.local + row]
 
@@ -140,7 +139,7 @@ class HostBlock(grain.MapDataset):
         return "HostBlock"
 
 
-def stack(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def stack(rows: Sequence[Row]) -> Row:
     """Stacks rows into a batch; reports travel as one JSON string beside the arrays."""
     sizes = sorted({row["image"].shape[:2] for row in rows})
     if len(sizes) > 1:
@@ -148,44 +147,37 @@ def stack(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
             f"ERROR [data] batch: images of sizes {sizes[:4]} cannot share a batch; all rows must "
             "have one size. Add a resize to config.data.transforms."
         )
-    out = {k: np.stack([row[k] for row in rows]) for k in rows[0] if k != "bad"}
+    out: Row = {k: np.stack([row[k] for row in rows]) for k in rows[0] if k != "bad"}
     out["bad"] = json.dumps([row["bad"] for row in rows if row["bad"]])
     return out
 
 
-class Batches:
-    """An iterator over host batches whose state is ``step``; close it, or use ``with``.
-
-    Attributes:
-      step: the global step of the next batch.
-      replaced: how many rows so far hold a stand-in for a bad sample.
-    """
+class Batches(HostBatches):
+    """Batches read by Grain; ``drain`` reports the bad samples met."""
 
     def __init__(self, block: HostBlock, *, step: int, limit: int, reading: Reading):
-        self.step = step
-        self.replaced = 0
+        super().__init__(step)
         self._limit = limit
         self._seen: set[int] = set()
-        self._reports: list[dict[str, Any]] = []
+        self._reports: list[BadReport] = []
         self._iterator = iter(reading.attach(block.batch(block.local, batch_fn=stack)))
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self
 
     def __next__(self) -> Batch:
         if self._iterator is None:
             raise ValueError("these batches are closed; make new ones with start_step=step.")
+        # Reports ride beside the arrays as JSON: Grain's workers hand over arrays and strings only.
         batch = dict(next(self._iterator))
         self._count(json.loads(batch.pop("bad")))
         self.step += 1
         return {name: private(array) for name, array in batch.items()}
 
-    def _count(self, rows: list[list[dict[str, Any]]]) -> None:
+    def _count(self, rows: list[list[BadReport]]) -> None:
         self.replaced += len(rows)
         for report in (report for row in rows for report in row):
             if report["index"] not in self._seen:
                 self._seen.add(report["index"])
-                self._reports.append({"step": self.step, **report})
+                self._reports.append(cast(BadReport, {"step": self.step, **report}))
+        # Different ones: a bad sample comes again in every epoch.
         if len(self._seen) > self._limit:
             raise UserError(
                 f"ERROR [data] {len(self._seen)} different bad samples, more than the limit of "
@@ -193,26 +185,17 @@ class Batches:
                 f"config.data.bad_limit. The last: {rows[-1][-1]['error']}"
             )
 
-    def drain(self) -> list[dict[str, Any]]:
-        """Returns the bad samples first met since the last call.
-
-        Each is a dict of plain values: step, index, error, replaced_by.
-        """
+    def drain(self) -> list[BadReport]:
+        """Returns the bad samples first met since the last call."""
         reports, self._reports = self._reports, []
         return reports
 
     def close(self) -> None:
         """Ends threads and workers and frees their shared memory."""
-        # Let go of, too: Grain complains about iterators that live on when the interpreter ends.
+        # Dropped as well: Grain complains about iterators that live on when the interpreter ends.
         iterator, self._iterator = self._iterator, None
         if iterator is not None:
             iterator.close()
-
-    def __enter__(self) -> Batches:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def batches(
@@ -235,8 +218,8 @@ def batches(
 ) -> Batches | CachedBatches:
     """Returns the endless, shuffled batches of one host from ``start_step`` on.
 
-    A source that gathers whole batches (``cache.py``) was transformed when it was encoded: it needs
-    neither transforms nor workers, and its rows are those of ``gathering.py``.
+    An encoded source (``cached/reader.py``) was transformed when it was encoded: it needs neither
+    transforms nor workers, and its batches are those of ``cached/loader.py``.
 
     Args:
       batch: rows of the global batch, over all hosts.
@@ -244,7 +227,7 @@ def batches(
         no ``text``.
       train: ``False`` keeps the order of training but switches augmentation off.
       bad: ``replace`` puts the next good record in place of a bad one, ``stop`` raises.
-      bad_limit: how many different bad samples a run may meet before it stops.
+      bad_limit: number of different bad samples that a run may meet before it stops.
       instances: the highest instance number of the field ``panoptic``; 0: no such field.
     """
     check_source(source)
@@ -294,17 +277,17 @@ def evaluation_batches(
 ) -> Batches:
     """Returns the records of ``source`` once, in order, each batch with a ``valid`` mask.
 
-    Rows beyond the end, and the stand-ins of bad samples, are real records with ``valid=False``.
+    Rows beyond the end, and those instead of bad samples, are real records with ``valid=False``.
     Records of an encoded source were transformed when they were encoded.
 
     Args:
-      limit: at most so many records, from the first on.
+      limit: at most this many records, from the first on.
     """
     check_source(source)
     check_hosts(batch, host, hosts)
     if limit is not None and limit < 1:
         raise UserError(f"ERROR [data] limit={limit} given; evaluate at least 1 record.")
-    if isinstance(source, CachedSource):
+    if isinstance(source, CachedSource):  # its views were made when it was encoded
         transforms, instances = (), 0
     rows = make_rows(
         source,
@@ -318,6 +301,7 @@ def evaluation_batches(
         instances=instances,
     )
     count = len(source) if limit is None else min(limit, len(source))
+    # Whole batches: the last record is repeated, and ``valid`` is false there.
     padded = -(-count // batch) * batch
     order = grain.MapDataset.range(padded).map(lambda position: min(position, count - 1))
     block = HostBlock(order.map_with_index(rows), batch=batch, host=host, hosts=hosts, start=0)
@@ -326,21 +310,19 @@ def evaluation_batches(
 
 
 def make_rows(source: Source, transforms: Sequence[Transform], **fields: Any) -> Rows:
-    """Returns the maker of rows, its transforms told of the classes of the source."""
-    known = tuple(transform.for_classes(source.classes) for transform in transforms)
-    return Rows(source=source, transforms=known, **fields)
+    """Returns the maker of rows; its transforms know the classes of the source."""
+    own = tuple(transform.for_classes(source.classes) for transform in transforms)
+    return Rows(source=source, transforms=own, **fields)
 
 
 def private(array: np.ndarray) -> np.ndarray:
-    """Copies an array out of the memory shared with a worker, which Grain frees on its own terms.
-
-    Arrays kept until the interpreter ends would else be reported as leaks.
-    """
+    """Copies an array out of memory shared with a worker, which Grain frees on its own terms."""
+    # Arrays kept until the interpreter ends would otherwise be reported as leaks.
     return np.array(array) if type(array) is not np.ndarray else array
 
 
 def check_source(source: Source) -> None:
-    """Refuses a source that is empty, or longer than the shuffle can permute."""
+    """Refuses a source that is empty, or longer than Grain's shuffle can permute."""
     if not 0 < len(source) < 2**32:
         raise UserError(
             f"ERROR [data] {source.name}: has {len(source)} samples; between 1 and 2**32 - 1 are "

@@ -33,25 +33,6 @@ class Stored(Protocol):
         ...
 
 
-def check(report: Report) -> None:
-    """Refuses a source of which nothing is good."""
-    if not report.good:
-        raise UserError(
-            f"{report.problems()}\nERROR [data] {report.name}: none of {report.count} records can "
-            "be used; at least one is needed. The causes are above."
-        )
-
-
-def refuse_bad(report: Report) -> None:
-    """Refuses a source of which anything is bad, listing all of it in one block."""
-    if report.bad:
-        raise UserError(
-            f"{report.problems()}\nERROR [data] {report.name}: problems: {len(report.bad)}, "
-            f"records looked at: {report.count}; --strict accepts none, and nothing was written. "
-            "Fix them, or run without --strict to leave the bad ones out."
-        )
-
-
 def prepare(
     source: Source,
     out: str | Path,
@@ -69,17 +50,29 @@ def prepare(
 
     Args:
       strict: writes nothing unless every record is good.
-      shards: how many files; one per 1024 records when not given.
-      limit: takes so many records only, from the first on.
-      show: is given the report before anything is written.
+      shards: number of files; one per 1024 records when not given.
+      limit: takes at most this many records, the first ones.
+      show: called with the report before anything is written.
+
+    Raises:
+      UserError: no record is good; with ``strict``, any is bad.
     """
     out = Path(out)
-    open_manifest(out, split, source.classes, overwrite)  # refuses before the hours of reading
+    # Refuses a split that exists, or other classes, before the hours of reading.
+    open_manifest(out, split, source.classes, overwrite)
     report = scan(source, threads=threads, limit=limit, progress=progress)
-    if strict:
-        refuse_bad(report)
+    if strict and report.bad:
+        raise UserError(
+            f"{report.problems()}\nERROR [data] {report.name}: problems: {len(report.bad)}, "
+            f"records looked at: {report.count}; --strict accepts none, and nothing was written. "
+            "Fix them, or run without --strict to leave the bad ones out."
+        )
     show(report)
-    check(report)
+    if not report.good:
+        raise UserError(
+            f"{report.problems()}\nERROR [data] {report.name}: none of {report.count} records can "
+            "be used; at least one is needed. The causes are above."
+        )
     write(source, out, report, split=split, shards=shards, threads=threads, progress=progress)
     return report
 
@@ -96,6 +89,7 @@ def write(
 ) -> None:
     """Writes the records that a report found good, and the report."""
     count = len(report.good)
+    # Read a second time: all records of a data set do not fit into memory.
     packed = in_order(lambda index: pack_record(source, index), report.good, threads)
     write_shards(
         progress(packed, total=count, desc=f"writing {out / split}"),
@@ -105,12 +99,12 @@ def write(
         words=source.words(),
         count=count,
         shards=shards or -(-count // RECORDS_PER_SHARD),
-        overwrite=True,
+        overwrite=True,  # ``open_manifest`` has refused it before, where it was not wanted
     )
-    files.write(out / "classes.json", plain_json(to_content(source.classes)))
+    files.write_json(out / "classes.json", to_content(source.classes))
     path = out / "report.json"
     reports = json.loads(path.read_bytes()) if path.exists() else {}
-    files.write(path, plain_json(reports | {split: report.content()}))
+    files.write_json(path, reports | {split: report.content()})
 
 
 def pack_record(source: Source, index: int) -> bytes:
@@ -124,8 +118,3 @@ def pack_record(source: Source, index: int) -> bytes:
         ) from None
     original = source.original(index) if isinstance(source, Stored) else None
     return pack(record, len(source.classes), original)
-
-
-def plain_json(content: object) -> bytes:
-    """Encodes JSON as people read it."""
-    return json.dumps(content, indent=1, ensure_ascii=False).encode()

@@ -1,6 +1,6 @@
 """The one record schema of every data source, and the check that a record obeys it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NotRequired, Protocol, TypedDict, runtime_checkable
 
 import numpy as np
@@ -75,11 +75,17 @@ class BadSample(Exception):
         return f"ERROR [data] {self.path}: {self.found}; {self.expected}. {self.remedy}"
 
 
+def problem_lines(problems: Sequence[BadSample], most: int = 50) -> str:
+    """Returns a line for each of the first problems, and how many more there are."""
+    more = f"\n... and {len(problems) - most} more" if len(problems) > most else ""
+    return "\n".join(map(str, problems[:most])) + more
+
+
 def check_record(record: Mapping[str, object], classes: Classes, where: str | None = None) -> None:
     """Raises BadSample when a record does not obey the schema.
 
     Args:
-        where: the path or name put in the message; the record's id when absent.
+      where: the path or name put in the message; the record's id when absent.
     """
     where = where or str(record.get("id", "record without an id"))
     image = _array(record, "image", np.uint8, 3, where)

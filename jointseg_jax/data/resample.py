@@ -4,11 +4,6 @@
    source pixel ``j`` has the weight ``k((j + 1/2 - c_i) / max(s, 1))``, cubic with ``a = -1/2``.
    The weights of an output sum to 1 and are rounded to 22 fractional bits.
 2. ``out_i = clip(round(sum_j w_ij in_j))``, across first, then down, with 8 bits in between.
-3. The pass down works on whole rows, which a compiler makes vectors of; the pass across is the same
-   on the turned image, whose sides are padded so that it is turned in squares of eight by eight.
-
-Pillow is asked for one pass at a time: asked for both, it goes down first when its version thinks
-that this is less work, and its versions do not agree.
 """
 
 from __future__ import annotations
@@ -52,19 +47,24 @@ def resample(image: Pixels, target: tuple[int, int], box: Box) -> Made:
 
 
 def _reach(start: float, span: float, count: int, length: int) -> tuple[slice, Edges]:
-    """The source pixels that a span is made from, and its edges in them."""
+    """Returns the source pixels that a span is made from, and its edges in them."""
     end = min(start + span, float(length))  # rounding may have pushed it past the edge
+    # The cubic kernel reaches 2 pixels, of the output where the image shrinks.
     margin = math.ceil(2 * max(span / count, 1.0)) + 1
     first, last = max(math.floor(start) - margin, 0), min(math.ceil(end) + margin, length)
     return slice(first, last), (start - first, end - first)
 
 
 def by_pillow(image: Pixels, target: tuple[int, int], down: Edges, across: Edges) -> Made:
-    """Both passes by Pillow, one after the other."""
+    """Resamples across, then down, by Pillow."""
+    # One pass at a time: asked for both, Pillow goes down first when its version thinks that this
+    # is less work, and its versions do not agree.
     height, (top, bottom), (left, right) = image.shape[0], down, across
     bicubic, picture = Image.Resampling.BICUBIC, Image.fromarray(np.ascontiguousarray(image))
     picture = picture.resize((target[1], height), bicubic, box=(left, 0, right, height))
-    return np.array(picture.resize(target[::-1], bicubic, box=(0, top, target[1], bottom)))
+    return np.array(
+        picture.resize((target[1], target[0]), bicubic, box=(0, top, target[1], bottom))
+    )
 
 
 def by_rows(
@@ -75,27 +75,30 @@ def by_rows(
     turn: Callable,
     weigh: Callable,
 ) -> Made:
-    """The same by ``turn_squares`` and ``weigh_rows``, compiled or not."""
+    """Resamples across, then down, by ``turn_squares`` and ``weigh_rows``, compiled or not."""
     (height, width), (tall, wide) = image.shape[:2], target
     high = whole(height)
     padded = np.empty((high, whole(width * 3)), np.uint8)  # what lies in the margins is never used
     padded[:, : width * 3].reshape(high, width, 3)[:height] = image
+    # Across: whole rows, which a compiler makes vectors of, of the turned image. Its sides are
+    # padded so that it is turned in squares of eight by eight.
     turned = turned_by(turn, padded)[: width * 3]
     narrow = np.empty((whole(wide * 3), high), np.uint8)
     rows = narrow[: wide * 3].reshape(wide, 3 * high)
     weigh(turned.reshape(width, 3 * high), *taps(width, *across, wide), rows)
+    # Down: turned back, the same pass over its own rows.
     out = np.empty((tall, len(narrow)), np.uint8)
     weigh(turned_by(turn, narrow)[:height], *taps(height, *down, tall), out)
     return np.ascontiguousarray(out[:, : wide * 3]).reshape(tall, wide, 3)
 
 
 def whole(count: int) -> int:
-    """The next multiple of a square's side."""
+    """Returns the next multiple of a square's side."""
     return -(-count // SQUARE) * SQUARE
 
 
 def turned_by(turn: Callable, pixels: UInt8[np.ndarray, "m n"]) -> UInt8[np.ndarray, "n m"]:
-    """The transpose of a map whose sides are whole squares, by ``turn_squares``."""
+    """Returns the transpose of a map whose sides are whole squares, by ``turn_squares``."""
     height, width = pixels.shape
     out = np.empty((width, height), np.uint8)
     turn(pixels.view(np.uint64), out.view(np.uint64), *MASKS)
@@ -104,11 +107,12 @@ def turned_by(turn: Callable, pixels: UInt8[np.ndarray, "m n"]) -> UInt8[np.ndar
 
 @functools.lru_cache(256)
 def taps(length: int, low: float, high: float, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """The first source pixel of each output, and the weights of it and those that follow."""
-    low, high = np.float32(low), np.float32(high)  # as Pillow takes them
-    scale = float(high - low) / count
+    """Returns the first source pixel of each output, and the weights from there on (22 bits)."""
+    # Edges and their difference in float32, as Pillow takes them.
+    begin, end = np.float32(low), np.float32(high)
+    scale = float(end - begin) / count
     wide = max(scale, 1.0)
-    centres = float(low) + (np.arange(count) + 0.5) * scale
+    centres = float(begin) + (np.arange(count) + 0.5) * scale
     first = np.maximum((centres - 2.0 * wide + 0.5).astype(np.int64), 0)
     last = np.minimum((centres + 2.0 * wide + 0.5).astype(np.int64), length)
     most = int((last - first).max())
@@ -119,12 +123,13 @@ def taps(length: int, low: float, high: float, count: int) -> tuple[np.ndarray, 
     total = np.zeros(count)
     for column in weights.T:  # one after the other, as Pillow adds them
         total = total + column
+    # Fixed point with 22 fractional bits, rounded away from zero.
     scaled = weights * (1.0 / total)[:, None] * (1 << BITS)
     return start, np.where(scaled < 0, scaled - 0.5, scaled + 0.5).astype(np.int32)
 
 
 def cubic(x: np.ndarray) -> np.ndarray:
-    """The cubic convolution kernel with ``a = -1/2``."""
+    """The cubic convolution kernel with ``a = -1/2`` (Keys 1981), 0 from |x| = 2 on."""
     a, x = -0.5, np.abs(x)
     near = ((a + 2.0) * x - (a + 3.0)) * x * x + 1
     far = (((x - 5) * x + 8) * x - 4) * a
@@ -167,7 +172,7 @@ def weigh_rows(
     """Writes weighted sums of rows, each of those from its start on."""
     total = np.empty(out.shape[1], np.int32)
     for y in range(out.shape[0]):
-        total[:] = HALF
+        total[:] = HALF  # of the last bit: the shift below rounds
         for j in range(weights.shape[1]):
             weight, row = weights[y, j], source[starts[y] + j]
             for x in range(total.size):
@@ -178,7 +183,7 @@ def weigh_rows(
 
 @functools.cache
 def compiled() -> tuple[Callable, Callable] | None:
-    """Both passes as machine code, kept on disk; None where numba is not installed."""
+    """Returns both passes as machine code, kept on disk; None where numba is not installed."""
     try:
         import numba
     except ImportError:

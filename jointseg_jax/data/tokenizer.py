@@ -16,7 +16,7 @@ from jointseg_jax.data.records import Source
 
 PADDING = 0
 UNKNOWN = 1
-_LETTERS = re.compile(r"[^\W\d_]+")
+_LETTERS = re.compile(r"[^\W\d_]+")  # word characters of any alphabet, less digits and "_"
 
 
 def split(caption: str) -> list[str]:
@@ -26,36 +26,32 @@ def split(caption: str) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Words:
-    """Turns captions into ids of a fixed vocabulary; the same ids for the same vocabulary.
+    """Turns captions into ids of a fixed vocabulary; the same ids for the same vocabulary."""
 
-    Args:
-        vocabulary: different lower-case words of letters; their order fixes the ids.
-        length: ids per caption.
-    """
-
-    vocabulary: tuple[str, ...]
-    length: int
+    vocabulary: tuple[str, ...]  # different lower-case words of letters; their order fixes the ids
+    length: int  # ids per caption
     _ids: dict[str, int] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self):
         object.__setattr__(self, "vocabulary", tuple(self.vocabulary))
         if self.length < 1:
             raise ValueError(f"Words.length is {self.length}; give at least 1")
+        # ``encode`` splits captions: a word that ``split`` would change could never be found.
         odd = [word for word in self.vocabulary if split(word) != [word]]
         if odd:
             raise ValueError(
                 f"Words.vocabulary holds {odd[:5]} ({len(odd)} such entries); "
-                "entries must be single lower-case words of letters: see text.split"
+                "entries must be single lower-case words of letters: see tokenizer.split"
             )
         ids = {word: UNKNOWN + 1 + i for i, word in enumerate(self.vocabulary)}
         if len(ids) != len(self.vocabulary):
-            doubled = sorted({w for w in self.vocabulary if self.vocabulary.count(w) > 1})
-            raise ValueError(f"Words.vocabulary holds {doubled[:5]} twice; words must differ")
+            duplicates = sorted({w for w in self.vocabulary if self.vocabulary.count(w) > 1})
+            raise ValueError(f"Words.vocabulary holds {duplicates[:5]} twice; words must differ")
         object.__setattr__(self, "_ids", ids)
 
     @property
     def size(self) -> int:
-        """Counts the ids: the vocabulary, padding and the unknown word."""
+        """Number of ids: the vocabulary, padding and the unknown word."""
         return UNKNOWN + 1 + len(self.vocabulary)
 
     def encode(self, caption: str) -> Int32[np.ndarray, " words"]:
@@ -70,7 +66,7 @@ class Words:
         return np.full(self.length, PADDING, np.int32)
 
     def decode(self, tokens: Int32[np.ndarray, " words"]) -> str:
-        """Returns the words of some ids, without padding; unknown words read ``?``."""
+        """Returns the words of token ids, without padding; unknown words read ``?``."""
         names = {PADDING: "", UNKNOWN: "?"}
         words = (names.get(int(i)) or self._word(int(i)) for i in tokens if i != PADDING)
         return " ".join(words)
@@ -91,13 +87,10 @@ class Words:
 
 def vocabulary_of(*sources: Source) -> tuple[str, ...]:
     """Lists the words that the captions of some sources can contain, sorted."""
-    return tuple(sorted({word for source in sources for word in _words_of(source.words())}))
+    listed = (words for source in sources for words in source.words())
+    return tuple(sorted({word for words in listed for word in split(words)}))
 
 
 def longest(captions: Sequence[str]) -> int:
     """Returns the number of words of the longest caption, for choosing a length."""
     return max((len(split(caption)) for caption in captions), default=0)
-
-
-def _words_of(words: Sequence[str]) -> list[str]:
-    return [part for word in words for part in split(word)]

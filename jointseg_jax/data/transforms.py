@@ -39,21 +39,16 @@ class Transform(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Resize:
-    """Brings a record to a fixed size.
+    """Brings a record to a fixed size."""
 
-    Args:
-      size: pixels, one number for a square or ``(height, width)``.
-      mode: ``crop`` scales until the target is just covered, then crops (at random in training,
-        in the centre otherwise); ``stretch`` maps the whole record onto the target.
-      random: whether training crops lie at random; False takes the centre, as evaluation does.
-      random_scale: in training, an extra factor on the scaled size drawn log-uniformly from
-        ``(low, high)`` before the crop: (1, 2) shows parts of the picture up to twice as large.
-    """
-
-    size: int | tuple[int, int]
+    size: int | tuple[int, int]  # pixels: one number for a square, or (height, width)
     mode: str = "crop"
-    random: bool = True
+    """``crop`` scales until the target is just covered, then crops (at random in training, in the
+    centre otherwise); ``stretch`` maps the whole record onto the target."""
+    random: bool = True  # training crops lie at random; False: in the centre, as in evaluation
     random_scale: tuple[float, float] = (1.0, 1.0)
+    """In training, an extra factor on the scaled size drawn log-uniformly from (low, high) before
+    the crop: (1, 2) shows parts of the picture up to twice as large."""
 
     def __post_init__(self) -> None:
         if min(self.target) < 1:
@@ -75,7 +70,8 @@ class Resize:
     @property
     def target(self) -> tuple[int, int]:
         """The output size (height, width)."""
-        return (self.size, self.size) if isinstance(self.size, int) else tuple(self.size)
+        height, width = (self.size, self.size) if isinstance(self.size, int) else self.size
+        return height, width
 
     def for_classes(self, classes: Classes) -> Resize:
         """Returns itself: a size does not depend on the classes."""
@@ -83,27 +79,26 @@ class Resize:
 
     def __call__(self, record: Record, rng: np.random.Generator, train: bool) -> Record:
         box = BOXES[self.mode](self, record["image"].shape[:2], rng, train and self.random)
+        # One box for all of them: that is what keeps labels aligned with their image.
         out = record.copy()
         out["image"] = resize_image(record["image"], self.target, box)
-        for name in ("labels", "segments"):
-            if record.get(name) is not None:
-                out[name] = resize_labels(record[name], self.target, box)
+        out["labels"] = resize_labels(record["labels"], self.target, box)
+        if "segments" in record:
+            out["segments"] = resize_labels(record["segments"], self.target, box)
         return out
 
 
 @dataclass(frozen=True, kw_only=True)
 class Flip:
-    """Mirrors a record left to right with the given probability, in training only.
+    """Mirrors a record left to right, in training only.
 
     Captions are left as they are: use ``probability=0`` where captions name sides.
-
-    Args:
-      swaps: pairs of class ids that trade places in a mirror (left eye, right eye); ``None``
-        takes them from the classes of the source.
     """
 
     probability: float = 0.5
     swaps: tuple[tuple[int, int], ...] | None = None
+    """Pairs of class ids that are exchanged in a mirror (left eye, right eye); None takes them from
+    the classes of the source."""
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.probability <= 1.0:
@@ -119,10 +114,11 @@ class Flip:
         out = record.copy()
         if not train or rng.random() >= self.probability:
             return out
-        for name in ("image", "labels", "segments"):
-            if record.get(name) is not None:
-                out[name] = mirror(record[name])
-        out["labels"] = swap(out["labels"], self.swaps or ())
+        out["image"] = mirror(record["image"])
+        # In a mirror a left eye is where right eyes are.
+        out["labels"] = swap(mirror(record["labels"]), self.swaps or ())
+        if "segments" in record:
+            out["segments"] = mirror(record["segments"])
         return out
 
 
@@ -131,13 +127,14 @@ TRANSFORMS = {"resize": Resize, "flip": Flip}
 
 def _cover(resize: Resize, shape: tuple[int, int], rng: np.random.Generator, train: bool) -> Box:
     """Returns the part of the source that a crop of the scaled record shows."""
-    ratio = max(t / s for t, s in zip(resize.target, shape))
+    ratio = max(t / s for t, s in zip(resize.target, shape))  # the scaled record covers the target
     if train:
         low, high = np.log(resize.random_scale)
         ratio *= float(np.exp(rng.uniform(low, high)))
     scaled = [max(t, round(s * ratio)) for t, s in zip(resize.target, shape)]
     room = [n - t for n, t in zip(scaled, resize.target)]
     corner = [int(rng.integers(r + 1)) for r in room] if train else [r // 2 for r in room]
+    # back to source pixels: sides are rounded, so the scale of each axis is its own
     unit = [s / n for s, n in zip(shape, scaled)]
     top, left = (c * u for c, u in zip(corner, unit))
     height, width = (t * u for t, u in zip(resize.target, unit))
@@ -169,12 +166,14 @@ def resize_labels(labels: np.ndarray, target: tuple[int, int], box: Box) -> np.n
 
 
 def _nearest(start: float, span: float, count: int, length: int) -> np.ndarray:
+    # c_i = b + (i + 1/2) s / m; the value at floor(c_i)
     centres = start + (np.arange(count) + 0.5) * (span / count)
     return np.clip(np.floor(centres).astype(np.int64), 0, length - 1)
 
 
 def mirror(array: np.ndarray) -> np.ndarray:
-    """Exchanges left and right; band by band, which for three of them is five times as fast."""
+    """Exchanges left and right."""
+    # Band by band, which for three of them is five times as fast.
     out = np.empty_like(array)
     for band in np.ndindex(array.shape[2:]):
         out[..., *band] = array[:, ::-1, *band]

@@ -55,22 +55,18 @@ class Note(TypedDict):
     text: NotRequired[str]  # name of its features of text
 
 
-class ShardEntry(TypedDict):
+class ShardEntry(files.SizeAndSum):
     """What the index says of one shard."""
 
     file: str
     records: int
-    replaced: int
-    bytes: int
-    sha256: str
+    replaced: int  # records that stand in the place of bad ones
 
 
-class TableEntry(TypedDict):
+class TableEntry(files.SizeAndSum):
     """What the index says of one file of the texts."""
 
     file: str
-    bytes: int
-    sha256: str
     rows: NotRequired[int]
     of: NotRequired[str]  # SHA-256 of the names of its rows
 

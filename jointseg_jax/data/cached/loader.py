@@ -49,15 +49,35 @@ class CachedSource(Protocol):
         ...
 
 
-class CachedBatches:
-    """An iterator over host batches whose state is ``step``; close it, or use ``with``.
+class HostBatches:
+    """An iterator over host batches whose state is ``step``; close it, or use ``with``."""
 
-    Attributes:
-      step: the global step of the next batch.
-      replaced: always 0: what is bad was replaced when the records were encoded.
-    """
+    def __init__(self, step: int):
+        self.step = step  # the global step of the next batch
+        self.replaced = 0  # rows so far that hold another record instead of a bad sample
 
-    replaced = 0
+    def __iter__(self) -> HostBatches:
+        return self
+
+    def __next__(self) -> Batch:
+        raise NotImplementedError
+
+    def drain(self) -> list[BadReport]:
+        """Returns the bad samples first met since the last call."""
+        return []
+
+    def close(self) -> None:
+        """Ends threads and workers and frees their memory."""
+
+    def __enter__(self) -> HostBatches:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class CachedBatches(HostBatches):
+    """Batches gathered from a cache: nothing is bad there, for a damaged row ends the run."""
 
     def __init__(
         self,
@@ -71,7 +91,7 @@ class CachedBatches:
         train: bool,
         threads: int,
     ):
-        self.step = step
+        super().__init__(step)
         self._source, self._batch, self._seed, self._train = source, batch, seed, train
         local = batch // hosts
         self._own = np.arange(host * local, (host + 1) * local)
@@ -104,9 +124,6 @@ class CachedBatches:
         records, random = plan
         return {**self._source.gather(records, random), "index": records}
 
-    def __iter__(self) -> CachedBatches:
-        return self
-
     def __next__(self) -> Batch:
         if self._ahead is None:
             raise ValueError("these batches are closed; make new ones with start_step=step.")
@@ -114,18 +131,8 @@ class CachedBatches:
         self.step += 1
         return batch
 
-    def drain(self) -> list[BadReport]:
-        """Returns no reports: a damaged row ends the run."""
-        return []
-
     def close(self) -> None:
         """Ends the threads."""
         ahead, self._ahead = self._ahead, None
         if ahead is not None:
             ahead.close()
-
-    def __enter__(self) -> CachedBatches:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()

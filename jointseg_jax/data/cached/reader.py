@@ -142,7 +142,9 @@ class Cache:
         rows = self._rows(np.array([index * self.index["variants"]]))
         if self.texts is not None and self.text_is_features:
             rows["text"] = self.texts.of(np.array([index]))
-        arrays = {name: _plain(values[0]) for name, values in rows.items()}
+        # Half-precision numbers in float32, as features of records are.
+        whole = {name: values.dtype.kind in "iu" for name, values in rows.items()}
+        arrays = {k: v[0] if whole[k] else v[0].astype(np.float32) for k, v in rows.items()}
         own = {k: arrays.pop(k) for k in ("image", "labels") if k in arrays}
         record = {"id": note["id"], "captions": tuple(note["captions"]), **own, "features": arrays}
         return cast(Record, record)
@@ -264,8 +266,3 @@ class Cache:
                 content = cast(dict, files.read_json(Path(self.root) / name))
                 self._notes[shard] = content["records"]
         return self._notes[shard][index - self._starts[shard]]
-
-
-def _plain(array: np.ndarray) -> np.ndarray:
-    """Returns half-precision numbers in float32, as features of records are."""
-    return array if array.dtype.kind in "iu" else array.astype(np.float32)

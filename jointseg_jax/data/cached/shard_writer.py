@@ -33,7 +33,6 @@ from jointseg_jax.data.cached.index import (
     shard_name,
     text_of,
 )
-from jointseg_jax.data.cached.texts import PART
 from jointseg_jax.data.records import BadSample
 from jointseg_jax.settings_diff import require_same
 
@@ -69,9 +68,9 @@ def kept(root: Path, name: str, *, part: bool = False) -> bool:
     Args:
       part: its texts must be there, too, for they are in no table yet.
     """
-    paths = {"": root / f"{name}.bin", "text_": root / f"{name}{PART}"}
-    if not part:
-        del paths["text_"]
+    paths = {"": root / f"{name}.bin"}
+    if part:
+        paths["text_"] = root / f"{name}{texts.PART}"
     try:
         note = read_note(root, name)
         return all(note[f"{k}sha256"] == files.sha256(path) for k, path in paths.items())
@@ -97,7 +96,7 @@ class ShardWriter:
         self.root, self.name, self.fields = root, name, tuple(fields)
         self.notes: list[Note] = []
         self._rows = RowFile(root / f"{name}.bin", self.fields, rows)
-        self._texts = texts.TextPart(root / f"{name}{PART}", text) if text else None
+        self._texts = texts.TextPart(root / f"{name}{texts.PART}", text) if text else None
 
     def add(
         self,
@@ -134,15 +133,9 @@ def finish(
     records: list[Note] = []
     for name in names:
         note = read_note(root, name)
-        entries.append(
-            {
-                "file": f"{name}.bin",
-                "records": len(note["records"]),
-                "replaced": sum("instead_of" in record for record in note["records"]),
-                "bytes": note["bytes"],
-                "sha256": note["sha256"],
-            }
-        )
+        replaced = sum("instead_of" in record for record in note["records"])
+        entry = {"file": f"{name}.bin", "records": len(note["records"]), "replaced": replaced}
+        entries.append(cast(ShardEntry, entry | {k: note[k] for k in ("bytes", "sha256")}))
         records += note["records"]
     tables = _texts(root, split, before, records, names, tokenizer)
     # ``complete`` keeps its place before the head: the bytes of an index are compared.
@@ -169,7 +162,7 @@ def _texts(
         names = [record["captions"] for record in records]
         encode = functools.partial(texts.tokenized, field=field, tokenizer=tokenizer)
         return texts.write(root, split, field, names, encode, keep=keep)
-    paths = [*(root / f"{name}{PART}" for name in shards), texts.table_path(root, split)]
+    paths = [*(root / f"{name}{texts.PART}" for name in shards), texts.table_path(root, split)]
     names = [[record.get("text", "")] for record in records]
     return texts.write(
         root, split, field, names, lambda _: texts.collected(paths, field), keep=keep
@@ -179,5 +172,5 @@ def _texts(
 def remove_strays(root: Path, split: str, names: set[str]) -> None:
     """Removes what a killed run left of this split, and the parts that are in its tables now."""
     for path in root.glob(f"{split}-*-of-*"):
-        if path.name.split(".")[0] not in names or path.name.endswith((".tmp", PART)):
+        if path.name.split(".")[0] not in names or path.name.endswith((".tmp", texts.PART)):
             path.unlink()

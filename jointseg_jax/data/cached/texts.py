@@ -6,9 +6,9 @@ ROOT/SPLIT.captions.npy   int64 [records + 1]: record i owns texts c[i] .. c[i +
 
 1. Token ids: a record has a text per caption; a caption is its own name.
 2. Features: a record has one, whatever its captions; its name is the SHA-256 of its bytes.
-3. Written: each shard keeps the different features of its records in ``SHARD.text.bin`` until all
-   shards are there; then they become one table, and the parts go. A table is written again when a
-   shard brings other texts: from the parts that there are and the rows of the table before it.
+3. Each shard keeps the different features of its records in ``SHARD.text.bin`` until all shards are
+   there; then they become one table, and the parts go. A table is written again when a shard brings
+   other texts: from the parts that there are and the rows of the table before it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Our own shards: ArrayRecord files beside a ``dataset.json`` that says what is in them.
 
-A record is packed without loss: the image file as it came where decoding it gives the very image
-of the record (a JPEG stays a JPEG), PNG otherwise; labels as grey PNG; segments as RGB PNG.
+A record is packed without loss: the image file as it came where it decodes to the image of the
+record (a JPEG stays a JPEG), PNG otherwise; labels as grey PNG; segments as RGB PNG.
 
     "JSR1" | length of header, 4 bytes | header, JSON | image | labels | segments
 
@@ -16,15 +16,15 @@ import functools
 import hashlib
 import itertools
 import json
-import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, cast
 
+import array_record.python.array_record_module as array_record_module
 import numpy as np
-from array_record.python import array_record_module
 
 from jointseg_jax.data import files
 from jointseg_jax.data.classes import Classes
@@ -36,15 +36,49 @@ from jointseg_jax.data.images import (
     encode_png,
     encode_segment_ids,
 )
-from jointseg_jax.data.labels import class_list, encode_labels, stored_rule, to_content
+from jointseg_jax.data.labels import (
+    ClassesContent,
+    class_list,
+    encode_labels,
+    stored_rule,
+    to_content,
+)
 from jointseg_jax.data.records import BadSample, Record
 from jointseg_jax.types import UserError
 
 MAGIC = b"JSR1"
 MANIFEST = "dataset.json"
 VERSION = 1
+
+# Groups of one: any record is one read away. Uncompressed: PNG and JPEG are compressed already.
+OPTIONS = "group_size:1,uncompressed"
+
 STORED = Decoding(orientation="ignore", pixel_limit=PILLOW_LIMIT)
 """How kept image files are decoded: exactly as they were when they were found to match."""
+
+
+class ShardContent(files.SizeAndSum):
+    """What ``dataset.json`` says of a shard."""
+
+    file: str
+    count: int
+
+
+class SplitContent(TypedDict):
+    """What ``dataset.json`` says of a split."""
+
+    count: int
+    shards: list[ShardContent]
+    words: list[str]
+
+
+class Manifest(TypedDict):
+    """What ``dataset.json`` holds."""
+
+    format: str
+    version: int
+    classes: ClassesContent
+    splits: dict[str, SplitContent]
 
 
 def pack(record: Record, count: int, original: bytes | None = None) -> bytes:
@@ -54,22 +88,25 @@ def pack(record: Record, count: int, original: bytes | None = None) -> bytes:
       count: how many classes there are.
       original: the image file the record came from, kept if it decodes to the record's image.
     """
+    # A turned or converted picture is not the file that it came from: such go as PNG.
+    kept = original if original and matches(original, record["image"]) else None
     parts = {
-        "image": original if matches(original, record["image"]) else encode_png(record["image"]),
+        "image": kept or encode_png(record["image"]),
         "labels": encode_labels(record["labels"], count),
     }
     if "segments" in record:
         parts["segments"] = encode_segment_ids(record["segments"])
-    header: dict[str, Any] = {"id": record["id"], "captions": list(record["captions"])}
-    header["parts"] = {name: len(data) for name, data in parts.items()}
+    header = {
+        "id": record["id"],
+        "captions": list(record["captions"]),
+        "parts": {name: len(data) for name, data in parts.items()},
+    }
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     return b"".join([MAGIC, len(text).to_bytes(4, "little"), text, *parts.values()])
 
 
-def matches(original: bytes | None, image: np.ndarray) -> bool:
-    """Says whether an image file decodes to exactly this image."""
-    if original is None:
-        return False
+def matches(original: bytes, image: np.ndarray) -> bool:
+    """Returns True if an image file decodes to exactly this image."""
     try:
         return np.array_equal(decode_image(original, "", STORED), image)
     except BadSample:
@@ -82,6 +119,7 @@ def unpack(data: bytes, classes: Classes, where: str) -> Record:
         raise damaged(where, f"it starts with {data[:4]!r}")
     end = 8 + int.from_bytes(data[4:8], "little")
     header = json.loads(data[8:end])
+    # The parts follow in the order of the header, each as long as it says.
     ends = itertools.accumulate(header["parts"].values(), initial=end)
     spans = dict(zip(header["parts"], itertools.pairwise(ends)))
     parts = {name: data[start:stop] for name, (start, stop) in spans.items()}
@@ -99,7 +137,7 @@ def unpack(data: bytes, classes: Classes, where: str) -> Record:
 
 
 def damaged(where: str, why: str) -> BadSample:
-    """Returns the complaint about a record that cannot be read."""
+    """Returns the problem of a record that cannot be read."""
     remedy = "Copy the shard again from its source, or run launch/prepare.py again."
     return BadSample(where, f"the shard is damaged ({why})", "a whole shard", remedy)
 
@@ -114,7 +152,7 @@ def write_shards(
     count: int,
     shards: int = 1,
     overwrite: bool = False,
-) -> dict[str, Any]:
+) -> SplitContent:
     """Writes the packed records of a split, each shard whole or not at all.
 
     Args:
@@ -130,6 +168,7 @@ def write_shards(
     folder.mkdir(parents=True, exist_ok=True)
     manifest = open_manifest(folder, split, classes, overwrite)
     names = [f"{split}-{i:05d}-of-{shards:05d}.arrayrecord" for i in range(shards)]
+    # Contiguous and lazily: one record is in memory at a time.
     groups = itertools.groupby(enumerate(packed), key=lambda item: item[0] * shards // count)
     written = [write_shard((data for _, data in group), folder / names[i]) for i, group in groups]
     manifest["splits"][split] = {
@@ -137,18 +176,18 @@ def write_shards(
         "shards": written,
         "words": sorted(words),
     }
-    files.write(folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False).encode())
+    # Last: shards that the manifest does not name do not exist.
+    files.write_json(folder / MANIFEST, manifest)
     remove_strays(folder, split, {shard["file"] for shard in written})
     return manifest["splits"][split]
 
 
-def open_manifest(folder: Path, split: str, classes: Classes, overwrite: bool) -> dict[str, Any]:
+def open_manifest(folder: Path, split: str, classes: Classes, overwrite: bool) -> Manifest:
     """Returns the ``dataset.json`` to add a split to; refuses other classes and a split twice."""
     content = to_content(classes)
-    fresh = {"format": "jointseg arrayrecord", "version": VERSION, "classes": content, "splits": {}}
     path = folder / MANIFEST
     if not path.exists():
-        return fresh
+        return Manifest(format="jointseg arrayrecord", version=VERSION, classes=content, splits={})
     manifest = read_manifest(path)
     if manifest["classes"] != content:
         raise UserError(
@@ -164,10 +203,10 @@ def open_manifest(folder: Path, split: str, classes: Classes, overwrite: bool) -
     return manifest
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
+def read_manifest(path: Path) -> Manifest:
     """Reads a ``dataset.json`` of this version."""
     try:
-        manifest = files.read_json(path)
+        manifest = cast(dict, files.read_json(path))
     except BadSample as problem:
         raise UserError(
             f"{problem} Shards are made by launch/prepare.py; check config.data.*.folder."
@@ -177,14 +216,12 @@ def read_manifest(path: Path) -> dict[str, Any]:
             f"ERROR [data] {path}: version {manifest.get('version')} of the shard format; this "
             f"release reads version {VERSION}. Run launch/prepare.py again."
         )
-    return manifest
+    return cast(Manifest, manifest)
 
 
-def write_shard(packed: Iterable[bytes], path: Path) -> dict[str, Any]:
+def write_shard(packed: Iterable[bytes], path: Path) -> ShardContent:
     """Writes one shard: temporary file, fsync, rename."""
-    temporary = path.with_name(path.name + ".tmp")
-    # Groups of one: any record is one read away. Uncompressed: PNG and JPEG are compressed already.
-    writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
+    writer = array_record_module.ArrayRecordWriter(str(files.temporary(path)), OPTIONS)
     count = 0
     try:
         for data in packed:
@@ -192,13 +229,8 @@ def write_shard(packed: Iterable[bytes], path: Path) -> dict[str, Any]:
             count += 1
     finally:
         writer.close()
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    size = temporary.stat().st_size
-    os.replace(temporary, path)
-    files.sync_folder(path.parent)
-    return {"file": path.name, "count": count, "bytes": size, "sha256": digest}
+    files.publish(path)
+    return ShardContent(file=path.name, count=count, **files.size_and_sum(path))
 
 
 def remove_strays(folder: Path, split: str, kept: set[str]) -> None:
@@ -215,37 +247,44 @@ class ArrayRecords:
     folder: str
     split: str
     classes: Classes = field(init=False, repr=False)
-    shards: tuple[tuple[str, int], ...] = field(init=False, repr=False)
+    shards: tuple[tuple[str, int], ...] = field(init=False, repr=False)  # file, number of records
+    _starts: list[int] = field(init=False, repr=False, compare=False)  # first record of each shard
+    _words: tuple[str, ...] = field(init=False, repr=False, compare=False)
+    _digest: str = field(init=False, repr=False, compare=False)
+    # Readers are opened when first needed, by whichever thread comes first.
+    _readers: dict[int, Any] = field(init=False, repr=False, compare=False, default_factory=dict)
+    _lock: AbstractContextManager[bool] = field(
+        init=False, repr=False, compare=False, default_factory=threading.Lock
+    )
 
     def __post_init__(self) -> None:
-        manifest = read_manifest(Path(self.folder) / MANIFEST)
+        folder = Path(self.folder)
+        manifest = read_manifest(folder / MANIFEST)
         if self.split not in manifest["splits"]:
             raise UserError(
                 f"ERROR [data] {self.folder}: no split {self.split!r}; there are: "
                 f"{', '.join(manifest['splits'])}. Set config.data.*.split."
             )
-        listed = manifest["splits"][self.split]
+        content, split = manifest["classes"], manifest["splits"][self.split]
         files.require_sizes(
-            Path(self.folder),
-            [(Path(self.folder) / shard["file"], shard["bytes"]) for shard in listed["shards"]],
+            folder,
+            [(folder / shard["file"], shard["bytes"]) for shard in split["shards"]],
             what="shards",
             remedy="Copy them again from their source, or run launch/prepare.py again.",
         )
-        content = manifest["classes"]
-        shards = tuple((shard["file"], shard["count"]) for shard in listed["shards"])
-        digests = "".join(shard["sha256"] for shard in listed["shards"])
+        shards = tuple((shard["file"], shard["count"]) for shard in split["shards"])
+        digests = "".join(shard["sha256"] for shard in split["shards"])
         for name, value in {
             "classes": class_list(content["classes"], content["swaps"]),
             "shards": shards,
             "_starts": list(itertools.accumulate((n for _, n in shards), initial=0)),
-            "_words": tuple(listed["words"]),
+            "_words": tuple(split["words"]),
             "_digest": hashlib.sha256(digests.encode()).hexdigest()[:16],
-            "_readers": {},
-            "_lock": threading.Lock(),
         }.items():
             object.__setattr__(self, name, value)
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[Callable[[], ArrayRecords], tuple[()]]:
+        # A copy in a worker opens the shards itself: locks and readers do not travel.
         return functools.partial(ArrayRecords, folder=self.folder, split=self.split), ()
 
     @property
@@ -261,13 +300,13 @@ class ArrayRecords:
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
         shard = bisect.bisect_right(self._starts, index) - 1
-        place = index - self._starts[shard]
-        where = f"{Path(self.folder) / self.shards[shard][0]}: record {place}"
-        return unpack(self._read(shard, place, where), self.classes, where)
+        position = index - self._starts[shard]
+        where = f"{Path(self.folder) / self.shards[shard][0]}: record {position}"
+        return unpack(self._read(shard, position, where), self.classes, where)
 
-    def _read(self, shard: int, place: int, where: str) -> bytes:
+    def _read(self, shard: int, position: int, where: str) -> bytes:
         try:
-            return self._reader(shard).read([place])[0]
+            return self._reader(shard).read([position])[0]
         except (RuntimeError, IndexError, ValueError) as error:
             with self._lock:  # a reader that failed once fails for good
                 self._readers.pop(shard, None)

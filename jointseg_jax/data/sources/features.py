@@ -19,17 +19,12 @@ from jointseg_jax.data.records import BadSample, Record, Source
 
 @dataclass(frozen=True, kw_only=True)
 class WithFeatures:
-    """A source whose records also carry ``features``.
-
-    Args:
-      root: folder of the features.
-      fields: names of the fields, which are also the names of their folders.
-    """
+    """A source whose records also carry ``features``."""
 
     source: Source
-    root: str
+    root: str  # folder of the features
     split: str
-    fields: tuple[str, ...]
+    fields: tuple[str, ...]  # names of the fields, which are also the names of their folders
 
     @property
     def name(self) -> str:
@@ -47,17 +42,18 @@ class WithFeatures:
     def __getitem__(self, index: int) -> Record:
         record = self.source[index]
         arrays = {field: self._read(field, record["id"]) for field in self.fields}
-        return Record(**record, features=arrays)
+        return {**record, "features": arrays}
 
     def words(self) -> tuple[str, ...]:
-        """The words of the source."""
+        """Returns the words of the source."""
         return self.source.words()
 
     def fingerprint(self) -> dict[str, object]:
-        """The source's, and which features."""
+        """Returns the values of the source that must match when a run resumes, and the fields."""
         return {**self.source.fingerprint(), "features": sorted(self.fields)}
 
     def _read(self, field: str, name: str) -> np.ndarray:
+        # Ids come from the data set, so the path is checked as those of a folder are.
         path = files.inside(Path(self.root), f"{field}/{self.split}/{name}.npy")
         try:
             # no pickle: an object array could run code

@@ -1,4 +1,11 @@
-"""Data sets in folders of image files, in the layouts that people have (``layouts.py``)."""
+"""Data sets in folders of image files, in the layouts that people have (``layouts.py``).
+
+| labels | kept as | read by |
+|---|---|---|
+| class indices | one PNG | the label rule |
+| segments | one PNG of segment ids, and a list of what they are | ``segments.py`` |
+| parts | one PNG per class, black where the class is not | painted over each other, in order |
+"""
 
 from __future__ import annotations
 
@@ -8,6 +15,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 from jaxtyping import Int16, Int32, UInt8
@@ -23,8 +31,8 @@ from jointseg_jax.data.images import (
     decode_labels,
     decode_segment_ids,
 )
-from jointseg_jax.data.labels import LabelRule, read_classes
-from jointseg_jax.data.records import BadSample, Record, check_record
+from jointseg_jax.data.labels import LabelRule, named_classes
+from jointseg_jax.data.records import BadSample, Record, check_record, problem_lines
 from jointseg_jax.data.segments import labels_of_segments
 from jointseg_jax.data.sources.layouts import LAYOUTS, Entry, SplitIndex
 from jointseg_jax.types import UserError
@@ -32,29 +40,23 @@ from jointseg_jax.types import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Folders:
-    """A split of a data set in folders, as a source of records.
-
-    Args:
-      classes: ``None`` for what the layout says (its classes.json, or its known list), a name of
-        ``CLASS_LISTS``, or the path of a classes.json.
-      void: file values without annotation, instead of the layout's.
-      label_map: pairs (file value, class), instead of the layout's rule; class -1 is void.
-      colour_map: pairs (RGB colour, file value), for labels painted in colours.
-      orientation: what to do with pictures that EXIF says are turned: refuse, apply or ignore.
-      pixel_limit: most pixels an image may have.
-      strict: refuses to start while any id has a problem; otherwise such ids are bad samples.
-    """
+    """A split of a data set in folders, as a source of records."""
 
     root: str
     split: str
     layout: str = "folders"
     classes: Classes | str | None = None
+    """None for what the layout says (its classes.json, or its known list), a name of
+    ``CLASS_LISTS``, or the path of a classes.json."""
     void: tuple[int, ...] | None = None
+    """File values without annotation, instead of the layout's."""
     label_map: tuple[tuple[int, int], ...] = ()
+    """Pairs (file value, class), instead of the layout's rule; class -1 is void."""
     colour_map: tuple[tuple[Colour, int], ...] = ()
-    orientation: str = "refuse"
-    pixel_limit: int = PIXEL_LIMIT
-    strict: bool = True
+    """Pairs (RGB colour, file value), for labels painted in colours."""
+    orientation: str = "refuse"  # of pictures that EXIF says are turned: refuse, apply or ignore
+    pixel_limit: int = PIXEL_LIMIT  # most pixels an image may have
+    strict: bool = True  # refuse to start while any id has a problem; False: those are bad samples
     decoding: Decoding = field(init=False, repr=False)
     files: Files = field(init=False, repr=False, compare=False)
     rule: LabelRule | None = field(init=False, repr=False)
@@ -74,16 +76,16 @@ class Folders:
         if self.strict:
             refuse([*self.problems, *(e.problem for e in self.entries if e.problem)], self.name)
 
+    @property
+    def _known(self) -> Classes:
+        return cast(Classes, self.classes)  # a name, path or None only until ``__post_init__``
+
     def _set(self, name: str, value: object) -> None:
-        object.__setattr__(self, name, value)
+        object.__setattr__(self, name, value)  # frozen, but what follows from the fields is kept
 
     def _classes(self, listing: SplitIndex) -> Classes:
-        if isinstance(self.classes, Classes):
-            return self.classes
-        if self.classes in CLASS_LISTS:
-            return CLASS_LISTS[self.classes]
         if self.classes is not None:
-            return read_classes(Path(self.classes))[0]
+            return named_classes(self.classes)
         if listing.classes is None:
             raise UserError(
                 f"ERROR [data] {Path(self.root) / 'classes.json'}: missing, so the labels have no "
@@ -93,16 +95,16 @@ class Folders:
         return listing.classes
 
     def _rule(self, listing: SplitIndex) -> LabelRule | None:
-        given = {"void": self.void, "colours": self.colour_map or None}
-        given = {key: value for key, value in given.items() if value is not None}
+        own: dict[str, Any] = {"void": self.void, "colours": self.colour_map or None}
+        own = {key: value for key, value in own.items() if value is not None}
         if self.label_map:
-            given |= {"table": self.label_map, "shift": 0}
-        if listing.rule is None and given:
+            own |= {"table": self.label_map, "shift": 0}  # a table says everything: no shift
+        if listing.rule is None and own:
             raise ValueError(
                 f"layout={self.layout!r} takes its labels from segments or parts; void, "
                 "label_map and colour_map do not apply. Leave them out."
             )
-        return listing.rule and dataclasses.replace(listing.rule, **given)
+        return listing.rule and dataclasses.replace(listing.rule, **own)
 
     @property
     def name(self) -> str:
@@ -115,20 +117,21 @@ class Folders:
     def __getitem__(self, index: int) -> Record:
         """Reads, decodes and checks one record."""
         entry = self.entries[index]
+        # Kept in the listing, not dropped: which ids there are does not depend on what is broken.
         if entry.problem is not None:
             raise entry.problem
         image = read_image(self.files, entry, self.decoding)
         labels, segments = read_labels(
-            self.files, entry, self.rule, self.classes, pixel_limit=self.pixel_limit
+            self.files, entry, self.rule, self._known, pixel_limit=self.pixel_limit
         )
-        if entry.parts:
+        if entry.parts:  # CelebAMask-HQ draws the parts at half the size of its images
             labels = enlarge(labels, image.shape[:2])
         record = Record(id=entry.id, image=image, labels=labels, captions=entry.captions)
         if not entry.captions:
-            record["captions"] = (captions.describe(labels, self.classes),)
+            record["captions"] = (captions.describe(labels, self._known),)
         if segments is not None:
             record["segments"] = segments
-        check_record(record, self.classes, str(self.path(entry.labels)))
+        check_record(record, self._known, str(self.path(entry.labels)))
         return record
 
     def original(self, index: int) -> bytes:
@@ -141,13 +144,14 @@ class Folders:
 
     def words(self) -> tuple[str, ...]:
         """Lists every word its captions can contain, sorted."""
-        found = captions.words_of(text for entry in self.entries for text in entry.captions)
+        words = captions.words_of(text for entry in self.entries for text in entry.captions)
         if any(not entry.captions for entry in self.entries):
-            found |= captions.described_words(self.classes)
-        return tuple(sorted(found))
+            words |= captions.described_words(self._known)
+        return tuple(sorted(words))
 
     def fingerprint(self) -> dict[str, object]:
         """Returns the plain values that must match when a run resumes."""
+        # Names and captions, not contents: hashing all pixels would delay every start.
         rows = [
             (e.id, e.image, e.labels, e.captions, e.problem is None, *e.parts) for e in self.entries
         ]
@@ -157,7 +161,7 @@ class Folders:
             "layout": self.layout,
             "split": self.split,
             "count": len(self),
-            "classes": list(self.classes.names),
+            "classes": list(self._known.names),
             "rules": hashlib.sha256(rules.encode()).hexdigest()[:16],
             "listing": hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16],
         }
@@ -182,16 +186,15 @@ def list_split(root: Path, split: str, layout: str) -> SplitIndex:
 def refuse(problems: list[BadSample], name: str) -> None:
     """Raises all problems of a listing in one block of text."""
     if problems:
-        listed = "\n".join(map(str, problems[:50]))
-        more = f"\n... and {len(problems) - 50} more" if len(problems) > 50 else ""
         raise UserError(
-            f"{listed}{more}\nERROR [data] {name}: problems in its listing: {len(problems)}. Fix "
-            "them, or set config.data.*.strict=False to train on the rest."
+            f"{problem_lines(problems)}\nERROR [data] {name}: problems in its listing: "
+            f"{len(problems)}. Fix them, or set config.data.*.strict=False to train on the rest."
         )
 
 
 Labels = Int16[np.ndarray, "height width"]
-GREYS = {(value,) * 3: value for value in range(256)}
+GREYS = {(value, value, value): value for value in range(256)}
+"""The colour map of part files, some of which are stored as RGB."""
 
 
 def label_files(entry: Entry) -> tuple[str, ...]:
@@ -223,32 +226,35 @@ def read_labels(
     path, data = files.read(entry.labels)
     if rule is not None:
         return rule.read(data, str(path), classes, pixel_limit=pixel_limit), None
+    assert entry.segments is not None  # a layout without a rule has segments or parts
     ids = decode_segment_ids(data, str(path), pixel_limit=pixel_limit)
     return labels_of_segments(ids, entry.segments, str(path))
 
 
 def paint(files: Files, parts: Iterable[tuple[int, str]], pixel_limit: int = PIXEL_LIMIT) -> Labels:
     """Paints (class, file) over class 0, in order: what is not black belongs to the class."""
-    canvas, first = None, ""
-    for label, name in parts:
+    canvas, first = np.zeros((0, 0), np.int16), ""
+    for label, name in parts:  # at least one, or the entry has a problem
         path, data = files.read(name)
         mask = decode_labels(data, str(path), colours=GREYS, pixel_limit=pixel_limit)
-        if canvas is None:
+        if not first:
             canvas, first = np.zeros(mask.shape, np.int16), name
-        if mask.shape != canvas.shape:
+        size, wanted = tuple(mask.shape), tuple(canvas.shape)
+        if size != wanted:
             raise BadSample(
                 str(path),
-                f"a mask of {mask.shape[1]}x{mask.shape[0]} (width x height)",
-                f"{first} is {canvas.shape[1]}x{canvas.shape[0]}, and all parts have one size",
+                f"a mask of {size[1]}x{size[0]} (width x height)",
+                f"{first} is {wanted[1]}x{wanted[0]}, and all parts have one size",
                 "Take both from the same release.",
             )
-        canvas[mask > 0] = label
+        canvas[mask > 0] = label  # over earlier parts: hair over ears, hats over hair
     return canvas
 
 
 def enlarge(labels: Labels, shape: tuple[int, int]) -> Int16[np.ndarray, "tall wide"]:
     """Repeats pixels up to the size ``shape`` if that is a whole multiple, or changes nothing."""
     factor = shape[0] // labels.shape[0]
+    # Any other size stays as it is, and ``check_record`` refuses the pair.
     if factor < 2 or shape != tuple(factor * side for side in labels.shape):
         return labels
     return labels.repeat(factor, 0).repeat(factor, 1)

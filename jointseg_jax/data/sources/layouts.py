@@ -18,18 +18,8 @@ else _labelIds.png | metas/SPLIT.txt, else the folder | none |
 | celebamask_hq_parts | CelebA-HQ-img/ID.jpg | CelebAMask-HQ-mask-anno/*/ID_PART.png, ID of five \
 digits | metas/SPLIT.txt | none |
 
-Label conventions: ``folders`` and ``mmseg`` as their classes.json says; ``voc`` 0..20 and 255 void;
-``ade20k`` 0 "other" is void and value n is class n - 1 (``reduce_zero_label=True`` elsewhere),
-``ade20k_other`` keeps "other" as class 0; ``coco_panoptic`` the categories of the JSON in the order
-of their ids (the 133 of COCO are 0..132), void where the id is 0. Segments keep their ids; a crowd
-keeps its class and loses its id, for it is not one instance. ``coco_stuff`` the stuffthingmaps as
-released, category id - 1 with eleven gaps, 171 classes, 255 void (for maps that hold 0..170 give
-``label_map`` or the layout ``folders``). ``cityscapes`` the 19 train ids and 255 void; raw ids
-without a train id are void. ``celebamask_hq`` 0..18, no void; ``celebamask_hq_parts`` paints the
-part files as the data set's own tool does, background first, later parts over earlier ones, and
-enlarges the 512x512 labels to the 1024x1024 of their images. Both need lists of ids, which the
-release has not: 0..27999 and 28000..29999 is a usual choice. Painting opens a dozen files a
-record: ``launch/prepare.py`` does it once.
+What label values mean stands at each function. An id is the name of a file without its ending, and
+a split is sorted by id. What is wrong with an id stands in its entry: one run shows all problems.
 """
 
 from __future__ import annotations
@@ -39,7 +29,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 
@@ -53,35 +43,31 @@ from jointseg_jax.types import FILE_VOID, UserError
 
 
 class Entry(NamedTuple):
-    """One id of a split: its files, relative to the root, or what is wrong with it.
-
-    ``segments`` holds (segment id, class, is crowd, area) per row, for panoptic labels; ``parts``
-    holds (class, file) in painting order, for labels that lie in one file per class.
-    """
+    """One id of a split: its files, relative to the root, or what is wrong with it."""
 
     id: str
     image: str = ""
     labels: str = ""
     captions: tuple[str, ...] = ()
-    segments: np.ndarray | None = None
+    segments: np.ndarray | None = None  # panoptic: rows (segment id, class, is crowd, area)
     problem: BadSample | None = None
-    parts: tuple[tuple[int, str], ...] = ()
+    parts: tuple[tuple[int, str], ...] = ()  # (class, file) in painting order, a file per class
 
 
 class SplitIndex(NamedTuple):
-    """A split: entries in order, problems that belong to no entry, and what labels mean."""
+    """A split of a folder, listed."""
 
-    entries: tuple[Entry, ...]
-    problems: tuple[BadSample, ...]
-    classes: Classes | None
-    rule: LabelRule | None
+    entries: tuple[Entry, ...]  # in order
+    problems: tuple[BadSample, ...]  # those that belong to no entry
+    classes: Classes | None  # None: the folder does not name them
+    rule: LabelRule | None  # None: segments and parts say themselves what they are
 
 
 class FoundFiles(NamedTuple):
     """The picture files under a folder, by id."""
 
-    prefix: str
-    suffix: str
+    prefix: str  # folder and "/"
+    suffix: str  # of file names, ending included
     names: dict[str, list[str]]
 
     def expected(self, key: str) -> str:
@@ -102,22 +88,22 @@ def find(
     top = files.inside(root, folder)
     if needed and not top.is_dir():
         beside = sorted(p.name for p in top.parent.iterdir()) if top.parent.is_dir() else []
+        others = f", and beside it there are: {','.join(beside[:20])}" if beside else ""
         raise UserError(
-            f"ERROR [data] {top}: no such folder; the layout keeps files there"
-            f"{f', and beside it there are: {chr(44).join(beside[:20])}' if beside else ''}. "
+            f"ERROR [data] {top}: no such folder; the layout keeps files there{others}. "
             "Check config.data.*.root, config.data.*.split and config.data.*.layout."
         )
     prefix = "" if folder == "." else f"{folder}/"
-    found: dict[str, list[str]] = {}
+    by_id: dict[str, list[str]] = {}
     for where, below, names in os.walk(top):
+        # In place, which is how ``os.walk`` is told not to enter hidden folders.
         below[:] = [name for name in below if not name.startswith(".")]
         for name in names:
             stem, kind = os.path.splitext(os.path.relpath(os.path.join(where, name), top))
             picture = kind.lower() in files.PICTURES and not name.startswith(".")
             if picture and stem.endswith(suffix):
-                key = stem.removesuffix(suffix)
-                found.setdefault(key, []).append(f"{prefix}{stem}{kind}")
-    return FoundFiles(prefix, suffix + ending, found)
+                by_id.setdefault(stem.removesuffix(suffix), []).append(f"{prefix}{stem}{kind}")
+    return FoundFiles(prefix, suffix + ending, by_id)
 
 
 def lines_of(root: Path, name: str, remedy: str = "") -> list[str]:
@@ -132,12 +118,12 @@ def lines_of(root: Path, name: str, remedy: str = "") -> list[str]:
     return [line.strip() for line in files.read_text(path).splitlines() if line.strip()]
 
 
-def listed(root: Path, names: Iterable[str], *found: FoundFiles) -> Iterable[str]:
-    """Returns the ids of the first split file that is there, or else those of all files."""
+def listed(root: Path, names: Iterable[str], *sides: FoundFiles) -> Iterable[str]:
+    """Returns the ids of the first split file that exists, or else those of all files."""
     for name in names:
         if files.inside(root, name).exists():
             return lines_of(root, name)
-    return set().union(*(files_by_id.names for files_by_id in found))
+    return set().union(*(side.names for side in sides))
 
 
 def optional(
@@ -147,11 +133,10 @@ def optional(
     if not path.exists():
         return None, ()
     texts, problems = reader(path)
-    pictures = files.PICTURES
-    plain = {
-        k.rsplit(".", 1)[0] if k.lower().endswith(pictures) else k: v for k, v in texts.items()
-    }
-    return plain, tuple(problems)
+    # Caption files of some data sets are keyed by the names of the images.
+    named = {k for k in texts if k.lower().endswith(files.PICTURES)}
+    texts = {k.rsplit(".", 1)[0] if k in named else k: v for k, v in texts.items()}
+    return texts, tuple(problems)
 
 
 def pair(
@@ -164,16 +149,17 @@ def pair(
     """Joins images, labels and captions by id; what does not fit becomes the entry's problem.
 
     Args:
-      images, labels: ``None`` where there are none to be had.
+      images, labels: ``None`` where the user gives one side only.
     """
     ids = sorted(ids)
+    # Case-folded: ids that differ by case only are one file on macOS and Windows.
     same = Counter(key.casefold() for key in ids)
     entries = []
     for key in dict.fromkeys(ids):
         try:
             if same[key.casefold()] > 1:
                 equal = [k for k in ids if k.casefold() == key.casefold()]
-                raise id_collision(root, equal, images or labels)
+                raise id_collision(root, equal, labels if images is None else images)
             entries.append(entry_of(root, key, images, labels, texts))
         except BadSample as problem:
             entries.append(Entry(key, problem=problem))
@@ -201,11 +187,11 @@ def entry_of(
     return Entry(key, image, mask, (texts or {}).get(key, ()))
 
 
-def single_file(root: Path, found: FoundFiles, key: str, what: str) -> str:
+def single_file(root: Path, side: FoundFiles, key: str, what: str) -> str:
     """Returns the one file of an id, refusing none, several, and links out of the root."""
-    names = found.names.get(key, [])
+    names = side.names.get(key, [])
     if not names:
-        raise files.missing(root / found.expected(key), f"{what} of id {key!r}")
+        raise files.missing(root / side.expected(key), f"{what} of id {key!r}")
     if len(names) > 1:
         raise BadSample(
             str(root / names[0]),
@@ -217,9 +203,10 @@ def single_file(root: Path, found: FoundFiles, key: str, what: str) -> str:
     return names[0]
 
 
-def id_collision(root: Path, keys: list[str], found: FoundFiles) -> BadSample:
-    """Returns the complaint about ids that are equal, or equal but for case."""
-    paths = [name for key in dict.fromkeys(keys) for name in found.names.get(key, [key])]
+def id_collision(root: Path, keys: list[str], side: FoundFiles | None) -> BadSample:
+    """Returns the problem of ids that are equal, or equal but for case."""
+    names = {} if side is None else side.names
+    paths = [name for key in dict.fromkeys(keys) for name in names.get(key, [key])]
     return BadSample(
         str(root / paths[0]),
         f"ids {', '.join(map(repr, keys))} are the same or differ by case only "
@@ -233,7 +220,7 @@ Layout = Callable[[Path, str], SplitIndex]
 
 
 def list_folders(root: Path, split: str, *, images: str, labels: str) -> SplitIndex:
-    """Lists images and labels of the same name in two folders."""
+    """Lists images and labels of the same name in two folders; classes.json says what they mean."""
     pictures = find(root, f"{images}/{split}", ".jpg")
     masks = find(root, f"{labels}/{split}", ".png")
     texts, problems = optional(root / f"captions/{split}.jsonl", captions.read_lines)
@@ -244,10 +231,11 @@ def list_folders(root: Path, split: str, *, images: str, labels: str) -> SplitIn
 
 
 def list_voc(root: Path, split: str) -> SplitIndex:
-    """Lists the ids of a VOC image set; augmented labels go before the original ones."""
+    """Lists the ids of a VOC image set: labels 0..20, and 255 is void."""
     ids = lines_of(root, f"ImageSets/Segmentation/{split}.txt")
     pictures = find(root, "JPEGImages", ".jpg")
     masks = find(root, "SegmentationClass", ".png", needed=False)
+    # Augmented labels (SBD) go before the original ones, which lack most of ``trainaug``.
     masks.names.update(find(root, "SegmentationClassAug", ".png", needed=False).names)
     texts, problems = optional(root / f"ImageSets/Caption/{split}.json", captions.read_mapping)
     entries = pair(root, ids, pictures, masks, texts)
@@ -256,6 +244,7 @@ def list_voc(root: Path, split: str) -> SplitIndex:
 
 def list_ade20k(root: Path, split: str, *, other: bool) -> SplitIndex:
     """Lists ADE20K as released for scene parsing; ``other`` keeps label 0 as a class."""
+    # Value 0 is "other": void, so that value n is class n - 1 (elsewhere: reduce_zero_label=True).
     folder = {"train": "training", "val": "validation"}.get(split, split)
     pictures = find(root, f"images/{folder}", ".jpg")
     masks = find(root, f"annotations/{folder}", ".png")
@@ -269,9 +258,14 @@ def list_ade20k(root: Path, split: str, *, other: bool) -> SplitIndex:
 
 
 def list_coco_panoptic(root: Path, split: str) -> SplitIndex:
-    """Lists the annotations of a COCO panoptic JSON."""
+    """Lists the annotations of a COCO panoptic JSON.
+
+    Classes are its categories in the order of their ids (the 133 of COCO are 0..132). Segment 0 is
+    void. Segments keep their ids; a crowd keeps its class and loses its id, for it is not one
+    instance.
+    """
     path = files.inside(root, f"annotations/panoptic_{split}.json")
-    content = files.read_json(path)
+    content = cast(dict, files.read_json(path))
     try:
         categories = sorted(content["categories"], key=lambda c: c["id"])
         order = {category["id"]: i for i, category in enumerate(categories)}
@@ -308,16 +302,16 @@ def segment_rows(annotation: dict, order: dict[int, int]) -> np.ndarray:
 
 def coco_names(categories: list[dict]) -> list[dict]:
     """Returns COCO categories in the spelling of ``classes.json``."""
-    coloured = all("color" in c for c in categories)
-    return [
-        {"name": c["name"], "isthing": c.get("isthing", 0)}
-        | ({"colour": c["color"]} if coloured else {})
-        for c in categories
-    ]
+    spelling = {"name": "name", "isthing": "isthing", "color": "colour"}
+    return [{spelling[k]: c[k] for k in spelling if k in c} for c in categories]
 
 
 def list_coco_stuff(root: Path, split: str) -> SplitIndex:
-    """Lists COCO images with the pixel maps of COCO-Stuff."""
+    """Lists COCO images with the stuffthingmaps of COCO-Stuff as released.
+
+    Values are category ids - 1 with eleven gaps, 171 classes, 255 void. For maps that hold 0..170
+    give ``label_map``, or use the layout ``folders``.
+    """
     short = split.removesuffix("2017")
     folder = f"{short}2017" if short in ("train", "val") else split
     pictures = find(root, folder, ".jpg")
@@ -325,6 +319,7 @@ def list_coco_stuff(root: Path, split: str) -> SplitIndex:
     ids = listed(root, (f"metas/{split}.txt", f"metas/{short}.txt"), pictures, masks)
     texts, problems = optional(root / f"annotations/captions_{folder}.json", captions.read_coco)
     if texts is not None:
+        # Captions are keyed by image id; file names pad it with zeros to twelve digits.
         texts = {key: texts.get(key.lstrip("0"), ()) for key in ids}
     entries = pair(root, ids, pictures, masks, texts)
     rule = LabelRule(table=tuple(zip(COCO_STUFF_IDS, range(len(COCO_STUFF_IDS)))))
@@ -332,12 +327,13 @@ def list_coco_stuff(root: Path, split: str) -> SplitIndex:
 
 
 def list_cityscapes(root: Path, split: str) -> SplitIndex:
-    """Lists Cityscapes with fine annotations; train ids go before raw ids."""
+    """Lists Cityscapes with fine annotations: the 19 train ids, 255 is void."""
     pictures = find(root, f"leftImg8bit/{split}", ".png", suffix="_leftImg8bit")
     masks = find(root, f"gtFine/{split}", ".png", suffix="_gtFine_labelTrainIds")
     rule = LabelRule()
     if not masks.names:
         masks = find(root, f"gtFine/{split}", ".png", suffix="_gtFine_labelIds")
+        # Raw ids, where nobody made train ids yet: those without a train id are void.
         unused = sorted(set(range(CITYSCAPES_IDS[-1] + 1)) - set(CITYSCAPES_IDS))
         table = tuple(zip(CITYSCAPES_IDS, range(len(CITYSCAPES_IDS))))
         rule = LabelRule(void=(FILE_VOID, *unused), table=table)
@@ -351,7 +347,7 @@ FACE_LISTS = (
 
 
 def list_celebamask_hq(root: Path, split: str) -> SplitIndex:
-    """Lists CelebAMask-HQ with merged masks."""
+    """Lists CelebAMask-HQ with merged masks, 0..18."""
     ids = lines_of(root, f"metas/{split}.txt", FACE_LISTS)
     pictures = find(root, "CelebA-512-img", ".jpg")
     masks = find(root, "CelebAMask-HQ-mergemask", ".png")
@@ -361,12 +357,18 @@ def list_celebamask_hq(root: Path, split: str) -> SplitIndex:
 
 
 def list_celebamask_hq_parts(root: Path, split: str) -> SplitIndex:
-    """Lists CelebAMask-HQ as released: one mask file per face and part."""
+    """Lists CelebAMask-HQ as released: one mask file per face and part.
+
+    Parts are painted as the data set's own tool does, later ones over earlier ones, and the labels
+    of 512x512 enlarged to the 1024x1024 of their images. That opens a dozen files a record:
+    ``launch/prepare.py`` does it once.
+    """
     ids = lines_of(root, f"metas/{split}.txt", FACE_LISTS)
     pictures = find(root, "CelebA-HQ-img", ".jpg")
     painted = find(root, "CelebAMask-HQ-mask-anno", ".png")
     parts = parts_by_face(painted)
-    firsts = {key: [found[0][1]] for key, found in parts.items()}
+    # Any one part stands for the labels of a face, so that a face without any is noticed.
+    firsts = {key: [named[0][1]] for key, named in parts.items()}
     masks = FoundFiles(painted.prefix, "_PART.png", firsts)
     entries = pair(root, ids, pictures, masks, None)
     entries = tuple(e if e.problem else with_parts(root, e, parts[e.id]) for e in entries)
@@ -380,24 +382,24 @@ def parts_by_face(painted: FoundFiles) -> dict[str, list[tuple[str, str]]]:
         number, _, part = PurePosixPath(stem).name.partition("_")
         key = number.lstrip("0") or "0"
         parts.setdefault(key, []).extend((part, name) for name in names)
-    return {key: sorted(found) for key, found in parts.items()}
+    return {key: sorted(named) for key, named in parts.items()}
 
 
-def with_parts(root: Path, entry: Entry, found: list[tuple[str, str]]) -> Entry:
+def with_parts(root: Path, entry: Entry, named: list[tuple[str, str]]) -> Entry:
     """Returns the entry with its part files in painting order, or with what is wrong with them."""
     known = CLASS_LISTS["celeba_mask"].names
-    kinds = [part for part, _ in found]
-    wrong = sorted({part for part in kinds if part not in known[1:] or kinds.count(part) > 1})
-    if wrong:
-        names = ", ".join(name for part, name in found if part in wrong)
+    kinds = [part for part, _ in named]
+    errors = {part for part in kinds if part not in known[1:] or kinds.count(part) > 1}
+    if errors:
+        names = ", ".join(name for part, name in named if part in errors)
         problem = BadSample(
-            str(root / found[0][1]),
+            str(root / named[0][1]),
             f"id {entry.id!r} has part files that are unknown or double: {names}",
             f"one file for each of {', '.join(known[1:])}",
             "Remove or rename them.",
         )
         return entry._replace(problem=problem)
-    return entry._replace(parts=tuple(sorted((known.index(part), name) for part, name in found)))
+    return entry._replace(parts=tuple(sorted((known.index(part), name) for part, name in named)))
 
 
 LAYOUTS: dict[str, Layout] = {

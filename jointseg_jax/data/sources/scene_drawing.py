@@ -9,6 +9,7 @@
 Pixel centres are at ``(i + 0.5) / n``; only a thing's own window of pixels is computed.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -21,32 +22,47 @@ LOWEST_CHROMA = 0.2
 """Every pixel keeps at least this ``value * saturation``, so that its hue can be read."""
 
 
+Map = np.ndarray
+"""A scalar field over pixels, float; x is [1, width], y is [height, 1]."""
+
+Ground = tuple[Map, Map]
+"""Value and saturation."""
+
+
+class Canvas(NamedTuple):
+    """The picture being painted, in place."""
+
+    layers: np.ndarray  # int8 [height, width]
+    value: Map  # float32 [height, width]
+    saturation: Map
+
+
 class Region(NamedTuple):
     """A kind of ground from its upper edge down to the next one."""
 
     kind: str
-    hue: float
-    top: float
-    slant: float
-    waves: float
-    phase: float
-    light: float
-    offset: float
+    hue: float  # in degrees
+    top: float  # height of the upper edge in its middle
+    slant: float  # of the edge, from side to side
+    waves: float  # of the edge, across the picture
+    phase: float  # of those waves, in turns
+    light: float  # 0 .. 1
+    offset: float  # of the texture, in turns
 
 
 class Thing(NamedTuple):
     """A shape at (x, y), its bounding circle of ``radius`` times the shorter side."""
 
     kind: str
-    hue: float
+    hue: float  # in degrees
     x: float
     y: float
     radius: float
-    angle: float
-    light: float
-    pattern: int
-    phase: float
-    pitch: float
+    angle: float  # in radians
+    light: float  # 0 .. 1
+    pattern: int  # index of ``PATTERNS``
+    phase: float  # of the pattern, in turns
+    pitch: float  # of the pattern, 0 .. 1
 
 
 def pure(hue: float) -> np.ndarray:
@@ -64,46 +80,30 @@ def flat_colour(hue: float, thing: bool) -> np.ndarray:
 # --- shapes: level(u, v) > 0 inside, in a frame where the shape fits the unit disc (v down) ---
 
 
-def _ball(u, v):
-    return 1.0 - (u * u + v * v)
-
-
-def _box(u, v):
-    return 1.0 - np.maximum(np.abs(u), np.abs(v)) / 0.72
-
-
-def _triangle(u, v):
-    return 1.0 - 2.0 * np.maximum(v, 0.866 * np.abs(u) - 0.5 * v)
-
-
-def _star(u, v):
+def _star(u: Map, v: Map) -> Map:
     radius = np.sqrt(u * u + v * v)
     fold = np.abs(np.mod(np.arctan2(u, -v) + np.pi / 5, 2 * np.pi / 5) - np.pi / 5)
     # The edge from the tip (1, 0) to the inner corner at angle pi/5 and radius 0.48.
     return 1.0 - radius * (np.cos(fold) + 2.168 * np.sin(fold))
 
 
-def _cross(u, v):
+def _cross(u: Map, v: Map) -> Map:
     u, v = np.abs(u), np.abs(v)
     return np.minimum(0.34 - np.minimum(u, v), 0.92 - np.maximum(u, v)) / 0.34
 
 
-def _ring(u, v):
-    return 1.0 - np.square((np.sqrt(u * u + v * v) - 0.69) / 0.31)
-
-
-def _heart(u, v):
+def _heart(u: Map, v: Map) -> Map:
     x, y = 1.2 * u, 0.22 - 1.2 * v
     return 1.2 * (1.0 - np.hypot(x, 1.1 * (y - 0.55 * np.sqrt(np.abs(x)))))
 
 
-SHAPES = {
-    "ball": _ball,
+SHAPES: dict[str, Callable[[Map, Map], Map]] = {
+    "ball": lambda u, v: 1.0 - (u * u + v * v),
     "star": _star,
-    "triangle": _triangle,
+    "triangle": lambda u, v: 1.0 - 2.0 * np.maximum(v, 0.866 * np.abs(u) - 0.5 * v),
     "cross": _cross,
-    "box": _box,
-    "ring": _ring,
+    "box": lambda u, v: 1.0 - np.maximum(np.abs(u), np.abs(v)) / 0.72,
+    "ring": lambda u, v: 1.0 - np.square((np.sqrt(u * u + v * v) - 0.69) / 0.31),
     "heart": _heart,
 }
 
@@ -111,25 +111,18 @@ SHAPES = {
 # --- textures of things, in their own frame: -1 .. 1 ---
 
 
-def _plain(u, v, phase, pitch):
-    return np.zeros_like(u)
-
-
-def _stripes(u, v, phase, pitch):
-    return np.sin((6.0 + 5.0 * pitch) * (u + 0.25 * v) + 6.28 * phase)
-
-
-def _dots(u, v, phase, pitch):
+def _dots(u: Map, v: Map, phase: float, pitch: float) -> Map:
     pitch = 6.0 + 4.0 * pitch
     dots = np.cos(pitch * u + 6.28 * phase) * np.cos(pitch * v)
     return np.clip(4.0 * dots - 1.4, -0.4, 1.0)
 
 
-def _rays(u, v, phase, pitch):
-    return np.cos(np.sqrt(u * u + v * v) * (9.0 + 5.0 * pitch) + 6.28 * phase)
-
-
-PATTERNS = (_plain, _stripes, _dots, _rays)
+PATTERNS: tuple[Callable[[Map, Map, float, float], Map], ...] = (
+    lambda u, v, phase, pitch: np.zeros_like(u),  # plain
+    lambda u, v, phase, pitch: np.sin((6.0 + 5.0 * pitch) * (u + 0.25 * v) + 6.28 * phase),
+    _dots,
+    lambda u, v, phase, pitch: np.cos(np.sqrt(u * u + v * v) * (9.0 + 5.0 * pitch) + 6.28 * phase),
+)
 
 GRAIN = np.random.Generator(np.random.Philox(key=7)).random((128, 128), np.float32) * 2 - 1
 """Fine noise of the ground, in -1 .. 1; a scene reads it at its own offset."""
@@ -142,16 +135,17 @@ def draw(
     height, width = shape
     y = ((np.arange(height, dtype=np.float32) + 0.5) / height)[:, None]
     x = ((np.arange(width, dtype=np.float32) + 0.5) / width)[None, :]
-    layers = np.zeros(shape, np.int8)
-    value = np.empty(shape, np.float32)
-    saturation = np.empty(shape, np.float32)
+    value, saturation = np.empty(shape, np.float32), np.empty(shape, np.float32)
+    canvas = Canvas(layers := np.zeros(shape, np.int8), value, saturation)
     for i, region in enumerate(regions):
-        _paint_region(region, i, x, y, texture, layers, value, saturation)
+        _paint_region(region, i, x, y, texture, canvas)
     for i, thing in enumerate(things):
-        _paint_thing(thing, len(regions) + i, x, y, texture, layers, value, saturation)
+        _paint_thing(thing, len(regions) + i, x, y, texture, canvas)
     white = np.array([1.0 - pure(part.hue) for part in (*regions, *things)], np.float32)[layers]
+    # A pale or dark pixel is made more saturated, until its hue can be read.
     np.maximum(saturation, LOWEST_CHROMA / np.maximum(value, LOWEST_CHROMA), out=saturation)
     np.minimum(saturation, 1.0, out=saturation)
+    # v (1 - s (1 - pure(hue))), rounded, in place: this is most of the time of a scene
     white *= saturation[..., None]
     np.subtract(1.0, white, out=white)
     white *= (255.0 * np.clip(value, 0.3, 1.0))[..., None]
@@ -159,7 +153,7 @@ def draw(
     return white.astype(np.uint8), layers
 
 
-def _edge(region: Region, x):
+def _edge(region: Region, x: Map) -> Map:
     """Returns the upper border of a region over x: slanted and wavy, or a row of hilltops."""
     turn = 6.2832 * (region.waves * x + region.phase)
     line = region.top + region.slant * (x - 0.5)
@@ -168,8 +162,11 @@ def _edge(region: Region, x):
     return line + 0.025 * np.sin(turn) + 0.012 * np.sin(2.3 * turn + 1.0)
 
 
-def _paint_region(region, layer, x, y, texture, layers, value, saturation) -> None:
+def _paint_region(
+    region: Region, layer: int, x: Map, y: Map, texture: float, canvas: Canvas
+) -> None:
     """Paints a region from its upper edge down to the bottom of the picture."""
+    layers, value, saturation = canvas
     depth = y - _edge(region, x)
     v, s = _ground(region, x, y, depth, texture)
     inside = depth > 0
@@ -178,35 +175,35 @@ def _paint_region(region, layer, x, y, texture, layers, value, saturation) -> No
     layers[inside] = layer
 
 
-def _ground(region: Region, x, y, depth, texture):
+def _ground(region: Region, x: Map, y: Map, depth: Map, texture: float) -> Ground:
     """Returns value and saturation of a region everywhere."""
     turn = 6.2832 * region.offset
     value, saturation = _GROUNDS[region.kind](x, y, depth, turn, texture, _grain(region, x, y))
     return value + 0.1 * (region.light - 0.5), saturation
 
 
-def _sky(x, y, depth, turn, texture, grain):
+def _sky(x: Map, y: Map, depth: Map, turn: float, texture: float, grain: Map) -> Ground:
     cloud = np.sin(5.0 * x + 9.0 * y + turn) + np.sin(11.0 * x - 16.0 * y + 2.0 * turn)
     cloud = np.maximum(texture * 0.08 * cloud, 0.0)
     return 0.92 + 0.3 * cloud, 0.8 - 0.4 * y - cloud
 
 
-def _hills(x, y, depth, turn, texture, grain):
+def _hills(x: Map, y: Map, depth: Map, turn: float, texture: float, grain: Map) -> Ground:
     slope = np.sin(16.0 * x + 13.0 * y + turn)
     return 0.68 + 0.35 * depth + texture * (0.05 * slope + 0.03 * grain), 0.64 - 0.2 * depth
 
 
-def _water(x, y, depth, turn, texture, grain):
+def _water(x: Map, y: Map, depth: Map, turn: float, texture: float, grain: Map) -> Ground:
     ripple = np.sin(6.2832 * (11.0 * y + 0.35 * np.sin(9.0 * x + turn)) + 4.0 * x)
     return 0.85 - 0.25 * depth + texture * 0.05 * ripple, 0.72 + 0.2 * depth
 
 
-def _grass(x, y, depth, turn, texture, grain):
+def _grass(x: Map, y: Map, depth: Map, turn: float, texture: float, grain: Map) -> Ground:
     blades = np.sin(50.0 * x + 3.0 * np.sin(17.0 * y + turn) + 8.0 * y)
     return 0.78 - 0.25 * depth + texture * (0.04 * blades + 0.08 * grain), 0.72 + 0.1 * depth
 
 
-def _sand(x, y, depth, turn, texture, grain):
+def _sand(x: Map, y: Map, depth: Map, turn: float, texture: float, grain: Map) -> Ground:
     dune = np.sin(6.2832 * (3.0 * y + 1.2 * x) + 2.0 * np.sin(5.0 * x + turn))
     return 0.96 - 0.12 * depth + texture * (0.03 * dune + 0.05 * grain), 0.6 + 0.1 * depth
 
@@ -214,15 +211,16 @@ def _sand(x, y, depth, turn, texture, grain):
 _GROUNDS = {"sky": _sky, "hills": _hills, "water": _water, "grass": _grass, "sand": _sand}
 
 
-def _grain(region: Region, x, y):
+def _grain(region: Region, x: Map, y: Map) -> Map:
     """Reads the fine noise, weakened as averaging over a large pixel would weaken it."""
     rows = ((y[:, 0] + region.offset) * 128).astype(int) % 128
     columns = ((x[0] + region.phase) * 128).astype(int) % 128
     return GRAIN[rows[:, None], columns] * min(1.0, len(rows) / 128.0)
 
 
-def _paint_thing(thing, layer, x, y, texture, layers, value, saturation) -> None:
+def _paint_thing(thing: Thing, layer: int, x: Map, y: Map, texture: float, canvas: Canvas) -> None:
     """Paints a thing over what lies behind it, and its shadow."""
+    layers, value, saturation = canvas
     height, width = layers.shape
     side = min(height, width)
     rows = _window(thing.y, thing.radius * side / height, height)
@@ -230,10 +228,12 @@ def _paint_thing(thing, layer, x, y, texture, layers, value, saturation) -> None
     dx = (x[:, columns] - thing.x) * (width / (side * thing.radius))
     dy = (y[rows] - thing.y) * (height / (side * thing.radius))
     cos, sin = np.float32(np.cos(thing.angle)), np.float32(np.sin(thing.angle))
+    # the thing's own frame: scaled so that it fits the unit disc, and turned
     u, v = cos * dx + sin * dy, cos * dy - sin * dx
     level = SHAPES[thing.kind](u, v)
     inside = level > 0
     _shade(inside, rows, columns, round(0.022 * side), value)
+    # light: brighter towards it, dark at the rim, and a highlight that is pale
     glow = LIGHT[0] * dx + LIGHT[1] * dy
     rim = np.minimum(level * (thing.radius * 18.0), 1.0)
     pattern = texture * PATTERNS[thing.pattern](u, v, thing.phase, thing.pitch)
@@ -249,7 +249,7 @@ def _window(centre: float, radius: float, n: int) -> slice:
     return slice(max(int((centre - radius) * n), 0), min(int((centre + radius) * n) + 1, n))
 
 
-def _shade(inside, rows: slice, columns: slice, step: int, value) -> None:
+def _shade(inside: np.ndarray, rows: slice, columns: slice, step: int, value: Map) -> None:
     """Darkens what lies to the lower right of a shape by the same shape, shifted."""
     below = value[rows.start + step : rows.stop + step, columns.start + step : columns.stop + step]
     below[inside[: below.shape[0], : below.shape[1]]] *= 0.72

@@ -7,18 +7,18 @@
 3. The colour of a pixel is ``value * (1 - saturation * (1 - pure(hue)))``. Light, texture and
    shadow change value and saturation only; the hue stays within ``HUE_JITTER`` degrees of its
    category's centre, and centres are ``360 / 12 = 30`` degrees apart.
-4. Hence ``oracle_labels``: the projection of RGB on the direction of each hue, orthogonal to grey,
-   is ``chroma * cos(hue - centre)``; its largest entry is the nearest hue.
 """
 
+import dataclasses
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int8, Int16, Num
 
-from jointseg_jax.data.classes import Classes
+from jointseg_jax.data.classes import Classes, Colour
 from jointseg_jax.data.records import Record
 from jointseg_jax.data.sources import scene_drawing
 
@@ -66,26 +66,19 @@ class Plan(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Scenes:
-    """Procedural pictures with label maps, instance ids and captions.
+    """Procedural pictures with label maps, instance ids and captions."""
 
-    Args:
-        size: side of the square, or (height, width), in pixels.
-        count: virtual length; each index below it is another scene.
-        things: categories that may appear on the ground.
-        thing_size: smallest and largest bounding diameter, as a part of the shorter side.
-        texture: strength of the texture; 0 leaves light and shadow only.
-    """
-
-    size: int | tuple[int, int] = 32
+    size: int | tuple[int, int] = 32  # side of the square, or (height, width), in pixels
     seed: int = 0
-    count: int = 10**6
+    count: int = 10**6  # virtual length; each index below it is another scene
     split: str = "train"
-    things: tuple[str, ...] = THINGS
+    things: tuple[str, ...] = THINGS  # categories that may appear on the ground
     max_things: int = 5
     thing_size: tuple[float, float] = (0.25, 0.5)
-    texture: float = 1.0
+    """Smallest and largest bounding diameter, as a part of the shorter side."""
+    texture: float = 1.0  # strength of the texture; 0 leaves light and shadow only
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "things", tuple(self.things))
         object.__setattr__(self, "thing_size", tuple(self.thing_size))
         _check(self)
@@ -98,20 +91,15 @@ class Scenes:
     @property
     def shape(self) -> tuple[int, int]:
         """Returns (height, width)."""
-        return (self.size, self.size) if isinstance(self.size, int) else tuple(self.size)
+        height, width = (self.size, self.size) if isinstance(self.size, int) else self.size
+        return height, width
 
     @property
     def classes(self) -> Classes:
         """Lists the categories, stuff first, coloured by their own hues."""
         names = STUFF + self.things
-        palette = tuple(
-            tuple(
-                int(c)
-                for c in np.round(255 * scene_drawing.flat_colour(HUES[name], name in THINGS))
-            )
-            for name in names
-        )
-        return Classes(names=names, isthing=tuple(n in THINGS for n in names), palette=palette)
+        isthing = tuple(name in THINGS for name in names)
+        return Classes(names=names, isthing=isthing, palette=tuple(map(_colour, names)))
 
     def __len__(self) -> int:
         return self.count
@@ -124,6 +112,7 @@ class Scenes:
         plan = self.plan(index)
         image, layers = scene_drawing.draw(plan.regions, plan.things, self.shape, self.texture)
         labels = self._layer_labels(plan)[layers]
+        # Layers count the regions first, then the things: those become instances 1, 2, ...
         segments = np.maximum(layers.astype(np.int32) - len(plan.regions) + 1, 0)
         return Record(
             id=f"{self.split}-{self.seed}-{index:07d}",
@@ -135,6 +124,7 @@ class Scenes:
 
     def plan(self, index: int) -> Plan:
         """Draws the geometry and the colours of a scene, without its pixels."""
+        # Counter-based: a key for every scene, so any index costs the same, and splits never meet.
         key = (2 * self.seed + SPLITS.index(self.split), index)
         rng = np.random.Generator(np.random.Philox(key=np.array(key, np.uint64)))
         template = int(rng.integers(len(TEMPLATES)))
@@ -151,18 +141,9 @@ class Scenes:
 
     def fingerprint(self) -> dict[str, object]:
         """Returns the plain values that must match when a run resumes."""
-        return {
-            "name": self.name,
-            "version": VERSION,
-            "size": list(self.shape),
-            "seed": self.seed,
-            "count": self.count,
-            "split": self.split,
-            "things": list(self.things),
-            "max_things": self.max_things,
-            "thing_size": list(self.thing_size),
-            "texture": self.texture,
-        }
+        fields = dataclasses.asdict(self) | {"size": self.shape}
+        plain = {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
+        return {"name": self.name, "version": VERSION, **plain}
 
     def oracle_labels(
         self, image: Num[np.ndarray, "*batch height width 3"]
@@ -170,7 +151,7 @@ class Scenes:
         """Labels every pixel by its hue, for this source's own classes."""
         return oracle_labels(image, self.classes.names)
 
-    def _regions(self, rng) -> tuple[scene_drawing.Region, ...]:
+    def _regions(self, rng: np.random.Generator) -> tuple[scene_drawing.Region, ...]:
         """Chooses the sky and one or two kinds of ground, from top to bottom."""
         grounds = rng.permutation(4)[: int(rng.integers(1, 3))]
         names = ["sky", *sorted((STUFF[1 + g] for g in grounds), key=lambda n: n != "hills")]
@@ -190,21 +171,21 @@ class Scenes:
             for name, top, u in zip(names, tops, numbers)
         )
 
-    def _things(self, rng) -> tuple[scene_drawing.Thing, ...]:
+    def _things(self, rng: np.random.Generator) -> tuple[scene_drawing.Thing, ...]:
         """Chooses the things from back to front, each in the emptiest of a few places."""
         n = int(rng.integers(1, self.max_things + 1))
         kinds = rng.integers(len(self.things), size=n)
         numbers = rng.random((n, 8))
-        places = rng.random((n, 4, 2))
+        positions = rng.random((n, 4, 2))
         smallest, largest = self.thing_size
-        largest = smallest + (largest - smallest) * min(1.0, 2.2 / n)
+        largest = smallest + (largest - smallest) * min(1.0, 2.2 / n)  # many things are small
         chosen: list[scene_drawing.Thing] = []
-        for kind, u, place in zip(kinds, numbers, places):
+        for kind, u, candidates in zip(kinds, numbers, positions):
             # One in four things repeats the category of the one before, so that counts matter.
             again = chosen and u[0] < 0.25
             name = chosen[-1].kind if again else self.things[kind]
             radius = 0.5 * (smallest + (largest - smallest) * u[1])
-            x, y = _emptiest(place, radius, chosen)
+            x, y = _emptiest(candidates, radius, chosen)
             thing = scene_drawing.Thing(
                 name,
                 hue=HUES[name] + HUE_JITTER * (2 * u[3] - 1),
@@ -226,6 +207,7 @@ class Scenes:
 
     def _caption(self, plan: Plan, layers: Int8[np.ndarray, "height width"]) -> str:
         """Names everything that has at least one pixel, the largest first."""
+        # Counted in the picture, not in the plan: what lies behind another thing is not there.
         kinds = [part.kind for part in (*plan.regions, *plan.things)]
         pixels = np.bincount(layers.ravel(), minlength=len(kinds))
         area: dict[str, int] = {}
@@ -249,17 +231,26 @@ def oracle_labels(
 
     Any affine scaling of the colours gives the same labels: uint8, 0..1 or -1..1.
     """
+    # RGB projected on the direction of each hue, orthogonal to grey, is chroma * cos(hue - centre):
+    # its largest entry is the nearest hue.
     angles = np.deg2rad([HUES[name] for name in names])[None, :]
     red_green_blue = np.deg2rad([[0.0], [120.0], [240.0]])
     directions = np.cos(angles - red_green_blue).astype(np.float32)
     return np.argmax(image.astype(np.float32) @ directions, axis=-1).astype(np.int16)
 
 
-def _emptiest(places, radius: float, chosen) -> tuple[float, float]:
-    """Returns the place, wholly inside the picture, that keeps most distance from the others."""
-    low = max(radius, 0.2)
-    x = radius + (1.0 - 2.0 * radius) * places[:, 0]
-    y = low + (1.0 - radius - low) * places[:, 1]
+def _colour(name: str) -> Colour:
+    colour = np.round(255 * scene_drawing.flat_colour(HUES[name], name in THINGS))
+    return int(colour[0]), int(colour[1]), int(colour[2])
+
+
+def _emptiest(
+    positions: np.ndarray, radius: float, chosen: Sequence[scene_drawing.Thing]
+) -> tuple[float, float]:
+    """Returns the position, inside the picture, that keeps most distance from the others."""
+    low = max(radius, 0.2)  # below the sky
+    x = radius + (1.0 - 2.0 * radius) * positions[:, 0]
+    y = low + (1.0 - radius - low) * positions[:, 1]
     if not chosen:
         return float(x[0]), float(y[0])
     gaps = [np.hypot(x - t.x, y - t.y) / (radius + t.radius) for t in chosen]

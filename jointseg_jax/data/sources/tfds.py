@@ -9,20 +9,23 @@ from __future__ import annotations
 
 import functools
 import hashlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from jointseg_jax.data import captions as texts
-from jointseg_jax.data.class_lists import CLASS_LISTS
 from jointseg_jax.data.classes import Classes, Colour
 from jointseg_jax.data.images import PIXEL_LIMIT, Decoding, decode_image, decode_segment_ids
-from jointseg_jax.data.labels import LabelRule, read_classes
+from jointseg_jax.data.labels import LabelRule, named_classes
 from jointseg_jax.data.records import BadSample, Record, check_record
 from jointseg_jax.data.segments import labels_of_segments
 from jointseg_jax.types import UserError
+
+Features = Mapping[str, Any]
+"""A record as TFDS hands it out: arrays, bytes, and mappings of them."""
 
 OBJECTS = ("id", "label", "is_crowd", "area")
 
@@ -32,40 +35,32 @@ class TFDS:
     """A split of a prepared TFDS folder, as a source of records.
 
     Features are named by their path, ``captions/text`` for the text within a sequence.
-
-    Args:
-      folder: the folder of one version, the one that holds ``features.json``.
-      classes: a name of ``CLASS_LISTS``, or the path of a classes.json; TFDS keeps no class names
-        for masks.
-      image: the feature of the image.
-      labels: the feature of the label mask; of the panoptic picture when ``objects`` is given.
-      captions: the feature of the captions; captions are made from the labels without it.
-      id: the feature of the id; the index is the id without it.
-      objects: the feature of the panoptic segments (id, label, is_crowd, area).
-      void: file values without annotation.
-      first_label: file value of class 0.
-      label_map: pairs (file value, class), instead of ``first_label``; class -1 is void.
-      colour_map: pairs (RGB colour, file value), for labels painted in colours.
-      version: refuses any other version of the data set.
     """
 
-    folder: str
+    folder: str  # of one version, the one that holds ``features.json``
     split: str
     classes: Classes | str
-    image: str = "image"
+    """A name of ``CLASS_LISTS``, or the path of a classes.json: TFDS names no classes of masks."""
+    image: str = "image"  # the feature of the image
     labels: str = "segmentation_mask"
-    captions: str | None = None
-    id: str | None = None
-    objects: str | None = None
-    void: tuple[int, ...] = (255,)
-    first_label: int = 0
+    """The feature of the label mask; of the panoptic picture when ``objects`` is given."""
+    captions: str | None = None  # the feature of the captions; None: made from the labels
+    id: str | None = None  # the feature of the id; None: split and index
+    objects: str | None = None  # the feature of panoptic segments (id, label, is_crowd, area)
+    void: tuple[int, ...] = (255,)  # file values without annotation
+    first_label: int = 0  # file value of class 0
     label_map: tuple[tuple[int, int], ...] = ()
+    """Pairs (file value, class), instead of ``first_label``; class -1 is void."""
     colour_map: tuple[tuple[Colour, int], ...] = ()
-    orientation: str = "refuse"
-    pixel_limit: int = PIXEL_LIMIT
-    version: str | None = None
+    """Pairs (RGB colour, file value), for labels painted in colours."""
+    orientation: str = "refuse"  # of pictures that EXIF says are turned: refuse, apply or ignore
+    pixel_limit: int = PIXEL_LIMIT  # most pixels an image may have
+    version: str | None = None  # refuses any other version of the data set
     rule: LabelRule = field(init=False, repr=False)
     decoding: Decoding = field(init=False, repr=False)
+    _given: Classes | str = field(init=False, repr=False, compare=False)  # ``classes``, for copies
+    _records: Any = field(init=False, repr=False, compare=False)  # of the data source of TFDS
+    _identity: tuple[str, str] = field(init=False, repr=False, compare=False)  # name and version
 
     def __post_init__(self) -> None:
         builder = open_folder(Path(self.folder), self.split, self.version)
@@ -80,14 +75,19 @@ class TFDS:
             "_given": self.classes,
             "_records": builder.as_data_source(self.split, decoders=undecoded(builder)),
             "_identity": (builder.name, str(builder.version)),
-            "classes": known_classes(self.classes),
+            "classes": named_classes(self.classes),
         }.items():
             object.__setattr__(self, name, value)
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[Callable[[], TFDS], tuple[()]]:
+        # A copy in a worker opens the folder itself: readers do not travel.
         names = [f.name for f in self.__dataclass_fields__.values() if f.init]
         fields = {name: getattr(self, name) for name in names} | {"classes": self._given}
         return functools.partial(TFDS, **fields), ()
+
+    @property
+    def _known(self) -> Classes:
+        return cast(Classes, self.classes)  # a name or path only until ``__post_init__``
 
     @property
     def name(self) -> str:
@@ -108,17 +108,17 @@ class TFDS:
         labels, segments = self._labels(features, where)
         record = Record(id=key, image=image, labels=labels, captions=self._captions(features))
         if not record["captions"]:
-            record["captions"] = (texts.describe(labels, self.classes),)
+            record["captions"] = (texts.describe(labels, self._known),)
         if segments is not None:
             record["segments"] = segments
-        check_record(record, self.classes, where)
+        check_record(record, self._known, where)
         return record
 
     def original(self, index: int) -> bytes:
         """Returns the image file of a record as it was stored."""
         return pick(self._features(index), self.image)
 
-    def _features(self, index: int) -> dict[str, Any]:
+    def _features(self, index: int) -> Features:
         try:
             return self._records[index]
         except (RuntimeError, ValueError, IndexError) as error:
@@ -129,31 +129,32 @@ class TFDS:
                 "Copy the folder again from its source, or prepare it again.",
             ) from None
 
-    def _labels(self, features: dict[str, Any], where: str) -> tuple[np.ndarray, np.ndarray | None]:
+    def _labels(self, features: Features, where: str) -> tuple[np.ndarray, np.ndarray | None]:
         data, limit = pick(features, self.labels), self.pixel_limit
         if self.objects is None:
-            return self.rule.read(data, where, self.classes, pixel_limit=limit), None
+            return self.rule.read(data, where, self._known, pixel_limit=limit), None
+        # A sequence of objects comes as one array per name.
         columns = [pick(features, f"{self.objects}/{name}") for name in OBJECTS]
         rows = np.array(columns, np.int32).reshape(len(OBJECTS), -1).T
         return labels_of_segments(decode_segment_ids(data, where, pixel_limit=limit), rows, where)
 
-    def _captions(self, features: dict[str, Any]) -> tuple[str, ...]:
+    def _captions(self, features: Features) -> tuple[str, ...]:
         if self.captions is None:
             return ()
-        found = pick(features, self.captions)
-        listed = found if isinstance(found, (list, tuple, np.ndarray)) else [found]
+        value = pick(features, self.captions)
+        listed = value if isinstance(value, (list, tuple, np.ndarray)) else [value]
         return tuple(texts.clean(plain(text), self.folder) for text in listed)
 
     def words(self) -> tuple[str, ...]:
         """Lists every word its captions can contain, sorted; reads all of them to know."""
         if self.captions is None:
-            return tuple(sorted(texts.described_words(self.classes)))
+            return tuple(sorted(texts.described_words(self._known)))
         every = (text for i in range(len(self)) for text in self._captions(self._features(i)))
         return tuple(sorted(texts.words_of(every)))
 
     def fingerprint(self) -> dict[str, object]:
         """Returns the plain values that must match when a run resumes."""
-        facts = (Path(self.folder) / "dataset_info.json").read_bytes()
+        info = (Path(self.folder) / "dataset_info.json").read_bytes()
         rules = repr((self.rule, self.orientation, self.image, self.labels, self.captions))
         return {
             "name": "tfds",
@@ -161,8 +162,8 @@ class TFDS:
             "version": self._identity[1],
             "split": self.split,
             "count": len(self),
-            "classes": list(self.classes.names),
-            "info": hashlib.sha256(facts).hexdigest()[:16],
+            "classes": list(self._known.names),
+            "info": hashlib.sha256(info).hexdigest()[:16],
             "rules": hashlib.sha256(rules.encode()).hexdigest()[:16],
         }
 
@@ -210,8 +211,9 @@ def check_features(builder: Any, folder: Path, names: list[str]) -> None:
         )
 
 
-def undecoded(builder: Any) -> dict[str, Any]:
+def undecoded(builder: Any) -> dict[str, object]:
     """Returns decoders that leave every image feature as it is stored."""
+    # TFDS turns palette masks into colours where OpenCV is installed: this package decodes itself.
     import tensorflow_datasets as tfds
 
     features = builder.info.features.items()
@@ -219,18 +221,12 @@ def undecoded(builder: Any) -> dict[str, Any]:
     return {name: tfds.decode.SkipDecoding() for name in images}
 
 
-def known_classes(given: Classes | str) -> Classes:
-    """Returns the classes behind a name, a path, or themselves."""
-    if isinstance(given, Classes):
-        return given
-    return CLASS_LISTS[given] if given in CLASS_LISTS else read_classes(Path(given))[0]
-
-
-def pick(features: dict[str, Any], name: str) -> Any:
+def pick(features: Features, name: str) -> Any:
     """Returns the feature at a path such as ``captions/text``."""
+    value: Any = features
     for part in name.split("/"):
-        features = features[part]
-    return features
+        value = value[part]
+    return value
 
 
 def plain(value: object) -> str:
