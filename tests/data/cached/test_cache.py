@@ -115,12 +115,12 @@ def test_rows_are_read_as_they_were_written(made):
 
 
 @pytest.mark.parametrize(
-    ("chance", "variant", "caption"),
+    ("random", "variant", "caption"),
     [((0, 0, 0), 1, 0), ((0.4, 0.3, 0.49), 0, 0), ((0.5, 0.2, 0.5), 3, 1), ((0.9, 0.9, 0.9), 2, 1)],
 )
-def test_chances_choose_crop_mirror_and_caption(made, chance, variant, caption):
+def test_chances_choose_crop_mirror_and_caption(made, random, variant, caption):
     index = np.array([5])  # a record of two captions
-    got = opened(made).gather(index, np.array(chance, float)[:, None])
+    got = opened(made).gather(index, np.array(random, float)[:, None])
     np.testing.assert_array_equal(got["image"], ROWS["image"][5 * VARIANTS + variant][None])
     np.testing.assert_array_equal(got["text"][0], WORDS.encode(CAPTIONS[5][caption]))
 
@@ -209,8 +209,8 @@ def test_every_changed_bit_is_noticed_with_its_file(copy):
         source = opened(copy)
         with pytest.raises(BadSample) as error:
             for variant in range(VARIANTS):
-                chance = np.array([[variant // 2 / 2], [0.0 if variant % 2 else 0.9], [0.0]])
-                source.gather(np.arange(4, 8), np.repeat(chance, 4, axis=1))
+                random = np.array([[variant // 2 / 2], [0.0 if variant % 2 else 0.9], [0.0]])
+                source.gather(np.arange(4, 8), np.repeat(random, 4, axis=1))
         assert str(error.value).startswith(f"ERROR [data] {path}: the shard is damaged (")
         assert "delete it and run launch/encode.py again" in str(error.value)
 
