@@ -1,4 +1,8 @@
-"""From a config to objects. The only place that reads a whole config.
+"""From a config to objects, in one walk.
+
+``system(config.system, info, codecs, problems)`` makes every part by its own constructor. With a
+``Problems`` it goes on after a part that cannot be made, so that all mistakes are reported at once;
+without one (``RAISE``) it stops at the first.
 
 What a model must know of its data (``DatasetInfo``: class names, vocabulary, a few captions) is
 read from the data at training time and kept in the workdir, so that sampling and evaluation need
@@ -10,8 +14,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,18 @@ from jointseg_jax.codecs.image_tiny import ImageTiny
 from jointseg_jax.codecs.label_ae import LabelAE
 from jointseg_jax.codecs.palette import Palette
 from jointseg_jax.codecs.pixels import Latents, Pixels
-from jointseg_jax.config import make
+from jointseg_jax.config import (
+    RAISE,
+    DataConfig,
+    Problems,
+    RunConfig,
+    Spec,
+    SystemConfig,
+    accepts,
+    check_spec,
+    make,
+    plain,
+)
 from jointseg_jax.data import tokenizer as data_text
 from jointseg_jax.data.cached.index import index_path
 from jointseg_jax.data.cached.reader import Cache
@@ -32,7 +46,8 @@ from jointseg_jax.data.sources.features import WithFeatures
 from jointseg_jax.data.sources.folders import Folders
 from jointseg_jax.data.sources.scenes import Scenes
 from jointseg_jax.data.sources.tfds import TFDS
-from jointseg_jax.data.transforms import TRANSFORMS
+from jointseg_jax.data.transforms import TRANSFORMS, Transform
+from jointseg_jax.models.embed import spec_of
 from jointseg_jax.models.text import TEXTS
 from jointseg_jax.models.two_stream import TwoStream
 from jointseg_jax.models.uvit import UViT
@@ -45,7 +60,7 @@ from jointseg_jax.transport.adaptive import Dopri5
 from jointseg_jax.transport.discrete import DDIM, DDPM, MultistepDPM
 from jointseg_jax.transport.dpm import DPMSolverPP
 from jointseg_jax.transport.process import Process
-from jointseg_jax.transport.schedules import SCHEDULES
+from jointseg_jax.transport.schedules import SCHEDULES, Linear
 from jointseg_jax.transport.solvers import Euler, Heun
 from jointseg_jax.transport.times import (
     Grouped,
@@ -118,99 +133,96 @@ def dataset_info(source: Source, *, captions: int = 512) -> DatasetInfo:
     return DatasetInfo(source.classes, tuple(source.words()), tuple(found))
 
 
-def source(config: Mapping[str, Any], split: str) -> Source:
+def source(config: RunConfig, split: str) -> Source:
     """The data source of ``config.data.train`` or ``config.data.val``.
 
     A cache made of them, with these settings, takes their place: see ``from_cache``.
     """
     if from_cache(config, split):
         return cache(config, split)
-    spec = dict(config["data"][split])
+    spec = dict(getattr(config.data, split))
     features = spec.pop("features", None)
-    found = make(SOURCES, spec, where=f"data.{split}")
+    records = make(SOURCES, spec, where=f"data.{split}")
     if not features:
-        return found
+        return records
     where = f"data.{split}.features"
-    return make({"npy": WithFeatures}, features, where=where, source=found, split=found.split)
+    return make({"npy": WithFeatures}, features, where=where, source=records, split=records.split)
 
 
-def from_cache(config: Mapping[str, Any], split: str) -> bool:
-    """Whether ``config.data.cache`` takes the place of ``config.data.train`` or ``.val``.
+def from_cache(config: RunConfig, split: str) -> bool:
+    """Returns True if ``config.data.cache`` takes the place of ``config.data.train`` or ``.val``.
 
-    Of ``val`` it does where the cache has that split and evaluation has no transforms of its own:
-    a cache holds one size, that of training.
+    A cache holds one size, that of training: it stands for ``val`` only where it has that split and
+    evaluation has no transforms of its own.
     """
-    root = config["data"].get("cache")
+    root = config.data.cache
     if not root or split == "train":
         return bool(root)
-    own = config.get("evaluate", {}).get("transforms")
-    return not own and index_path(root, split).exists()
+    return not config.evaluate.transforms and index_path(root, split).exists()
 
 
-def cache(config: Mapping[str, Any], split: str = "train") -> Cache:
+def cache(config: RunConfig, split: str = "train") -> Cache:
     """The cache of ``config.data.cache``, once its settings are found to be the config's.
 
     Raises:
       UserError: they are not, with each that differs.
     """
-    found = Cache(root=config["data"]["cache"], split=split)
-    check_cache(config, found.index, split)
-    return found
+    opened = Cache(root=config.data.cache, split=split)
+    check_cache(config, opened.index, split)
+    return opened
 
 
-def check_cache(config: Mapping[str, Any], index: Mapping[str, Any], split: str = "train") -> None:
+def check_cache(config: RunConfig, index: Mapping[str, Any], split: str = "train") -> None:
     """Refuses the index of a cache that was made with other settings than this config's.
 
     Raises:
       UserError: each setting that differs.
     """
     made, now = index["settings"]["config"], cache_settings(config, split)
+    # A codec without parameters is applied in the step, so that its settings may differ.
     latents = index["settings"]["latents"]
     now["codecs"] = {k: v for k, v in now["codecs"].items() if k in latents}
     require_same(
         {**made, "codecs": {k: made["codecs"].get(k) for k in latents}},
         now,
-        where=f"ERROR [data] {config['data']['cache']}: this cache",
+        where=f"ERROR [data] {config.data.cache}: this cache",
         remedy="Put these back, or run launch/encode.py again with this config, into another "
         "folder.",
     )
 
 
-def cache_settings(config: Mapping[str, Any], split: str) -> dict[str, Any]:
+def cache_settings(config: RunConfig, split: str) -> dict[str, Any]:
     """What of a config decides the contents of its cache, without the folders on this machine."""
-    system, data = config["system"], config["data"]
-    specs = {k: v["codec"] for k, v in system.get("streams", {}).items() if "codec" in v}
-    if "image" in system:
-        specs["image"] = system["image"]
-    text = system.get("text") or {}
+    data, text = config.data, config.system.text or {}
+    specs = {k: place.spec for k, place in config.system.codecs().items()}
     return plain(
         {
-            "data": {k: v for k, v in data[split].items() if k not in ("root", "folder")},
-            "transforms": data["transforms"],
-            "panoptic": data.get("panoptic", False),
-            "size": system["size"],
+            "data": {k: v for k, v in getattr(data, split).items() if k not in ("root", "folder")},
+            "transforms": data.transforms,
+            "panoptic": data.panoptic,
+            "size": config.system.size,
             "text": {k: text.get(k) for k in ("name", "length")},
             "codecs": {k: {n: v for n, v in c.items() if n != "workdir"} for k, c in specs.items()},
         }
     )
 
 
-def transforms(config: Mapping[str, Any]) -> tuple[Any, ...]:
-    """The paired transforms in the config's order."""
-    return _transforms(config["data"]["transforms"], "data.transforms")
+def transforms(data: DataConfig) -> tuple[Transform, ...]:
+    """The paired transforms of training, in the config's order."""
+    return _transforms(data.transforms, "data.transforms")
 
 
-def evaluation_transforms(config: Mapping[str, Any]) -> tuple[Any, ...]:
+def evaluation_transforms(config: RunConfig) -> tuple[Transform, ...]:
     """Those of ``config.evaluate.transforms``, or the training transforms when it is empty."""
-    own = config["evaluate"]["transforms"]
-    return _transforms(own, "evaluate.transforms") if own else transforms(config)
+    own = config.evaluate.transforms
+    return _transforms(own, "evaluate.transforms") if own else transforms(config.data)
 
 
-def _transforms(specs: Mapping[str, Any], where: str) -> tuple[Any, ...]:
+def _transforms(specs: Mapping[str, Spec], where: str) -> tuple[Transform, ...]:
     return tuple(make(TRANSFORMS, spec, where=f"{where}.{name}") for name, spec in specs.items())
 
 
-def instances(config: Mapping[str, Any]) -> int:
+def instances(config: RunConfig) -> int:
     """The highest instance number of the batch field ``panoptic``; 0 where nothing needs one.
 
     ``config.data.panoptic`` asks for the field; the codec that reads it says how high to number.
@@ -218,12 +230,10 @@ def instances(config: Mapping[str, Any]) -> int:
     Raises:
       UserError: a stream codes panoptic maps and has no such field.
     """
-    streams = config.get("system", {}).get("streams", {})
-    wanted = bool(config["data"].get("panoptic", False))
-    numbers = []
-    for name, stream in streams.items():
+    wanted, numbers = config.data.panoptic, []
+    for name, stream in config.system.streams.items():
         spec = stream.get("codec", {})
-        if spec.get("name") != "panoptic_bits":
+        if CODECS.get(spec.get("name")) is not PanopticBits:
             continue
         if not wanted or stream["field"] != "panoptic":
             raise UserError(
@@ -235,115 +245,206 @@ def instances(config: Mapping[str, Any]) -> int:
     return min(numbers, default=2**PanopticBits.instance_bits - 1) if wanted else 0
 
 
-def tokenizer(config: Mapping[str, Any], vocabulary: tuple[str, ...]) -> data_text.Words | None:
+def tokenizer(config: SystemConfig, vocabulary: tuple[str, ...]) -> data_text.Words | None:
     """The host side of the text encoder; None where text is no words."""
-    spec = config["system"].get("text")
-    if not spec or spec["name"] != "words":
+    if not reads_words(config):
         return None
-    return data_text.Words(vocabulary=vocabulary, length=spec["length"])
+    return data_text.Words(vocabulary=vocabulary, length=config.text["length"])
+
+
+def reads_words(config: SystemConfig) -> bool:
+    """Returns True if the text encoder reads token ids rather than features made beforehand."""
+    return bool(config.text) and "vocabulary_size" in accepts(TEXTS[config.text["name"]])
+
+
+# ------------------------------------------------------------------------------- systems
 
 
 def system(
-    config: Mapping[str, Any], info: DatasetInfo, codecs: Mapping[str, Any] | None = None
+    config: SystemConfig,
+    info: DatasetInfo,
+    codecs: Mapping[str, Spec | None] | None = None,
+    problems: Problems = RAISE,
 ) -> Any:
-    """The system of a config.
+    """The system of a config; None where ``problems`` has collected why there is none.
 
     Args:
-      known: classes and vocabulary of the data.
-      codecs: specs of trained codecs by stream, in place of their ``trained`` entries.
+      info: classes and vocabulary of the data.
+      codecs: specs of trained codecs by stream, in place of their ``trained`` entries; None for
+        one that nobody knows, whose stream is then checked as far as it goes.
     """
-    spec = dict(config["system"])
-    name = spec.pop("name", None)
-    if name not in SYSTEMS:
-        raise UserError(f"config.system.name: {name!r} is unknown; one of: {', '.join(SYSTEMS)}.")
-    return SYSTEMS[name](spec, info, codecs or {})
+    if config.name not in SYSTEMS:
+        known = ", ".join(SYSTEMS)
+        problems.note(f"config.system.name: {config.name!r} is unknown; one of: {known}.")
+        return None
+    size = config.size
+    if len(size) != 2 or any(type(n) is not int or n < 1 for n in size):
+        problems.note(f"config.system.size = {size}: give (height, width) in pixels, both above 0.")
+        return None
+    return SYSTEMS[config.name](config, info, codecs or {}, problems)
 
 
-def codec(spec: Mapping[str, Any], info: DatasetInfo, where: str) -> Any:
-    """One codec and those it is made of; annotation codecs are told the number of classes."""
+def codec(spec: Spec, info: DatasetInfo, where: str) -> Any:
+    """One codec and those it is made of; annotation codecs are given the number of classes."""
     parts = {k: v for k, v in spec.items() if isinstance(v, Mapping) and "name" in v}
     spec = dict(spec) | {k: codec(v, info, f"{where}.{k}") for k, v in parts.items()}
-    told = ("bits", "panoptic_bits", "label_ae", "palette")
-    if spec.get("name") in told and "classes" not in spec:
+    if "classes" not in spec and "classes" in accepts(check_spec(CODECS, spec, where=where)):
         return make(CODECS, spec, where=where, classes=len(info.classes))
     return make(CODECS, spec, where=where)
 
 
-def autoencode(spec: dict[str, Any], info: DatasetInfo, codecs: Mapping[str, Any]) -> Autoencode:
+def _autoencode(
+    config: SystemConfig, info: DatasetInfo, codecs: Mapping[str, Any], problems: Problems
+) -> Autoencode | None:
     """The system that trains one codec."""
     del codecs
+    before, fields = len(problems), config.given
     for part in ("codec", "palette"):
-        if spec.get(part):
-            spec[part] = codec(spec[part], info, f"system.{part}")
-    return make({"autoencode": Autoencode}, {"name": "autoencode", **spec}, where="system")
+        if spec := fields.get(part):
+            fields[part] = _sized(spec, info, f"system.{part}", config.size, problems)
+    if len(problems) > before:
+        return None
+    return problems.collect(
+        lambda: make({"autoencode": Autoencode}, _named("autoencode", fields), where="system"),
+        "system",
+    )
 
 
-def bridge(spec: dict[str, Any], info: DatasetInfo, codecs: Mapping[str, Any]) -> Bridge:
-    """The bridge system: two ends in the image codec's latents and a denoiser that fits them."""
-    size = tuple(spec["size"])
-    image = codec(codecs.get(IMAGE, spec["image"]), info, "system.image")
-    del spec["image"]
-    palette = codec(spec.pop("palette"), info, "system.palette")
-    mask = Chain(first=palette, second=image)
-    shape = mask.latent_shape(size)
-    tokens = {"kind": "patches", "grid": shape[:2], "channels": shape[2]} | spec.pop("tokens")
-    spec |= {
-        "size": size,
-        "mask": mask,
-        "denoiser": make(
+def _bridge(
+    config: SystemConfig, info: DatasetInfo, codecs: Mapping[str, Any], problems: Problems
+) -> Bridge | None:
+    """Two ends in the image codec's latents, and a network that fits them."""
+    before, fields = len(problems), config.given
+    spec = codecs.get(IMAGE, fields.pop("image"))
+    image = spec and _sized(spec, info, "system.image", config.size, problems)
+    palette = _sized(fields.pop("palette"), info, "system.palette", config.size, problems)
+    fields |= _sampling(config, problems)
+    fields["process"] = problems.collect(lambda: process(config.process, "system"))
+    if image is None or len(problems) > before:
+        _check_denoiser(config.denoiser, problems)
+        return None
+
+    def make_bridge() -> Bridge:
+        mask = Chain(first=palette, second=image)
+        height, width, channels = mask.latent_shape(tuple(config.size))
+        tokens = {"kind": "patches", "grid": (height, width), "channels": channels}
+        denoiser = make(
             DENOISERS,
-            dict(spec["denoiser"]) | {"time_tokens": (STATE,)},
+            dict(config.denoiser) | {"time_tokens": (STATE,)},
             where="system.denoiser",
-            streams={STATE: tokens},
-        ),
-        "process": process(spec["process"], "system"),
-        "times": times(spec["times"]),
-        "solver": make(SOLVERS, spec["solver"], where="system.solver"),
-    }
-    return make({"bridge": Bridge}, {"name": "bridge", **spec}, where="system")
+            streams={STATE: tokens | fields.pop("tokens")},
+        )
+        made = fields | {"size": tuple(config.size), "mask": mask, "denoiser": denoiser}
+        return make({"bridge": Bridge}, _named("bridge", made), where="system")
+
+    return problems.collect(make_bridge, "system")
 
 
-def joint(spec: dict[str, Any], info: DatasetInfo, codecs: Mapping[str, Any]) -> Joint:
-    """The joint system: streams, text, times, solver, and a denoiser that fits the streams."""
-    size = tuple(spec["size"])
-    entries = {k: dict(v) for k, v in spec["streams"].items()}
-    text = text_encoder(spec.get("text"), info)
-    tokens, streams = {}, {}
-    for name, entry in entries.items():
-        where = f"system.streams.{name}"
-        look = dict(entry.pop("tokens"))
-        if name == TEXT_STREAM:
-            entry["codec"] = {"name": "latents", "shape": (text.length, text.width)}
-        entry["codec"] = codec(codecs.get(name, entry["codec"]), info, where + ".codec")
-        entry["process"] = process(entry["process"], where)
-        streams[name] = make({"stream": Stream}, {"name": "stream", **entry}, where=where)
-        shape = streams[name].codec.latent_shape(size)
-        if len(shape) == 2:
-            tokens[name] = {"kind": "tokens", "count": shape[0], "width": shape[1]} | look
+def _joint(
+    config: SystemConfig, info: DatasetInfo, codecs: Mapping[str, Any], problems: Problems
+) -> Joint | None:
+    """Streams, text, times, solver, and a network that fits the streams."""
+    before = len(problems)
+    text = problems.collect(lambda: text_encoder(config.text, info))
+    streams, tokens = {}, {}
+    for name, entry in config.streams.items():
+        if name == TEXT_STREAM:  # features of the prompt, denoised like an image
+            spec = {"name": "latents", "shape": (text.length, text.width)}
         else:
-            tokens[name] = {"kind": "patches", "grid": shape[:2], "channels": shape[2]} | look
-    denoiser = dict(spec["denoiser"])
-    if text is not None and TEXT_STREAM not in streams:
-        denoiser["context"] = {"kind": "tokens", "count": text.length, "width": text.width}
-    spec |= {
-        "size": size,
-        "streams": streams,
-        "text": text,
-        "denoiser": make(DENOISERS, denoiser, where="system.denoiser", streams=tokens),
-        "times": times(spec["times"]),
-        "solver": make(SOLVERS, spec["solver"], where="system.solver"),
+            spec = codecs.get(name, entry["codec"])
+        streams[name], tokens[name] = _stream(name, entry, spec, info, config.size, problems)
+    fields = config.given | _sampling(config, problems) | {"text": text, "streams": streams}
+    if None in streams.values() or len(problems) > before:
+        _check_denoiser(config.denoiser, problems)
+        return None
+
+    def make_joint() -> Joint:
+        denoiser = dict(config.denoiser)
+        if text is not None and TEXT_STREAM not in streams:
+            denoiser["context"] = {"kind": "tokens", "count": text.length, "width": text.width}
+        network = make(DENOISERS, denoiser, where="system.denoiser", streams=tokens)
+        made = fields | {"size": tuple(config.size), "denoiser": network}
+        return make({"joint": Joint}, _named("joint", made), where="system")
+
+    return problems.collect(make_joint, "system")
+
+
+def _stream(
+    name: str,
+    entry: Mapping[str, Any],
+    spec: Spec | None,
+    info: DatasetInfo,
+    size: tuple[int, int],
+    problems: Problems,
+) -> tuple[Stream | None, Mapping[str, Any] | None]:
+    """A stream and how its latents become tokens; None for what cannot be made."""
+    where = f"system.streams.{name}"
+    coded = spec and _sized(spec, info, f"{where}.codec", size, problems)
+    moving = problems.collect(lambda: process(entry["process"], where), where)
+    fields = {k: v for k, v in entry.items() if k not in ("tokens", "codec", "process")}
+    # What cannot be made is stood in for, so that the stream's other fields are checked too.
+    parts = {"codec": coded or Pixels(), "process": moving or STANDING}
+    stream = problems.collect(
+        lambda: make({"stream": Stream}, _named("stream", fields), where=where, **parts), where
+    )
+    if coded is None:
+        return None, None
+    shape = coded.latent_shape(tuple(size))
+    if len(shape) == 2:
+        look = {"kind": "tokens", "count": shape[0], "width": shape[1]} | dict(entry["tokens"])
+    else:
+        look = {"kind": "patches", "grid": shape[:2], "channels": shape[2]} | dict(entry["tokens"])
+        problems.collect(lambda: spec_of(look, where=f"config.{where}.tokens"))
+    return (stream if moving is not None else None), look
+
+
+def _sized(
+    spec: Spec, info: DatasetInfo, where: str, size: tuple[int, int], problems: Problems
+) -> Any:
+    """A codec that can code maps of this size; None where it cannot be made or cannot."""
+
+    def make_codec() -> Any:
+        made = codec(spec, info, where)
+        made.latent_shape(tuple(size))  # refuses sizes that it cannot code
+        return made
+
+    return problems.collect(make_codec, where)
+
+
+def _sampling(config: SystemConfig, problems: Problems) -> dict[str, Any]:
+    return {
+        "times": problems.collect(lambda: times(config.times)),
+        "solver": problems.collect(lambda: make(SOLVERS, config.solver, where="system.solver")),
     }
-    return make({"joint": Joint}, {"name": "joint", **spec}, where="system")
 
 
-def process(spec: Mapping[str, Any], where: str) -> Process:
+def _named(name: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {"name": name, **fields}
+
+
+def _check_denoiser(spec: Spec | None, problems: Problems) -> None:
+    """A network whose streams are not known: what can be said of its other fields."""
+    if spec is None:
+        return
+    network = problems.collect(
+        lambda: check_spec(DENOISERS, spec, where="system.denoiser", given=("streams",))
+    )
+    if network is not UViT:
+        return
+    fields = {k: v for k, v in spec.items() if k not in ("share", "add_features", "time_tokens")}
+    streams = {"any": {"kind": "patches", "grid": (8, 8), "channels": 1, "patch": 1}}
+    known = {"streams": streams, "time_tokens": ("any",)}
+    problems.collect(lambda: make(DENOISERS, fields, where="system.denoiser", **known))
+
+
+def process(spec: Spec, where: str) -> Process:
     """One process and its schedule."""
-    spec = dict(spec)
-    spec["schedule"] = make(SCHEDULES, spec["schedule"], where=where + ".process.schedule")
-    return make({"process": Process}, {"name": "process", **spec}, where=where + ".process")
+    schedule = make(SCHEDULES, spec["schedule"], where=where + ".process.schedule")
+    fields = dict(spec) | {"name": "process", "schedule": schedule}
+    return make({"process": Process}, fields, where=where + ".process")
 
 
-def times(spec: Mapping[str, Any]) -> Any:
+def times(spec: Spec) -> Any:
     """What draws training times, and its distribution."""
     spec = dict(spec)
     if "distribution" in spec:
@@ -353,32 +454,21 @@ def times(spec: Mapping[str, Any]) -> Any:
     return make(TIMES, spec, where="system.times")
 
 
-def text_encoder(spec: Mapping[str, Any] | None, info: DatasetInfo) -> Any:
-    """The text encoder, told how many words there are; None where text is none."""
+def text_encoder(spec: Spec | None, info: DatasetInfo) -> Any:
+    """The text encoder, given how many words there are; None where there is no text."""
     if not spec:
         return None
-    if spec.get("name") == "words":
+    if "vocabulary_size" in accepts(check_spec(TEXTS, spec, where="system.text")):
         size = len(info.vocabulary) + data_text.UNKNOWN + 1
         return make(TEXTS, spec, where="system.text", vocabulary_size=size)
     return make(TEXTS, spec, where="system.text")
 
 
-SYSTEMS = {"joint": joint, "bridge": bridge, "autoencode": autoencode}
+STANDING = Process(schedule=Linear(), predicts="velocity")
+"""For a stream whose own process cannot be made."""
 
-
-def plain(config: Any) -> Any:
-    """A config as JSON values: what is stored beside a checkpoint and compared on resume."""
-    if isinstance(config, Mapping) or hasattr(config, "items"):
-        return {k: plain(v) for k, v in config.items()}
-    if isinstance(config, (list, tuple)):
-        return [plain(v) for v in config]
-    if isinstance(config, float) and math.isfinite(config) and config == int(config):
-        return float(config)
-    return config
-
-
-def from_plain(values: Any) -> Any:
-    """A config read back from JSON: sequences are tuples again, as in the files of configs."""
-    if isinstance(values, Mapping):
-        return {k: from_plain(v) for k, v in values.items()}
-    return tuple(map(from_plain, values)) if isinstance(values, list) else values
+SYSTEMS: dict[str, Callable[..., Any]] = {
+    "joint": _joint,
+    "bridge": _bridge,
+    "autoencode": _autoencode,
+}

@@ -43,8 +43,9 @@ def run(main: Callable[[], int | None], check: Callable[[], list[str]] | None = 
 
 
 def _parse(argv: Sequence[str], check: Callable[[], list[str]]) -> list[str]:
+    argv = _with_values(argv)
     try:
-        rest = flags.FLAGS(list(argv))
+        rest = flags.FLAGS(argv)
         _require_files()
         found = _stray(rest)
     except MISREAD as error:
@@ -170,6 +171,26 @@ def last_line(values: dict[str, Any]) -> None:
     if distributed.is_first():
         sys.stdout.flush()
         print(json.dumps(values), flush=True)
+
+
+OPTIONAL: set[str] = set()
+"""Flags that may stand without a value, which then is the empty text."""
+
+
+def define_optional(name: str, text: str) -> flags.FlagHolder[str | None]:
+    """Defines a flag whose value may be left out: None without the flag, "" for the bare flag."""
+    OPTIONAL.add(name)
+    return flags.DEFINE_string(name, None, text)
+
+
+def _with_values(argv: Sequence[str]) -> list[str]:
+    """The words of a command line, each bare optional flag with its empty value."""
+    after = [*argv[1:], "--"]
+    bare = {f"--{name}" for name in OPTIONAL}
+    return [
+        f"{word}=" if word in bare and following.startswith("-") else word
+        for word, following in zip(argv, after)
+    ]
 
 
 def define_process_flags() -> None:

@@ -19,8 +19,9 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from jointseg_jax import build, chips, mistakes, sharding
+from jointseg_jax import build, check, chips, sharding
 from jointseg_jax.chips import Chip
+from jointseg_jax.config import Problems, ReadConfig, RunConfig, SystemConfig
 from jointseg_jax.data.audit import Report, scan
 from jointseg_jax.data.cached.loader import CachedSource
 from jointseg_jax.data.pipeline import batches
@@ -29,22 +30,19 @@ from jointseg_jax.perf import programs, report
 from jointseg_jax.training import init_from, pretrained, resume, snapshot
 from jointseg_jax.training.checkpoints import Checkpoints, read_meta
 from jointseg_jax.training.digest import describe
-from jointseg_jax.training.program import check_batch
-from jointseg_jax.training.workdir import copied_spec, load_codecs, trained_codecs
-from jointseg_jax.types import UserError
+from jointseg_jax.training.step import check_batch
+from jointseg_jax.training.workdir import copied_spec, load_codecs
 
 T = TypeVar("T")
-Config = Mapping[str, Any]
-
-SHOWN = 20
+MAX_LISTED = 20
 """How many bad records of a split are listed."""
 
 
 @dataclasses.dataclass
-class Rehearsal:
-    """What was found, part by part."""
+class Findings:
+    """What validation saw, part by part: problems, and what is well."""
 
-    problems: list[str] = dataclasses.field(default_factory=list)
+    problems: Problems = dataclasses.field(default_factory=Problems)
     rows: list[tuple[str, str]] = dataclasses.field(default_factory=list)
 
     def add(self, part: str, text: str) -> None:
@@ -52,16 +50,17 @@ class Rehearsal:
         self.rows.append((part, text))
 
     def attempt(self, make: Callable[[], T]) -> T | None:
-        """What ``make`` gives; None, and its text a problem, where it refuses."""
+        """Returns what ``make`` returns; None where it refuses, and its text is a problem then."""
         try:
-            return make()
-        except (UserError, BadSample, ValueError) as error:
-            self.note([str(error)])
+            return self.problems.collect(make)
+        except BadSample as error:
+            self.problems.note(str(error))
         return None
 
     def note(self, texts: Sequence[str]) -> None:
         """Collects problems, each once."""
-        self.problems += [text for text in texts if text not in self.problems]
+        for text in texts:
+            self.problems.note(text)
 
     def page(self) -> str:
         """The result as text."""
@@ -85,75 +84,78 @@ class Rehearsal:
         return "\n".join([head, *self.problems, *rest])
 
 
-def rehearse(
-    config: Config,
+def validate(
+    values: Mapping[str, Any],
     workdir: str,
     *,
     topology: str | None = None,
     limit: int = 2000,
     allow: Sequence[str] = (),
-) -> Rehearsal:
-    """Looks at everything.
+) -> Findings:
+    """Looks at everything that a run with this config needs.
 
     Args:
+      values: the config as its file gives it.
       topology: of a TPU that need not exist (``v5e:4x4``); what is here when None.
       limit: of records of each split to read, spread evenly; 0 for all.
       allow: regexes of config paths that a resumed run may change.
     """
-    found = Rehearsal()
+    findings = Findings()
     if topology is not None:
         jax.config.update("jax_platforms", "cpu")  # what a program is lowered on; nothing runs
-    wrong = mistakes.mistakes(config, workdir)
-    found.note(wrong)
+    config, wrong = check.checked(values, workdir)
+    findings.note(wrong)
     if not wrong:
-        found.add("config", f"{config['steps']:,} steps of {config['batch']:,} rows")
-    sources = {split: _data(config, split, limit, found) for split in ("train", "val")}
+        findings.add("config", f"{config.steps:,} steps of {config.batch:,} rows")
+    sources = {split: _data(config, split, limit, findings) for split in ("train", "val")}
     source, path = sources["train"], Path(workdir)
-    saved = None if source is None else _checkpoint(config, path, source, allow, found)
-    devices = found.attempt(lambda: _devices(topology))
-    mesh = devices and found.attempt(lambda: sharding.make_mesh(config["mesh"], devices))
-    divides = mesh and found.attempt(lambda: check_batch(config, mesh) or True)
+    saved = None if source is None else _checkpoint(config, path, source, allow, findings)
+    devices = findings.attempt(lambda: _devices(topology))
+    mesh = devices and findings.attempt(lambda: sharding.make_mesh(config.mesh, devices))
+    divides = mesh and findings.attempt(lambda: check_batch(config, mesh) or True)
     if wrong or source is None or not divides:
-        found.add("not looked at", "memory, which takes a config, data and a mesh that go together")
-        return found
-    known = build.dataset_info(source, captions=0)
-    _batch(config, source, known, found)
-    _codecs(config, path, known, found)
-    state = _memory(config, path, devices, topology, found)
+        findings.add(
+            "not looked at", "memory, which takes a config, data and a mesh that go together"
+        )
+        return findings
+    info = build.dataset_info(source, captions=0)
+    _batch(config, source, info, findings)
+    _codecs(config, path, info, findings)
+    state = _memory(config, path, devices, topology, findings)
     if state is not None:
-        _arrays(saved, state, path, found)
-        _start(config, path, state, known, found)
-        _disk(config, path, state, found)
-    return found
+        _arrays(saved, state, path, findings)
+        _start(config, path, state, info, findings)
+        _disk(config, path, state, findings)
+    return findings
 
 
 # --------------------------------------------------------------------------- data
 
 
-def _data(config: Config, split: str, limit: int, found: Rehearsal) -> Source | None:
-    before = len(found.problems)
-    source = found.attempt(lambda: build.source(config, split))
+def _data(config: RunConfig, split: str, limit: int, findings: Findings) -> Source | None:
+    before = len(findings.problems)
+    source = findings.attempt(lambda: build.source(config, split))
     if source is None or len(source) == 0:
-        if len(found.problems) == before:  # else the listing has said so
-            found.note([f"ERROR [data] config.data.{split}: there is not one record in it."])
+        if len(findings.problems) == before:  # else the listing has said so
+            findings.note([f"ERROR [data] config.data.{split}: there is not one record in it."])
         return None
     if isinstance(source, CachedSource):
-        return _encoded(source, split, found)
-    threads = max(config["data"].get("threads", 2), 1)
+        return _encoded(source, split, findings)
+    threads = max(config.data.threads, 1)
     looked = scan(source, threads=threads, limit=limit or None, spread=True)
-    found.note(bad_records(looked, split, len(source)))
+    findings.note(bad_records(looked, split, len(source)))
     if not looked.bad:
-        found.add(f"data.{split}", described(looked, len(source)))
+        findings.add(f"data.{split}", described(looked, len(source)))
     return source
 
 
-def _encoded(source: CachedSource, split: str, found: Rehearsal) -> CachedSource | None:
+def _encoded(source: CachedSource, split: str, findings: Findings) -> CachedSource | None:
     """An encoded data set: every row is read and held against its sum."""
     damage = [str(problem) for problem in source.damage()]
-    found.note(damage)
+    findings.note(damage)
     if damage:
         return None
-    found.add(f"data.{split}", f"{len(source):,} encoded records read, none damaged")
+    findings.add(f"data.{split}", f"{len(source):,} encoded records read, none damaged")
     return source
 
 
@@ -165,12 +167,12 @@ def bad_records(looked: Report, split: str, total: int) -> list[str]:
         f"{problem} (record {index} of {total:,})" if index >= 0 else str(problem)
         for index, problem in looked.bad
     ]
-    more = f"; the first {SHOWN} are above" if len(texts) > SHOWN else ""
-    texts = texts[:SHOWN]
+    more = f"; the first {MAX_LISTED} are above" if len(texts) > MAX_LISTED else ""
+    texts = texts[:MAX_LISTED]
     return [
         *texts,
         f"ERROR [data] config.data.{split}: {len(looked.bad)} bad among {looked.count:,} records "
-        f"looked at{more}. Mend them, or write shards without them with launch/prepare.py.",
+        f"looked at{more}. Fix them, or write shards without them with launch/prepare.py.",
     ]
 
 
@@ -195,29 +197,28 @@ def described(looked: Report, total: int) -> str:
     return "; ".join(parts) + "."
 
 
-def _batch(config: Config, source: Source, info: build.DatasetInfo, found: Rehearsal) -> None:
+def _batch(config: RunConfig, source: Source, info: build.DatasetInfo, findings: Findings) -> None:
     """One small batch, made as training makes it."""
-    tokenizer = build.tokenizer(config, info.vocabulary)
+    tokenizer = build.tokenizer(config.system, info.vocabulary)
 
     def make() -> dict[str, np.ndarray]:
         made = batches(
             source,
+            ReadConfig(threads=1, prefetch=1),
             batch=2,
-            seed=config["seed"],
-            transforms=build.transforms(config),
+            seed=config.seed,
+            transforms=build.transforms(config.data),
             tokenizer=tokenizer.encode if tokenizer else None,
-            threads=1,
-            prefetch=1,
             instances=build.instances(config),
         )
         with made:
             return next(made)
 
-    rows = found.attempt(make)
+    rows = findings.attempt(make)
     if rows is not None:
         shapes = {k: f"{v.dtype}{list(v.shape[1:])}" for k, v in rows.items()}
         fields = ", ".join(f"{k} {shape}" for k, shape in shapes.items() if k != "index")
-        found.add("batch", f"each row has {fields}")
+        findings.add("batch", f"each row has {fields}")
 
 
 # ---------------------------------------------------------------- devices, memory
@@ -244,17 +245,17 @@ def present_chip() -> Chip:
 
 
 def _memory(
-    config: Config, workdir: Path, devices: list[Any], topology: str | None, found: Rehearsal
+    config: RunConfig, workdir: Path, devices: list[Any], topology: str | None, findings: Findings
 ) -> Any:
     """Compiles the update; returns the shapes of the state."""
     missing = programs.Missing(codec=_gathered(config, workdir))
-    lowered = found.attempt(lambda: programs.lower_training(config, devices, missing=missing))
+    lowered = findings.attempt(lambda: programs.lower_training(config, devices, missing=missing))
     if lowered is None:
         return None
     chip = chips.chip_of(topology) if topology else present_chip()
-    made = found.attempt(lambda: report.compiled(lowered, chip)[0])
+    made = findings.attempt(lambda: report.compiled(lowered, chip)[0])
     if made is not None:
-        _fits(made, topology or _kind(devices), found)
+        _fits(made, topology or _kind(devices), findings)
     shapes = lowered.program.args_info[0][0]
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), shapes)
 
@@ -263,10 +264,10 @@ def _kind(devices: list[Any]) -> str:
     return f"{len(devices)} x {devices[0].device_kind}"
 
 
-def _fits(made: report.Report, where: str, found: Rehearsal) -> None:
+def _fits(made: report.Findings, where: str, findings: Findings) -> None:
     data, fsdp, model = made.lowered.mesh
     rows = made.lowered.batch / (data * fsdp)
-    found.add(
+    findings.add(
         "mesh",
         f"data {data} x fsdp {fsdp} x model {model} on {where}; {rows:g} rows per data shard",
     )
@@ -276,9 +277,9 @@ def _fits(made: report.Report, where: str, found: Rehearsal) -> None:
         "state (config.sharding zero1 or fsdp, config.mesh)."
     )
     if memory is None:
-        found.note([f"config.batch: does not fit. {remedy} The compiler says:\n{made.refusal}"])
+        findings.note([f"config.batch: does not fit. {remedy} The compiler says:\n{made.refusal}"])
     elif memory.peak > limit:
-        found.note(
+        findings.note(
             [
                 f"config.batch: the update takes {_size(memory.peak)} on each device, which has "
                 f"{_size(limit)}. {remedy}"
@@ -287,7 +288,7 @@ def _fits(made: report.Report, where: str, found: Rehearsal) -> None:
     else:
         share = memory.peak / limit
         tight = ", tight" if share > report.TIGHT else ""
-        found.add(
+        findings.add(
             "memory",
             f"{_size(memory.peak)} of {_size(limit)} per device ({share:.1%}{tight}), "
             f"by the compiler's plan: state and batch {_size(memory.arguments)}, activations and "
@@ -302,85 +303,85 @@ def _size(gib: float) -> str:
 # ------------------------------------------------------------------------ workdir
 
 
-def _gathered(config: Config, workdir: Path) -> dict[str, Any] | None:
-    """A config that would train the codec which the workdir has a copy of."""
-    for name, place in trained_codecs(config).items():
+def _gathered(config: RunConfig, workdir: Path) -> SystemConfig | None:
+    """What would train the codec that the workdir has a copy of."""
+    for name, place in config.system.trained_codecs().items():
         spec = copied_spec(workdir, name)
         if spec is not None:
-            return {"system": {"name": "autoencode", "codec": spec, "field": place.field}}
+            return SystemConfig(name="autoencode", size=(), codec=spec, field=place.field)
     return None
 
 
-def _codecs(config: Config, workdir: Path, info: build.DatasetInfo, found: Rehearsal) -> None:
-    cache = config["data"].get("cache")
-    for name, place in trained_codecs(config).items():
+def _codecs(config: RunConfig, workdir: Path, info: build.DatasetInfo, findings: Findings) -> None:
+    cache = config.data.cache
+    for name, place in config.system.trained_codecs().items():
         if cache and copied_spec(workdir, name) is None:
-            if found.attempt(lambda: load_codecs(Path(cache), config)):
-                found.add(f"codec {name}", f"that of {cache}")
+            if findings.attempt(lambda: load_codecs(Path(cache), config.system)):
+                findings.add(f"codec {name}", f"that of {cache}")
         elif copied_spec(workdir, name) is None:
-            if found.attempt(lambda place=place: pretrained.load_codec(place, info)):
-                found.add(f"codec {name}", f"that of {place.spec['workdir']}")
-        elif found.attempt(lambda: load_codecs(workdir, config)):
-            found.add(f"codec {name}", f"the copy in {workdir / 'frozen'}")
+            if findings.attempt(lambda place=place: pretrained.load_codec(place, info)):
+                findings.add(f"codec {name}", f"that of {place.spec['workdir']}")
+        elif findings.attempt(lambda: load_codecs(workdir, config.system)):
+            findings.add(f"codec {name}", f"the copy in {workdir / 'frozen'}")
 
 
 def _checkpoint(
-    config: Config, workdir: Path, source: Source, allow: Sequence[str], found: Rehearsal
+    config: RunConfig, workdir: Path, source: Source, allow: Sequence[str], findings: Findings
 ) -> dict[str, Any] | None:
     """The meta of the newest checkpoint, whose settings and classes must be this config's."""
     if (workdir / "facts.json").exists():
         known = build.dataset_info(source, captions=0)
-        found.attempt(lambda: resume.require_info(known, workdir / "facts.json"))
+        findings.attempt(lambda: resume.require_info(known, workdir / "facts.json"))
     folder = workdir / "checkpoints"
     steps = Checkpoints(folder, read_only=True).steps() if folder.is_dir() else []
     if not steps:
-        found.add("checkpoint", f"none in {workdir}: the run starts at step 0")
+        findings.add("checkpoint", f"none in {workdir}: the run starts at step 0")
         return None
-    meta = found.attempt(lambda: read_meta(folder))
+    meta = findings.attempt(lambda: read_meta(folder))
     if meta is None:
         return None
-    current, before = resume.settings(config, source), len(found.problems)
-    found.attempt(lambda: resume.require_settings(meta, current, allow, workdir))
-    if len(found.problems) == before:
-        left = max(config["steps"] - meta["step"], 0)
-        found.add(
+    current, before = resume.settings(config, source), len(findings.problems)
+    findings.attempt(lambda: resume.require_settings(meta, current, allow, workdir))
+    if len(findings.problems) == before:
+        left = max(config.steps - meta["step"], 0)
+        findings.add(
             "checkpoint",
             f"the run goes on from step {meta['step']:,} in {workdir}; {left:,} steps are left",
         )
     return meta
 
 
-def _arrays(saved: dict[str, Any] | None, state: Any, workdir: Path, found: Rehearsal) -> None:
+def _arrays(saved: dict[str, Any] | None, state: Any, workdir: Path, findings: Findings) -> None:
     """Holds the arrays of the newest checkpoint against those of this model, unread."""
     if saved is None:
         return
     kinds = {path: kind for path, (kind, _) in saved["checkpoint"]["leaves"].items()}
     wanted = {path: describe(leaf) for path, (_, leaf) in snapshot.leaves(state).items()}
     where = str(workdir / "checkpoints" / str(saved["step"]))
-    if found.attempt(lambda: snapshot.require_fit(kinds, wanted, where) or True):
-        found.add("arrays", f"the checkpoint's {len(kinds):,} fit, by name, shape and dtype")
+    if findings.attempt(lambda: snapshot.require_fit(kinds, wanted, where) or True):
+        findings.add("arrays", f"the checkpoint's {len(kinds):,} fit, by name, shape and dtype")
 
 
 def _start(
-    config: Config, workdir: Path, state: Any, info: build.DatasetInfo, found: Rehearsal
+    config: RunConfig, workdir: Path, state: Any, info: build.DatasetInfo, findings: Findings
 ) -> None:
-    spec = config.get("start", {})
-    if init_from.is_fresh(spec) or mistakes.has_checkpoint(str(workdir)):
+    start = config.start
+    if start.is_fresh or check.has_checkpoint(str(workdir)):
         return
-    given = found.attempt(lambda: init_from.load(spec, state.params, info))
+    given = findings.attempt(lambda: init_from.load(start, state.params, info))
     if given is not None:
-        found.add("start", f"{len(given):,} arrays from {spec.get('workdir') or spec['file']}")
+        findings.add("start", f"{len(given):,} arrays from {start.workdir or start.file}")
 
 
-def _disk(config: Config, workdir: Path, state: Any, found: Rehearsal) -> None:
+def _disk(config: RunConfig, workdir: Path, state: Any, findings: Findings) -> None:
     size = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state))
-    keep = config["checkpoint"]["keep"] + 1  # the new one is written before the oldest goes
+    keep = config.checkpoint.keep + 1  # the new one is written before the oldest goes
     above = next(p for p in (workdir.absolute(), *workdir.absolute().parents) if p.exists())
     free = shutil.disk_usage(above).free
     each = f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
     text = f"{keep - 1} checkpoints of {each} are kept; {free / 1e9:.1f} GB are free"
     if keep * size > free:
         remedy = f"Free some, or lower config.checkpoint.keep = {keep - 1}."
-        found.note([f"--workdir={workdir}: {text}. {remedy}"])
+        findings.note([f"--workdir={workdir}: {text}. {remedy}"])
     else:
-        found.add("disk", text)
+        findings.add("disk", text)

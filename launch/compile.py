@@ -54,6 +54,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from jointseg_jax import cli
+from jointseg_jax.config import RunConfig, SystemConfig
 from jointseg_jax.types import UserError
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -117,10 +118,11 @@ def main() -> int:
     chip = chips.chip_of(TOPOLOGY.value)
     options = chips.options_of(TOPOLOGY.value) | _options(OPTIONS.value)
     devices = chips.devices_of(TOPOLOGY.value)
+    config = RunConfig.parse(CONFIG.value.to_dict())
     config = abstract.with_denoiser(
-        CONFIG.value.to_dict(), remat=REMAT.value, scan=SCAN.value, attention=ATTENTION.value
+        config, remat=REMAT.value, scan=SCAN.value, attention=ATTENTION.value
     )
-    codec = CODEC.value.to_dict() if CODEC.value is not None else None
+    codec = SystemConfig.parse(CODEC.value.to_dict()["system"]) if CODEC.value else None
     missing = programs.Missing(classes=CLASSES.value, codec=codec, cached=CACHED.value)
     if SWEEP.value:
         return _sweep(config, devices, missing, options)
@@ -149,9 +151,7 @@ def main() -> int:
     return 0 if made.memory is not None else 1
 
 
-def _sweep(
-    config: dict[str, Any], devices: list[Any], missing: Any, options: dict[str, str]
-) -> int:
+def _sweep(config: RunConfig, devices: list[Any], missing: Any, options: dict[str, str]) -> int:
     """Prints the table of a sweep; 1 if nothing fits."""
     from jointseg_jax import chips
     from jointseg_jax.perf import sweep

@@ -48,6 +48,7 @@ from ml_collections import config_flags
 from tqdm import tqdm
 
 from jointseg_jax import cli, distributed
+from jointseg_jax.config import RunConfig
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file of the run that will train, as for launch/train.py."
@@ -98,7 +99,7 @@ def main() -> None:
         threads=THREADS.value,
     )
     with ExitOnSigterm():
-        report = encode(CONFIG.value.to_dict(), options, progress=_bar, show=_say)
+        report = encode(RunConfig.parse(CONFIG.value.to_dict()), options, progress=_bar, show=_say)
     if distributed.is_first():
         print(f"to train from it: launch/train.py ... --config.data.cache={OUT.value}")
     cli.last_line(report)

@@ -15,6 +15,10 @@ and GKE, where the processes find one another. Elsewhere say where they meet, he
 The first alone logs and reports. Should one die, the others end within seconds with a line that
 says so (exit status 76, or 134 where jax aborts them): run the same command on all of them again.
 
+What can be set, with types, defaults and meaning, for the whole config or a part of it:
+  python launch/train.py --config C --help_config
+  python launch/train.py --config C --help_config system.solver
+
 Before a pod is spent: --validate goes through config, data, mesh, memory and the workdir's
 checkpoint, lists everything that is wrong (exit status 2) or what was found (0), and leaves the
 workdir as it is. Memory is that of the devices here, or of a TPU that need not exist:
@@ -34,6 +38,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from jointseg_jax import cli, distributed
+from jointseg_jax.config import RunConfig
 from jointseg_jax.types import UserError
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -54,69 +59,86 @@ SCAN = flags.DEFINE_integer(
     "scan", 2000, "validate: records of each split to read, spread evenly; 0: all.", lower_bound=0
 )
 cli.define_process_flags()
-flags.mark_flags_as_required(["config", "workdir"])
+HELP = cli.define_optional(
+    "help_config", "Print the fields of the config, or of PATH in it (system.solver), and leave."
+)
+flags.mark_flag_as_required("config")
+flags.register_multi_flags_validator(
+    ["workdir", "help_config"],
+    lambda values: any(value is not None for value in values.values()),
+    message="Flag --workdir must have a value other than None.",
+)
 
 
 def main() -> int:
-    """Trains, or validates."""
+    """Trains, then does what ``config.finish`` asks for; or validates, or explains the config."""
+    if HELP.value is not None:
+        return explain(HELP.value)
     cli.start(saves=True)
-    from jointseg_jax import mistakes
-
-    config, workdir = CONFIG.value.to_dict(), Path(WORKDIR.value)
+    values, workdir = CONFIG.value.to_dict(), Path(WORKDIR.value)
     if VALIDATE.value:
-        return validate(config, workdir)
+        return validate(values)
     if TOPOLOGY.value is not None:
         raise UserError("ERROR [flags] --topology is for --validate; training takes what is here.")
-    mistakes.refuse(config, WORKDIR.value)
-    from jointseg_jax.training import goodput
-
-    since = time.time()
-    try:
-        return train(config, workdir)
-    finally:
-        if distributed.is_first():
-            goodput.tell(workdir, since=since)
-
-
-def train(config: dict[str, Any], workdir: Path) -> int:
-    """Trains, then does what ``config.finish`` asks for."""
+    from jointseg_jax import check
     from jointseg_jax.training import goodput, loop
 
-    start = time.monotonic()
-    status = loop.train(config, workdir, ALLOW.value, start_afresh=AFRESH.value)
-    if status == 0 and config["finish"]["num"]:
-        from jointseg_jax.evaluation.evaluate import evaluate
-        from jointseg_jax.training.preemption import ExitOnSigterm
-
-        with ExitOnSigterm(), goodput.evaluation(workdir, writes=distributed.is_first()):
-            report = evaluate(workdir, num=config["finish"]["num"])
+    config, problems = check.checked(values, WORKDIR.value)
+    problems.raise_if_any()
+    since, start = time.time(), time.monotonic()
+    try:
+        status = loop.train(config, workdir, ALLOW.value, start_afresh=AFRESH.value)
+        if status == 0 and config.finish.num:
+            finish(config, workdir, start)
+        return status
+    finally:
         if distributed.is_first():
-            grid = report.get("grid", workdir / "samples")
-            print(f"everything is in {workdir}: start with {grid}")
-        cli.last_line(report | {"seconds": round(time.monotonic() - start, 1)})
-    return status
+            goodput.log_summary(workdir, since=since)
 
 
-def validate(config: dict[str, Any], workdir: Path) -> int:
-    """Prints what a run would find."""
-    from jointseg_jax import validate
+def finish(config: RunConfig, workdir: Path, start: float) -> None:
+    """Generates and judges pairs, and says where everything is."""
+    from jointseg_jax.evaluation.evaluate import evaluate
+    from jointseg_jax.training import goodput
+    from jointseg_jax.training.preemption import ExitOnSigterm
 
-    found = validate.rehearse(
-        config, WORKDIR.value, topology=TOPOLOGY.value, limit=SCAN.value, allow=ALLOW.value
-    )
-    if found.problems:
-        raise UserError(found.page())
+    with ExitOnSigterm(), goodput.evaluation(workdir, writes=distributed.is_first()):
+        report = evaluate(workdir, num=config.finish.num)
     if distributed.is_first():
-        print(found.page(), flush=True)
+        print(f"everything is in {workdir}: start with {report.get('grid', workdir / 'samples')}")
+    cli.last_line(report | {"seconds": round(time.monotonic() - start, 1)})
+
+
+def validate(values: dict[str, Any]) -> int:
+    """Prints what a run would find."""
+    from jointseg_jax.validate import validate as validated
+
+    findings = validated(
+        values, WORKDIR.value, topology=TOPOLOGY.value, limit=SCAN.value, allow=ALLOW.value
+    )
+    if findings.problems:
+        raise UserError(findings.page())
+    if distributed.is_first():
+        print(findings.page(), flush=True)
     return 0
 
 
-def mistaken() -> list[str]:
-    """What is wrong with the config, to be told with what is wrong with the command line."""
-    from jointseg_jax.mistakes import mistakes
+def explain(path: str) -> int:
+    """Prints the fields that a config has at a path: types, defaults, what they mean."""
+    from jointseg_jax.config_help import config_help
 
-    return [] if CONFIG.value is None else mistakes(CONFIG.value.to_dict(), WORKDIR.value)
+    print(config_help(CONFIG.value.to_dict(), path))
+    return 0
+
+
+def config_problems() -> list[str]:
+    """What is wrong with the config, to be reported with what is wrong with the command line."""
+    from jointseg_jax import check
+
+    if CONFIG.value is None:
+        return []
+    return check.checked(CONFIG.value.to_dict(), WORKDIR.value)[1]
 
 
 if __name__ == "__main__":
-    cli.run(main, mistaken)
+    cli.run(main, config_problems)

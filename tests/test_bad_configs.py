@@ -24,10 +24,11 @@ from safetensors.flax import save_file as save_flax
 from safetensors.numpy import save_file
 
 from jointseg_jax import build, overrides, sharding
+from jointseg_jax.check import checked
+from jointseg_jax.config import Problems, RunConfig
 from jointseg_jax.data.classes import Classes
-from jointseg_jax.mistakes import block, mistakes, refuse
 from jointseg_jax.training import resume
-from jointseg_jax.training.program import check_batch
+from jointseg_jax.training.step import check_batch
 from jointseg_jax.types import UserError
 from jointseg_jax.weights.convert import Entry, Layout, Table, read_safetensors, to_ours
 
@@ -52,6 +53,11 @@ def config(changes=(), name="quickstart"):
             node = node[step]
         node[last] = value
     return made
+
+
+def mistakes_of(values, workdir=None):
+    """Everything that is wrong, as texts."""
+    return list(checked(values, workdir)[1])
 
 
 FOLDERS = {"name": "folders", "split": "train", "layout": "voc"}
@@ -183,50 +189,50 @@ ROWS = [
 
 @pytest.mark.parametrize(("changes", "said"), ROWS, ids=[text[:48] for _, text in ROWS])
 def test_a_mistake_is_named_once_and_alone(changes, said):
-    (text,) = mistakes(config(changes))
+    (text,) = mistakes_of(config(changes))
     assert said in text
 
 
 @pytest.mark.parametrize("name", ["quickstart", "pdm", "pdm_given_maps", "semflow", "image_codec"])
 def test_good_configs_have_none(name, tmp_path):
-    assert mistakes(config(name=name), str(tmp_path / "new")) == []
+    assert mistakes_of(config(name=name), str(tmp_path / "new")) == []
 
 
 def test_all_are_told_at_once():
     rows = [0, 5, 9, 16, 17, 21, 26, 33, 37]
     changes = {k: v for i in rows for k, v in ROWS[i][0].items()}
     with pytest.raises(UserError) as error:
-        refuse(config(changes))
+        checked(config(changes))[1].raise_if_any()
     head, *lines = str(error.value).splitlines()
     assert head == f"ERROR [config] {len(rows)} problems:" and len(lines) == len(rows)
     for i in rows:
         assert ROWS[i][1] in str(error.value)
-    assert block(["one"]) == "one"
+    assert Problems(["one"]).block() == "one"
 
 
 def test_a_run_shorter_than_its_warm_up():
-    (text,) = mistakes(config({"steps": 40}))
+    (text,) = mistakes_of(config({"steps": 40}))
     assert text.startswith("config.steps = 40: the warm-up alone takes 100")
     assert "set config.steps to 100 or more" in text and "warmup to 40 or less" in text
 
 
 def test_a_resumed_run_needs_no_weights_to_start_from(tmp_path):
     given = config({"start": {"workdir": "runs/none", "file": ""}})
-    assert len(mistakes(given, str(tmp_path))) == 1
+    assert len(mistakes_of(given, str(tmp_path))) == 1
     (tmp_path / "checkpoints/7").mkdir(parents=True)
-    assert mistakes(given, str(tmp_path)) == []
+    assert mistakes_of(given, str(tmp_path)) == []
 
 
 def test_paths_that_cannot_be_read_or_written(tmp_path):
     """C8."""
     loop = tmp_path / "loop"
     loop.symlink_to(loop)
-    (text,) = mistakes(config({"data.val": FOLDERS | {"root": str(loop)}}))
+    (text,) = mistakes_of(config({"data.val": FOLDERS | {"root": str(loop)}}))
     assert f"{loop}: cannot be read (Too many levels of symbolic links)." in text
     (tmp_path / "file").write_text("")
-    (text,) = mistakes(config(), str(tmp_path / "file/run"))
+    (text,) = mistakes_of(config(), str(tmp_path / "file/run"))
     assert f"{tmp_path / 'file'} is no folder. Choose another --workdir." in text
-    (text,) = mistakes(config(), "gs://bucket/run")
+    (text,) = mistakes_of(config(), "gs://bucket/run")
     assert text.startswith("--workdir=gs://bucket/run: runs are written to a folder")
 
 
@@ -316,7 +322,7 @@ def test_batch_and_mesh_against_the_devices():
     assert "config.mesh = (3, 1, 1)" in str(error.value)
     assert "must be the number of devices, 8; for example (8, 1, 1)" in str(error.value)
     with pytest.raises(UserError, match=r"batch = 30: .* = 8 x 1; the nearest is 32"):
-        check_batch(config({"batch": 30}), sharding.make_mesh((-1, 1, 1)))
+        check_batch(RunConfig.parse(config({"batch": 30})), sharding.make_mesh((-1, 1, 1)))
 
 
 # ------------------------------------------------------------------ C6: another list of classes
@@ -363,7 +369,7 @@ def test_a_pickle_is_refused_and_nothing_in_it_runs(tmp_path, suffix):
     path, sang = tmp_path / f"weights{suffix}", tmp_path / "sang"
     path.write_bytes(pickle.dumps(Canary(sang)))
     start = {"workdir": "", "file": str(path), "architecture": {"depth": 1}}
-    (text,) = mistakes(config({"start": start}))
+    (text,) = mistakes_of(config({"start": start}))
     with pytest.raises(UserError) as error:
         read_safetensors(path)
     assert text == str(error.value)
@@ -450,5 +456,5 @@ def test_files_that_are_no_safetensors_inside(tmp_path):
 
 def test_looking_takes_no_time():
     start = time.process_time()
-    mistakes(config({k: v for changes, _ in ROWS[:6] for k, v in changes.items()}))
+    mistakes_of(config({k: v for changes, _ in ROWS[:6] for k, v in changes.items()}))
     assert time.process_time() - start < 0.5  # it takes 0.03

@@ -4,6 +4,7 @@ import pytest
 
 from jointseg_jax import build
 from jointseg_jax.codecs.bits import PanopticBits
+from jointseg_jax.config import RunConfig
 from jointseg_jax.data.classes import Classes
 from jointseg_jax.types import UserError
 
@@ -12,18 +13,24 @@ def config(panoptic=True, field="panoptic", **codec):
     mask = {"field": field, "codec": {"name": "panoptic_bits"} | codec}
     image = {"field": "image", "codec": {"name": "pixels"}}
     streams = {"text": {"field": "text"}, "image": image, "mask": mask}
-    return {"data": {"panoptic": panoptic}, "system": {"streams": streams}}
+    data = {"train": {}, "val": {}} | ({} if panoptic is None else {"panoptic": panoptic})
+    return run_config(data, {"streams": streams})
+
+
+def run_config(data, system):
+    given = {"steps": 1, "batch": 1, "optimizer": {}, "data": data}
+    return RunConfig.parse(given | {"system": {"name": "joint", "size": (8, 8)} | system})
 
 
 def test_instances_are_numbered_as_high_as_the_codec_reads():
     assert build.instances(config()) == 255
     assert build.instances(config(instance_bits=4)) == 15
-    plain = config(panoptic=False, field="labels", name="bits")
-    assert build.instances(plain) == 0
-    del plain["data"]["panoptic"]
-    assert build.instances(plain) == 0
+    assert build.instances(config(panoptic=False, field="labels", name="bits")) == 0
+    assert build.instances(config(panoptic=None, field="labels", name="bits")) == 0
     assert build.instances(config(field="labels", name="bits")) == 255  # asked for, not coded
-    assert build.instances({"data": {}, "system": {"codec": {"name": "label_ae"}}}) == 0
+    assert (
+        build.instances(run_config({"train": {}, "val": {}}, {"codec": {"name": "label_ae"}})) == 0
+    )
 
 
 @pytest.mark.parametrize("wrong", [{"panoptic": False}, {"field": "labels"}])

@@ -18,14 +18,16 @@ import pytest
 from ml_collections import ConfigDict
 
 from jointseg_jax import build, rules, sharding
-from jointseg_jax.config import make
+from jointseg_jax.config import RunConfig, SystemConfig, from_plain, make, plain
 from jointseg_jax.data.classes import Classes
 from jointseg_jax.models.uvit import UViT
 from jointseg_jax.training import init_from
 from jointseg_jax.training import state as states
-from jointseg_jax.training.faults import Faults
 from jointseg_jax.training.optimizer import OPTIMIZERS
 from jointseg_jax.transport.schedules import ScaledLinear
+
+parsed = RunConfig.parse
+
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests/golden"
@@ -81,7 +83,7 @@ def facts(classes):
 def facts_of(given, argument):
     """The facts of data that need no files; else made-up ones with the right number of classes."""
     if given["data"]["train"]["name"] == "scenes":
-        return build.dataset_info(build.source(given, "train"), captions=2)
+        return build.dataset_info(build.source(parsed(given), "train"), captions=2)
     named = dict(part.partition("=")[::2] for part in argument.split(","))
     return facts(CLASSES[named["data"]])
 
@@ -94,7 +96,7 @@ def system(name, argument, known, given):
         codecs = {"mask": config("jodiffusion_codec", argument)["system"]["codec"]}
     if name == "semflow" and given["system"]["image"]["name"] == "trained":
         codecs = {"image": config("image_codec", "data=folders")["system"]["codec"]}
-    found = build.system(given, known, codecs)
+    found = build.system(SystemConfig.parse(given["system"]), known, codecs)
     return found, jax.eval_shape(found.init, jax.random.key(0))
 
 
@@ -121,9 +123,9 @@ def test_a_config_is_data_under_lock(name, argument):
     assert isinstance(found, ConfigDict) and found.is_locked
     with pytest.raises(AttributeError, match="stepz"):
         found.stepz = 1
-    assert json.loads(json.dumps(build.plain(found.to_dict()))) == build.plain(found.to_dict())
+    assert json.loads(json.dumps(plain(found.to_dict()))) == plain(found.to_dict())
     assert found.steps > 0 and found.batch % found.accumulate == 0
-    Faults(**found.nan)
+    assert RunConfig.parse(found.to_dict()).nan
 
 
 @pytest.mark.parametrize(("name", "argument"), CASES)
@@ -141,7 +143,7 @@ def test_a_config_makes_a_system_and_rules_that_fit_it(name, argument):
 @pytest.mark.parametrize(("name", "argument"), CASES)
 def test_a_config_read_back_from_json_makes_the_same_system(name, argument):
     given = config(name, argument)
-    again = build.from_plain(json.loads(json.dumps(build.plain(given))))
+    again = from_plain(json.loads(json.dumps(plain(given))))
     assert again == given
     assert system(name, argument, facts_of(given, argument), again) == system_of(name, argument)
 
@@ -150,12 +152,12 @@ def test_a_config_read_back_from_json_makes_the_same_system(name, argument):
 def test_transforms_give_pairs_of_the_size_of_the_system(name, argument):
     given = config(name, argument)
     size = tuple(given["system"]["size"])
-    build.evaluation_transforms(given)
+    build.evaluation_transforms(parsed(given))
     if given["data"]["train"]["name"] == "scenes":
-        record = build.source(given, "val")[0]
+        record = build.source(parsed(given), "val")[0]
         assert record["labels"].shape == size
     sizes = {tuple(t["size"]) for t in given["data"]["transforms"].values() if "size" in t}
-    assert sizes <= {size} and build.transforms(given) is not None
+    assert sizes <= {size} and build.transforms(parsed(given).data) is not None
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -305,8 +307,7 @@ def test_the_image_stage_becomes_the_image_stream(name, data):
     _, image = system_of("pdm_two_stream", f"{argument},stage=image")
     second = argument if name == "pdm_two_stream" else f"{argument},streams=two"
     _, pair = system_of(name, second)
-    spec = config(name, second)["start"]
-    starting = make({"start": init_from.InitFrom}, {"name": "start", **spec}, where="start")
+    starting = RunConfig.parse(config(name, second)).start
     given, wanted = (
         {f"params/{p}": leaf for p, leaf in rules.by_path(tree).items()} for tree in (image, pair)
     )

@@ -23,7 +23,7 @@ ALLOWED = {
     "models": {"transport"} | FOUNDATION,
     "codecs": {"models", "transport"} | FOUNDATION,
     "systems": {"codecs", "models", "transport"} | FOUNDATION,
-    "data": {"types", "settings_diff"},
+    "data": {"config", "types", "settings_diff"},
     "annotations": {"data", "types"},
     "presets": set(),
     "weights": {"codecs", "models"} | FOUNDATION,
@@ -36,10 +36,9 @@ ALLOWED = {
     ),
     "distributed": {"types"},
     "perf": {"systems", "models", "data", "build", "profiling", "annotations"} | LOOPS | FOUNDATION,
-    "mistakes": {"systems", "codecs", "models", "transport", "data", "build", "weights"}
-    | {"perf", "training"}
-    | FOUNDATION,
-    "validate": {"perf", "data", "build", "mistakes"} | LOOPS | FOUNDATION,
+    "check": {"data", "build", "weights", "training"} | FOUNDATION,
+    "config_help": {"systems", "transport", "build", "training"} | FOUNDATION,
+    "validate": {"perf", "data", "build", "check"} | LOOPS | FOUNDATION,
     "overrides": set(),
     "cli": {"data", "overrides"} | PROCESSES | FOUNDATION,
     "configs": {"presets"},

@@ -17,6 +17,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from jointseg_jax import chips, sharding, validate
+from jointseg_jax.config import RunConfig
 from jointseg_jax.perf import report
 from jointseg_jax.perf.programs import Lowered
 from jointseg_jax.training import goodput
@@ -57,7 +58,7 @@ def train_alone(workdir):
     with pytest.MonkeyPatch.context() as patch:
         one = functools.partial(sharding.make_mesh, devices=jax.devices()[:1])
         patch.setattr(sharding, "make_mesh", one)
-        assert train(config(), workdir) == 0
+        assert train(RunConfig.parse(config()), workdir) == 0
 
 
 def contents(folder):
@@ -73,8 +74,8 @@ def one_device(monkeypatch):
     monkeypatch.setattr(validate, "present_devices", lambda: jax.devices()[:1])
 
 
-def rehearse(given, workdir, **options):
-    return validate.rehearse(given, str(workdir), **{"limit": 8} | options)
+def validated(given, workdir, **options):
+    return validate.validate(given, str(workdir), **{"limit": 8} | options)
 
 
 def steps_of(workdir):
@@ -103,7 +104,7 @@ def test_a_run_that_lost_its_last_checkpoint_has_lost_those_steps(run, tmp_path)
 
 def test_a_run_that_can_go_on(run):
     before = contents(run)
-    found = rehearse(config(steps=6), run, allow=["steps"])
+    found = validated(config(steps=6), run, allow=["steps"])
     page = found.page()
     assert found.problems == [], page
     assert page.startswith("valid: this run can start; nothing was trained or written.")
@@ -122,7 +123,7 @@ def test_a_run_that_can_go_on(run):
 
 
 def test_arrays_of_another_size_are_refused(run):
-    meta, found = read_meta(run / "checkpoints"), validate.Rehearsal()
+    meta, found = read_meta(run / "checkpoints"), validate.Findings()
     other = {"params": {"kernel": jax.ShapeDtypeStruct((2, 3), np.float32)}}
     validate._arrays(meta, other, run, found)
     (text,) = found.problems
@@ -154,7 +155,7 @@ def test_everything_that_is_wrong_is_told_at_once(run, damaged):
     given = config(ema=1.5, mesh=(3, 1, 1), batch=9)
     given["data"]["train"] = {"name": "folders", "root": str(damaged), "split": "train"}
     given["optimizer"]["schedule"] |= {"warmup": 100}
-    page = rehearse(given, run).page()
+    page = validated(given, run).page()
     assert page.startswith("ERROR [validate] ")
     for said in (
         "config.ema = 1.5: must lie in [0, 1)",
@@ -180,22 +181,22 @@ def test_everything_that_is_wrong_is_told_at_once(run, damaged):
 def test_an_encoded_data_set_is_read_whole(tmp_path):
     given, out = config(ema=2.0), tmp_path / "cache"  # refused, so that nothing is compiled
     options = EncodeOptions(out=out, latents=(), limit=4)
-    encode(given, options, progress=functools.partial(tqdm, disable=True))
+    encode(RunConfig.parse(config()), options, progress=functools.partial(tqdm, disable=True))
     given["data"] |= {"cache": str(out)}
-    page = rehearse(given, tmp_path / "run").page()
+    page = validated(given, tmp_path / "run").page()
     assert "4 encoded records read, none damaged" in page
     assert "8 of 64 records read, all good" in " ".join(page.split())  # the validation's
     (shard,) = out.glob("*-of-*.bin")
     shard.write_bytes(b"\7" + shard.read_bytes()[1:])
     given["data"] |= {"val": {"name": "folders", "root": "nowhere", "split": "val"}}
-    page = " ".join(rehearse(given, tmp_path / "run").page().split())
+    page = " ".join(validated(given, tmp_path / "run").page().split())
     assert "the shard is damaged" in page
     assert "config.data.val.root = nowhere: there is no such folder" in page
     assert f"launch/encode.py --split=val --out={out} adds it" in page
 
 
 def test_a_new_folder_is_not_made(tmp_path):
-    found = rehearse(config(ema=2.0), tmp_path / "new/run")
+    found = validated(config(ema=2.0), tmp_path / "new/run")
     assert "the run starts at step 0" in " ".join(found.page().split())
     assert list(tmp_path.iterdir()) == []
 
@@ -208,7 +209,7 @@ def test_a_program_that_does_not_fit_says_what_would_help():
     def found(peak, **fields):
         memory = None if peak is None else report.Memory(**sizes, peak=peak)
         made = report.Report(lowered=lowered, chip=chip, seconds=1.0, memory=memory, **fields)
-        page = validate.Rehearsal()
+        page = validate.Findings()
         validate._fits(made, "v5e:1x1", page)
         return page
 

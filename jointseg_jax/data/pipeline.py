@@ -22,6 +22,7 @@ from typing import Any, cast
 import grain
 import numpy as np
 
+from jointseg_jax.config import ReadConfig
 from jointseg_jax.data.cached.loader import (
     Batch,
     CachedBatches,
@@ -32,13 +33,11 @@ from jointseg_jax.data.cached.loader import (
 from jointseg_jax.data.records import BadReport, BadSample, Record, Source, check_record
 from jointseg_jax.data.segments import panoptic
 from jointseg_jax.data.transforms import Transform
-from jointseg_jax.data.workers import Reading
+from jointseg_jax.data.workers import read_ahead
 from jointseg_jax.types import UserError
 
 Row = dict[str, Any]
 """Fields of a row or batch, with what was wrong on the way to it in ``bad``."""
-
-POLICIES = ("replace", "stop")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,13 +50,11 @@ class Rows:
     seed: int
     batch: int  # rows of the global batch
     train: bool
-    bad: str  # one of ``POLICIES``
+    bad: str  # ``replace`` by the next good record, or ``stop``
     mark: bool  # adds ``valid``, true where the record read is the one at its own position
     instances: int = 0  # the highest instance number of the field ``panoptic``; 0: no such field
 
     def __post_init__(self) -> None:
-        if self.bad not in POLICIES:
-            raise ValueError(f"data: bad={self.bad!r} given; one of: {', '.join(POLICIES)}.")
         if self.seed < 0:
             raise ValueError(f"data: seed={self.seed} given; must be 0 or more.")
 
@@ -155,12 +152,12 @@ def stack(rows: Sequence[Row]) -> Row:
 class Batches(HostBatches):
     """Batches read by Grain; ``drain`` reports the bad samples met."""
 
-    def __init__(self, block: HostBlock, *, step: int, limit: int, reading: Reading):
+    def __init__(self, block: HostBlock, *, step: int, limit: int, reading: ReadConfig):
         super().__init__(step)
         self._limit = limit
         self._seen: set[int] = set()
         self._reports: list[BadReport] = []
-        self._iterator = iter(reading.attach(block.batch(block.local, batch_fn=stack)))
+        self._iterator = iter(read_ahead(block.batch(block.local, batch_fn=stack), reading))
 
     def __next__(self) -> Batch:
         if self._iterator is None:
@@ -200,20 +197,16 @@ class Batches(HostBatches):
 
 def batches(
     source: Source,
+    reading: ReadConfig,
     *,
     batch: int,
     seed: int,
     transforms: Sequence[Transform],
     tokenizer: Tokenizer | None = None,
     start_step: int = 0,
-    workers: int = 0,
-    threads: int = 4,
-    prefetch: int = 4,
     host: int = 0,
     hosts: int = 1,
     train: bool = True,
-    bad: str = "replace",
-    bad_limit: int = 100,
     instances: int = 0,
 ) -> Batches | CachedBatches:
     """Returns the endless, shuffled batches of one host from ``start_step`` on.
@@ -226,8 +219,6 @@ def batches(
       tokenizer: from a caption to its token ids, such as ``Words.encode``; without one there is
         no ``text``.
       train: ``False`` keeps the order of training but switches augmentation off.
-      bad: ``replace`` puts the next good record in place of a bad one, ``stop`` raises.
-      bad_limit: number of different bad samples that a run may meet before it stops.
       instances: the highest instance number of the field ``panoptic``; 0: no such field.
     """
     check_source(source)
@@ -237,7 +228,9 @@ def batches(
     if isinstance(source, CachedSource):
         source.check_tokenizer(tokenizer)
         place = {"step": start_step, "host": host, "hosts": hosts}
-        return CachedBatches(source, batch=batch, seed=seed, train=train, threads=threads, **place)
+        return CachedBatches(
+            source, batch=batch, seed=seed, train=train, threads=reading.threads, **place
+        )
     rows = make_rows(
         source,
         transforms,
@@ -245,7 +238,7 @@ def batches(
         seed=seed,
         batch=batch,
         train=train,
-        bad=bad,
+        bad=reading.bad,
         mark=False,
         instances=instances,
     )
@@ -255,24 +248,19 @@ def batches(
     block = HostBlock(
         order.map_with_index(rows), batch=batch, host=host, hosts=hosts, start=start_step
     )
-    reading = Reading(workers=workers, threads=threads, prefetch=prefetch)
-    return Batches(block, step=start_step, limit=bad_limit, reading=reading)
+    return Batches(block, step=start_step, limit=reading.bad_limit, reading=reading)
 
 
 def evaluation_batches(
     source: Source,
+    reading: ReadConfig,
     *,
     batch: int,
     transforms: Sequence[Transform],
     tokenizer: Tokenizer | None = None,
     limit: int | None = None,
-    workers: int = 0,
-    threads: int = 4,
-    prefetch: int = 4,
     host: int = 0,
     hosts: int = 1,
-    bad: str = "replace",
-    bad_limit: int = 100,
     instances: int = 0,
 ) -> Batches:
     """Returns the records of ``source`` once, in order, each batch with a ``valid`` mask.
@@ -296,7 +284,7 @@ def evaluation_batches(
         seed=0,
         batch=batch,
         train=False,
-        bad=bad,
+        bad=reading.bad,
         mark=True,
         instances=instances,
     )
@@ -305,8 +293,7 @@ def evaluation_batches(
     padded = -(-count // batch) * batch
     order = grain.MapDataset.range(padded).map(lambda position: min(position, count - 1))
     block = HostBlock(order.map_with_index(rows), batch=batch, host=host, hosts=hosts, start=0)
-    reading = Reading(workers=workers, threads=threads, prefetch=prefetch)
-    return Batches(block, step=0, limit=bad_limit, reading=reading)
+    return Batches(block, step=0, limit=reading.bad_limit, reading=reading)
 
 
 def make_rows(source: Source, transforms: Sequence[Transform], **fields: Any) -> Rows:

@@ -8,11 +8,12 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import TypeVar
 
 import grain
 from absl import flags
+
+from jointseg_jax.config import ReadConfig
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -39,32 +40,17 @@ def _outlive(sentinel: int) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Reading:
-    """How batches are made ahead of their use; never changes what is in them."""
-
-    workers: int = 0  # processes; 0 makes batches in threads of this process
-    threads: int = 4  # in each process
-    prefetch: int = 4  # batches kept ready in each process
-
-    def __post_init__(self) -> None:
-        if self.workers < 0 or self.threads < 1 or self.prefetch < 1:
-            raise ValueError(
-                f"data: workers={self.workers}, threads={self.threads}, prefetch={self.prefetch} "
-                "given; workers >= 0, threads >= 1 and prefetch >= 1 must hold."
-            )
-
-    def attach(self, batches: grain.MapDataset) -> grain.IterDataset:
-        """Returns the iterable form of ``batches`` that reads ahead."""
-        parse_flags()
-        options = grain.ReadOptions(num_threads=self.threads, prefetch_buffer_size=self.prefetch)
-        ahead = batches.to_iter_dataset(options)
-        if self.workers == 0:
-            return ahead
-        processes = grain.MultiprocessingOptions(
-            num_workers=self.workers, per_worker_buffer_size=self.prefetch
-        )
-        return ahead.mp_prefetch(processes, worker_init_fn=die_with_parent)
+def read_ahead(batches: grain.MapDataset, reading: ReadConfig) -> grain.IterDataset:
+    """Returns the iterable form of ``batches`` that reads ahead."""
+    parse_flags()
+    options = grain.ReadOptions(num_threads=reading.threads, prefetch_buffer_size=reading.prefetch)
+    ahead = batches.to_iter_dataset(options)
+    if reading.workers == 0:
+        return ahead
+    processes = grain.MultiprocessingOptions(
+        num_workers=reading.workers, per_worker_buffer_size=reading.prefetch
+    )
+    return ahead.mp_prefetch(processes, worker_init_fn=die_with_parent)
 
 
 def parse_flags() -> None:

@@ -51,7 +51,7 @@ def bridge_report(run: Run, num: int, seed: int, steps: Sequence[int]) -> dict[s
     best = max(row["segmentation_miou"] for row in rows)
     one = [row["segmentation_miou"] for row in rows if row["steps"] == 1]
     return {
-        "judge": run.config["evaluate"]["judge"] or "self",
+        "judge": run.config.evaluate.judge or "self",
         "table": rows,
         "best_segmentation_miou": best,
         "one_step_of_best": number(one[0] / best) if one and best else None,

@@ -54,8 +54,8 @@ def evaluate(
     report: dict[str, Any] = {"step": run.step, "checkpoint_digest": run.digest}
     if size is not None:
         resize = {"name": "resize", "size": size, "mode": "crop"}
-        own = run.config["evaluate"] | {"transforms": {"resize": resize}}
-        run = dataclasses.replace(run, config=run.config | {"evaluate": own})
+        config = run.config.replace({"evaluate.transforms": {"resize": resize}})
+        run = dataclasses.replace(run, config=config)
         report["size"] = list(size)
     if refine is not None:
         run = dataclasses.replace(run, system=_refining(run, refine))

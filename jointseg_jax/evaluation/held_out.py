@@ -11,6 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from jointseg_jax import build
+from jointseg_jax.config import plain
 from jointseg_jax.data.pipeline import evaluation_batches
 from jointseg_jax.evaluation.counts import shares
 from jointseg_jax.training.workdir import Run
@@ -36,17 +37,14 @@ def validation_batches(
       limit: at most this many records, from the first on.
       what: the progress bar's title.
     """
-    source, data = build.source(run.config, "val"), run.config["data"]
+    source = build.source(run.config, "val")
     count = min(limit or len(source), len(source))
     with evaluation_batches(
         source,
+        run.config.data,
         batch=batch,
         transforms=build.evaluation_transforms(run.config),
         limit=count,
-        workers=data.get("workers", 0),
-        threads=data.get("threads", 2),
-        bad=data.get("bad", "replace"),
-        bad_limit=data.get("bad_limit", 100),
         instances=build.instances(run.config),
     ) as batches:
         total = -(-count // batch)
@@ -113,4 +111,4 @@ class HeldOutMaps:
 
     def fingerprint(self) -> dict[str, Any]:
         """Returns plain values that differ for other maps."""
-        return build.plain(self.source.fingerprint()) | {"count": len(self)}
+        return plain(self.source.fingerprint()) | {"count": len(self)}

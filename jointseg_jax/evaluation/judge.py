@@ -20,7 +20,7 @@ log = logging.getLogger("jointseg_jax")
 
 def find_judge(run: Run) -> Judge | None:
     """Returns the judge that ``config.evaluate.judge`` names; for "" None, and logs why."""
-    name = run.config["evaluate"]["judge"]
+    name = run.config.evaluate.judge
     if name == "":
         log.info(
             "alignment is not measured: config.evaluate.judge is empty. A judge labels generated "

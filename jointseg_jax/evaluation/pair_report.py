@@ -143,5 +143,5 @@ def pairs_report(
     fields = alignment.report()
     if judge is None:
         fields = dict.fromkeys(fields)
-    name = run.config["evaluate"]["judge"] or None
+    name = run.config.evaluate.judge or None
     return {"pairs": len(pairs), "judge": name} | fields | counts

@@ -223,7 +223,7 @@ def prompt_rows(
     text = run.system.text
     if text is None:
         return None
-    tokenizer = build.tokenizer(run.config, run.info.vocabulary)
+    tokenizer = build.tokenizer(run.config.system, run.info.vocabulary)
     if tokenizer is not None:
         return np.stack([tokenizer.encode(prompt) for prompt in prompts])
     shape = (len(prompts), text.length, text.width)

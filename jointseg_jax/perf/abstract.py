@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from jointseg_jax import build
+from jointseg_jax.config import CodecPlace, RunConfig, SystemConfig, from_plain
 from jointseg_jax.data.cached.index import (
     CacheIndex,
     classes_of,
@@ -26,11 +27,10 @@ from jointseg_jax.data.cached.index import (
     read_index,
     text_of,
 )
-from jointseg_jax.data.class_lists import CLASS_LISTS
 from jointseg_jax.data.classes import Classes
-from jointseg_jax.data.sources.layouts import LAYOUT_CLASSES
+from jointseg_jax.data.sources.layouts import published_classes
 from jointseg_jax.systems.system import LATENTS, Encodable, Generator, Objective
-from jointseg_jax.training.workdir import RESERVED_KEYS, TrainedCodec, copied_spec, trained_codecs
+from jointseg_jax.training.workdir import changed, copied_spec
 from jointseg_jax.types import UserError
 
 Config = Mapping[str, Any]
@@ -54,7 +54,7 @@ class Codecs(NamedTuple):
     frozen: dict[str, Any]  # shapes of their parameters
 
 
-def dataset_info(config: Config, classes: int | None = None) -> build.DatasetInfo:
+def dataset_info(config: RunConfig, classes: int | None = None) -> build.DatasetInfo:
     """The classes and words of a config's data, without their captions.
 
     Args:
@@ -63,7 +63,7 @@ def dataset_info(config: Config, classes: int | None = None) -> build.DatasetInf
     Raises:
       UserError: the data are not here and their number of classes is in no list.
     """
-    spec = config["data"]["train"]
+    spec = config.data.train
     if classes is not None:
         return _without_words(Classes(names=tuple(f"class {i}" for i in range(classes))))
     # A cache knows what it was made from.
@@ -72,82 +72,77 @@ def dataset_info(config: Config, classes: int | None = None) -> build.DatasetInf
     # Made scenes have no root; they are always here.
     if "root" not in spec or Path(spec["root"]).is_dir():
         return build.dataset_info(build.source(config, "train"), captions=0)
-    name = spec.get("classes") or LAYOUT_CLASSES.get(spec.get("layout"))
-    if name not in CLASS_LISTS:
+    published = published_classes(spec)
+    if published is None:
         raise UserError(
             f"config.data.train.root = {spec['root']}: not on this machine, and nothing says how "
             "many classes it has. Give --classes=N."
         )
-    return _without_words(CLASS_LISTS[name])
+    return _without_words(published)
 
 
 def _without_words(classes: Classes) -> build.DatasetInfo:
     return build.DatasetInfo(classes, (), ())
 
 
-def _index(config: Config) -> CacheIndex | None:
+def _index(config: RunConfig) -> CacheIndex | None:
     """The index of the config's cache, which must have been made with its settings."""
     if not build.from_cache(config, "train"):
         return None
-    index = read_index(index_path(config["data"]["cache"], "train"))
+    index = read_index(index_path(config.data.cache, "train"))
     build.check_cache(config, index)
     return index
 
 
-def codecs(config: Config, info: build.DatasetInfo, other: Config | None = None) -> Codecs:
+def codecs(config: RunConfig, info: build.DatasetInfo, other: SystemConfig | None = None) -> Codecs:
     """The codecs that a config takes from other runs.
 
     Args:
-      other: the config of the run that would train a codec that is not here.
+      other: the system of the run that would train a codec that is not here.
 
     Raises:
       UserError: a codec's run is not here and no config replaces it, or it is not a codec's.
     """
     specs, shapes = {}, {}
-    for name, place in trained_codecs(config).items():
+    for name, place in config.system.trained_codecs().items():
         specs[name] = _cached_spec(config, name) or _trained_spec(place, other)
         codec = build.codec(specs[name], info, place.where)
         shapes[name] = jax.eval_shape(codec.init, jax.random.key(0))
     return Codecs(specs, shapes)
 
 
-def _cached_spec(config: Config, name: str) -> Config | None:
+def _cached_spec(config: RunConfig, name: str) -> Config | None:
     """The spec of a codec that the config's cache was encoded with."""
-    root = config["data"].get("cache")
+    root = config.data.cache
     kept = copied_spec(Path(root), name) if root else None
-    return None if kept is None else build.from_plain(kept)
+    return None if kept is None else from_plain(kept)
 
 
-def _trained_spec(place: TrainedCodec, other: Config | None) -> Config:
+def _trained_spec(place: CodecPlace, other: SystemConfig | None) -> Config:
     """The spec of a codec as its run, or the config of such a run, has it."""
     spec = _system_of(place, other)
-    if spec["name"] != "autoencode" or spec.get("field", "labels") != place.field:
+    if spec.codec is None or spec.field != place.field:
         raise UserError(
             f"{place.where}: a codec of {place.field} is needed, and the config given for it "
-            f"trains `{spec['name']}` of {spec.get('field', 'labels')}. Give another --codec."
+            f"trains `{spec.name}` of {spec.field}. Give another --codec."
         )
-    codec = dict(spec["codec"])
-    codec |= {k: v for k, v in place.spec.items() if k not in RESERVED_KEYS}
-    scale = place.spec.get("scale", codec.get("scale"))
-    if scale is not None:
-        codec["scale"] = 1.0 if scale == "fit" else scale  # a fitted number changes no shape
-    return codec
+    return changed(spec.codec, place)  # a scale that is to be fitted changes no shape
 
 
-def _system_of(place: TrainedCodec, other: Config | None) -> Config:
+def _system_of(place: CodecPlace, other: SystemConfig | None) -> SystemConfig:
     path = Path(place.spec["workdir"]) / "config.json"
     if path.exists():
-        return build.from_plain(json.loads(path.read_text()))["system"]
+        return SystemConfig.parse(from_plain(json.loads(path.read_text()))["system"])
     if other is None:
         raise UserError(
             f"{place.where}: the run {place.spec['workdir']} is not on this machine. Say what it "
             "would train: --codec=CONFIG, for example --codec=configs/"
             f"{'image_codec' if place.field == 'image' else 'jodiffusion_codec'}.py"
         )
-    return other["system"]
+    return other
 
 
-def batch_shapes(config: Config, system: System, rows: int) -> Shapes:
+def batch_shapes(config: RunConfig, system: System, rows: int) -> Shapes:
     """The fields of a training batch on the device, as ``data.pipeline`` makes them.
 
     A precomputed feature that no stream and no text encoder reads has an unknown shape; it is left
@@ -161,7 +156,7 @@ def batch_shapes(config: Config, system: System, rows: int) -> Shapes:
     text = getattr(system, "text", None)
     if build.instances(config):
         fields["panoptic"] = ((*size, 2), jnp.int16)  # [b, h, w, 2]: class, instance
-    if text is not None and config["system"]["text"]["name"] == "words":
+    if text is not None and build.reads_words(config.system):
         fields["text"] = ((text.length,), jnp.int32)  # [b, l]
     elif text is not None:
         fields["text"] = ((text.length, text.width), jnp.float32)  # [b, l, d]
@@ -172,7 +167,7 @@ def batch_shapes(config: Config, system: System, rows: int) -> Shapes:
 
 
 def training_shapes(
-    config: Config, system: System, rows: int, frozen: Mapping[str, object] | None = None
+    config: RunConfig, system: System, rows: int, frozen: Mapping[str, object] | None = None
 ) -> Shapes:
     """``batch_shapes``, or the fields of the config's cache.
 
@@ -198,7 +193,7 @@ def training_shapes(
     return made
 
 
-def with_denoiser(config: Config, **fields: object) -> dict[str, Any]:
+def with_denoiser(config: RunConfig, **fields: object) -> RunConfig:
     """The config with other fields of its denoiser; those that are None stay as they are.
 
     Raises:
@@ -206,14 +201,13 @@ def with_denoiser(config: Config, **fields: object) -> dict[str, Any]:
     """
     changes = {k: v for k, v in fields.items() if v is not None}
     if not changes:
-        return dict(config)
-    if "denoiser" not in config["system"]:
+        return config
+    if config.system.denoiser is None:
         raise UserError(
             f"ERROR [flags] --{', --'.join(changes)}: these change the denoiser, and a system "
-            f"`{config['system']['name']}` has none."
+            f"`{config.system.name}` has none."
         )
-    denoiser = dict(config["system"]["denoiser"]) | changes
-    return dict(config) | {"system": dict(config["system"]) | {"denoiser": denoiser}}
+    return config.replace({f"system.denoiser.{name}": value for name, value in changes.items()})
 
 
 def with_steps(system: Generator, steps: int | None) -> Generator:

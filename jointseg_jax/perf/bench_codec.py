@@ -60,10 +60,9 @@ def codecs(model: ModelUnderTest) -> dict[str, Coded]:
 
 def inputs(model: ModelUnderTest, rows: int) -> tuple[dict[str, np.ndarray], str]:
     """A host batch with pictures in it, and where it comes from."""
-    spec = model.config["data"]["train"]
+    spec = model.config.data.train
     if "root" not in spec or Path(spec["root"]).is_dir():
-        data = dict(model.config["data"]) | {"cache": ""}  # pictures, not latents
-        config = dict(model.config) | {"batch": rows, "data": data}
+        config = model.config.replace({"batch": rows, "data.cache": ""})  # pictures, not latents
         with under_test.real_batches(config, model.info) as batches:
             return next(batches), "the config's data"
     made = under_test.random_rows(model, rows, 0)

@@ -35,31 +35,29 @@ class _Input:
     """The config's source, and its batches."""
 
     def __init__(self, bench: BenchConfig):
-        config = dict(bench.config)
-        config["batch"] = self.batch = bench.batch or config["batch"]
+        config = bench.run_config()
+        self.batch = config.batch
         self.source = build.source(config, "train")
         self.encoded = isinstance(self.source, CachedSource)
         info = build.dataset_info(self.source, captions=0)
         self.config, self.step = config, bench.step_ms / 1e3
         self.mesh = sharding.make_mesh((-1, 1, 1))
-        tokenizer = build.tokenizer(config, info.vocabulary)
+        tokenizer = build.tokenizer(config.system, info.vocabulary)
         self.rows = make_rows(
             self.source,
-            build.transforms(config),
+            build.transforms(config.data),
             tokenizer=tokenizer.encode if tokenizer else None,
-            seed=config["seed"],
+            seed=config.seed,
             batch=self.batch,
             train=True,
-            bad=config["data"].get("bad", "replace"),
+            bad=config.data.bad,
             mark=False,
             instances=build.instances(config),
         )
         self.at = itertools.count()
         self.batches = under_test.real_batches(config, info)
-        data = config["data"]
-        self.workers, self.threads = data.get("workers", 0), data.get("threads", 2)
         # Batches that may be ready: of the pipeline, and two windows of each worker.
-        self.ahead = data.get("prefetch", 4) * (1 + 2 * self.workers)
+        self.ahead = config.data.prefetch * (1 + 2 * config.data.workers)
 
     def pair(self, count: int) -> float:
         """Processor seconds of ``count`` pairs, made one after the other."""
@@ -112,10 +110,10 @@ class _Input:
             "source": self.source.name,
             "records": len(self.source),
             "batch": self.batch,
-            "transforms": [] if self.encoded else list(self.config["data"]["transforms"]),
-            "threads": self.threads,
-            "workers": self.workers,
-            "prefetch": self.config["data"].get("prefetch", 4),
+            "transforms": [] if self.encoded else list(self.config.data.transforms),
+            "threads": self.config.data.threads,
+            "workers": self.config.data.workers,
+            "prefetch": self.config.data.prefetch,
             "step_ms": 1e3 * self.step,
         }
 

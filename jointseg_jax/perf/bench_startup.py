@@ -42,17 +42,14 @@ class _Startup:
     """Starts runs, each in a new workdir."""
 
     def __init__(self, bench: BenchConfig):
-        quiet = {"log": {"every": 1}, "finish": {"num": 0}}
-        self.config = dict(bench.config) | quiet
-        self.config["preview"] = dict(self.config["preview"]) | {"every": 0}
-        if bench.batch:
-            self.config["batch"] = bench.batch
-        if self.config["steps"] < 2:
+        quiet = {"log.every": 1, "finish.num": 0, "preview.every": 0}
+        config = bench.run_config().replace(quiet)
+        if config.steps < 2:
             raise UserError("ERROR [flags] --what=startup: config.steps must be 2 or more.")
-        self.launcher = bench.launcher
+        self.launcher, self.batch = bench.launcher, config.batch
         self.folder = tempfile.TemporaryDirectory()
         self.root = Path(self.folder.name)
-        (self.root / "config.py").write_text(CONFIG.format(config=self.config))
+        (self.root / "config.py").write_text(CONFIG.format(config=config.values))
         self.runs = 0
         self.compiled: dict[str, list[float]] = {"cold": [], "warm": []}
 
@@ -95,7 +92,7 @@ class _Startup:
     def facts(self) -> Values:
         """What was prepared."""
         timed = "seconds from the start of the process to its first update, compile cache empty "
-        return {"timed": timed + "(cold) and filled (warm)", "batch": self.config["batch"]}
+        return {"timed": timed + "(cold) and filled (warm)", "batch": self.batch}
 
     def after(self, medians: Mapping[str, float]) -> Values:
         """Seconds of it that the compiler took, as the runs say (-1: one did not)."""

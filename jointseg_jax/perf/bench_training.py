@@ -1,4 +1,4 @@
-"""The update of a training run: ``training.program``'s, with the config's mesh, rules and batch.
+"""The update of a training run: ``training.step``'s, with the config's mesh, rules and batch.
 
 1. FLOPs of one update = 3 x forward of the network on its unpadded tokens x rows; recomputation,
    codecs and optimizer get no credit. A codec's training counts what the compiler counts.
@@ -20,8 +20,8 @@ import jax
 from jointseg_jax import profiling, sharding
 from jointseg_jax.perf import harness, under_test
 from jointseg_jax.perf.harness import Action, BenchConfig, Benchmark, Values
-from jointseg_jax.training.flight import InFlight
-from jointseg_jax.training.program import check_batch, make_program
+from jointseg_jax.training.clock import InFlight
+from jointseg_jax.training.step import check_batch, make_train_step
 
 NUM_BATCHES = 2
 """Random batches that take turns."""
@@ -31,17 +31,16 @@ class _Update:
     """The compiled update and the state that it works on."""
 
     def __init__(self, bench: BenchConfig):
-        config = dict(bench.config)
-        self.mesh = sharding.make_mesh(config["mesh"])
-        config["batch"] = self.batch = bench.batch or config["batch"]
+        config = bench.run_config()
+        self.mesh, self.batch = sharding.make_mesh(config.mesh), config.batch
         check_batch(config, self.mesh)
         self.bench = bench
-        self.model = under_test.model_under_test(bench)._replace(config=config)
-        self.program = make_program(self.model.system, config, self.mesh)
+        self.model = under_test.model_under_test(bench)
+        self.program = make_train_step(self.model.system, config, self.mesh)
         self.real = under_test.real_batches(config, self.model.info) if bench.real else None
         self.waits: list[float] = []  # part of each run that was waiting for batches
         with jax.set_mesh(self.mesh):
-            self._prepare(config["seed"])
+            self._prepare(config.seed)
 
     def _prepare(self, seed: int) -> None:
         everywhere = sharding.replicated(self.mesh)
@@ -87,9 +86,9 @@ class _Update:
             **self.model.facts(),
             "parameters": sum(x.size for x in jax.tree.leaves(self.state.params)),
             "batch": self.batch,
-            "accumulate": self.model.config.get("accumulate", 1),
+            "accumulate": self.model.config.accumulate,
             "mesh": list(self.mesh.devices.shape),
-            "sharding": str(self.model.config["sharding"]),
+            "sharding": str(self.model.config.sharding),
             "input": "the config's data" if self.real is not None else "random, on the chip",
             "flops_by": "3 x forward" if known else "the compiler",
             **self.update.facts(),

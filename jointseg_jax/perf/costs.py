@@ -41,7 +41,7 @@ import numpy as np
 from jointseg_jax import rules
 from jointseg_jax.perf.hlo import Instruction, Module, Visit, num_bytes, sizes
 from jointseg_jax.profiling import FORWARD_FLOPS
-from jointseg_jax.training.program import Program
+from jointseg_jax.training.step import TrainStep
 
 COLLECTIVES = (
     "all-gather",
@@ -252,7 +252,7 @@ PARTS = {
 # ------------------------------------------------- collectives that there must be
 
 
-def ideal_bytes(program: Program, dtype: jax.typing.DTypeLike) -> int:
+def ideal_bytes(program: TrainStep, dtype: jax.typing.DTypeLike) -> int:
     """Bytes of all collectives on one chip, counted as ``costs`` counts them.
 
     Args:
@@ -268,7 +268,7 @@ def ideal_bytes(program: Program, dtype: jax.typing.DTypeLike) -> int:
     )
 
 
-def _split_moments(program: Program) -> set[str]:
+def _split_moments(program: TrainStep) -> set[str]:
     """Paths of parameters of which optimizer state of the same shape is split."""
     split = [
         path for path, leaf in rules.by_path(program.state.opt).items() if _parts(leaf.sharding) > 1

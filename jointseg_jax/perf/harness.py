@@ -26,8 +26,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jointseg_jax import build
 from jointseg_jax.chips import peak_flops
+from jointseg_jax.config import RunConfig, SystemConfig, from_plain, plain
 from jointseg_jax.perf.abstract import Config
 from jointseg_jax.types import UserError
 
@@ -59,14 +59,22 @@ class BenchConfig:
     cache: bool = False  # compiled programs may come from the compile cache
     launcher: str = ""  # startup: path of ``launch/train.py``
 
+    def run_config(self) -> RunConfig:
+        """The config, with the rows of this benchmark where it says how many."""
+        return RunConfig.parse({**self.config, **({"batch": self.batch} if self.batch else {})})
+
+    def codec_system(self) -> SystemConfig | None:
+        """The system that would train an absent codec, if one was named."""
+        return SystemConfig.parse(self.codec["system"]) if self.codec else None
+
     def values(self) -> Values:
         """Plain values, of which ``of`` makes an equal one."""
-        return build.plain(dataclasses.asdict(self))
+        return plain(dataclasses.asdict(self))
 
     @staticmethod
     def of(values: Config) -> BenchConfig:
         """The inverse of ``values``."""
-        return BenchConfig(**build.from_plain(values))
+        return BenchConfig(**from_plain(values))
 
     def batch_of(self, default: int, shards: int) -> int:
         """The rows of a batch.

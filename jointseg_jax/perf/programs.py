@@ -1,6 +1,6 @@
 """The real programs of a config, lowered for devices that need not exist.
 
-Both are what the loops run: the update of ``training.program`` with the config's mesh, sharding,
+Both are what the loops run: the update of ``training.step`` with the config's mesh, sharding,
 trainable rules and optimizer, and the sampler of ``generation.sampler``, which splits rows over
 all devices and keeps a whole copy of the parameters on each.
 """
@@ -16,12 +16,13 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from jointseg_jax import build, profiling, sharding
+from jointseg_jax.config import RunConfig, SystemConfig
 from jointseg_jax.generation.sampler import PER_DEVICE, jit_sample_batch, sampling_params
 from jointseg_jax.perf import abstract
-from jointseg_jax.perf.abstract import Config, Shapes, System
+from jointseg_jax.perf.abstract import Shapes, System
 from jointseg_jax.perf.costs import ideal_bytes
 from jointseg_jax.systems.system import LATENTS, Generator
-from jointseg_jax.training.program import check_batch, make_program, placed
+from jointseg_jax.training.step import check_batch, make_train_step, with_shardings
 from jointseg_jax.types import UserError
 
 
@@ -50,12 +51,16 @@ class Missing:
     """What replaces data and runs that are not on this machine; see ``abstract``."""
 
     classes: int | None = None  # number of made-up classes
-    codec: Config | None = None  # of the run that would train a codec
+    codec: SystemConfig | None = None  # of the run that would train a codec
     cached: bool = False  # training reads latents of a cache that is still to be made
 
 
 def lower_training(
-    config: Config, devices: Sequence[jax.Device], *, missing: Missing, per_chip: int | None = None
+    config: RunConfig,
+    devices: Sequence[jax.Device],
+    *,
+    missing: Missing,
+    per_chip: int | None = None,
 ) -> Lowered:
     """The update of a training run.
 
@@ -65,18 +70,18 @@ def lower_training(
     Raises:
       UserError: what would refuse the run too: mesh, batch, rules, fields.
     """
-    mesh = sharding.make_mesh(config["mesh"], devices)
+    mesh = sharding.make_mesh(config.mesh, devices)
     if per_chip is not None:
-        config = {**config, "batch": per_chip * sharding.data_parallel(mesh)}
+        config = config.replace({"batch": per_chip * sharding.data_parallel(mesh)})
     try:
         check_batch(config, mesh)
     except UserError as error:
         raise UserError(f"{error} Or give rows per chip: --batch_per_chip=N.") from error
     system, frozen, notes = _system(config, missing)
     # The same function that training calls, so that the program is the run's to the letter.
-    program = make_program(system, config, mesh)
+    program = make_train_step(system, config, mesh)
     rows = abstract.training_shapes(
-        config, system, config["batch"], frozen if missing.cached else None
+        config, system, config.batch, frozen if missing.cached else None
     )
     # Codecs are whole on every chip.
     everywhere = sharding.replicated(mesh)
@@ -88,9 +93,9 @@ def lower_training(
     return Lowered(
         program=lowered,
         mesh=tuple(mesh.devices.shape),
-        batch=config["batch"],
+        batch=config.batch,
         # A backward pass has two products for each of the forward pass.
-        flops=3.0 * forward * config["batch"] if forward else None,
+        flops=3.0 * forward * config.batch if forward else None,
         notes=(*notes, *_from_cache(rows)),
         attention=profiling.attention_share(system),
         lengths=profiling.lengths(system),
@@ -100,7 +105,7 @@ def lower_training(
 
 
 def lower_sampling(
-    config: Config,
+    config: RunConfig,
     devices: Sequence[jax.Device],
     *,
     missing: Missing,
@@ -164,14 +169,14 @@ def lower_sampling(
 
 
 def _system(
-    config: Config, missing: Missing
+    config: RunConfig, missing: Missing
 ) -> tuple[System | Generator, dict[str, Any], tuple[str, ...]]:
     """The system, the shapes of its frozen parameters, and what was made up."""
     info = abstract.dataset_info(config, missing.classes)
     codecs = abstract.codecs(config, info, missing.codec)
     words = f"{len(info.vocabulary)} words" if info.vocabulary else "no words"
     notes = (f"{len(info.classes)} classes, {words}",)
-    return build.system(config, info, codecs.specs), codecs.frozen, notes
+    return build.system(config.system, info, codecs.specs), codecs.frozen, notes
 
 
 def _from_cache(batch: Shapes) -> tuple[str, ...]:
@@ -186,4 +191,4 @@ def _undecoded(system: Generator) -> tuple[str, ...]:
 
 def _at(shapes: PyTree, place: jax.sharding.NamedSharding) -> PyTree:
     """The shapes, all of them with one sharding."""
-    return placed(shapes, jax.tree.map(lambda _: place, shapes))
+    return with_shardings(shapes, jax.tree.map(lambda _: place, shapes))

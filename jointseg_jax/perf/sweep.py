@@ -12,13 +12,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 
 from jointseg_jax.chips import Chip
+from jointseg_jax.config import RunConfig
 from jointseg_jax.perf import abstract, programs, report
-from jointseg_jax.perf.abstract import Config
 from jointseg_jax.perf.harness import Values
 from jointseg_jax.types import UserError
 
@@ -75,10 +75,10 @@ class Trial(NamedTuple):
         return (float("inf") if time is None else time, self.setting.rows)
 
 
-def configured(config: Config, setting: Setting, chips: int) -> dict[str, Any]:
+def configured(config: RunConfig, setting: Setting, chips: int) -> RunConfig:
     """The config with a setting; its mesh is kept where it splits state as the setting asks."""
     changed = abstract.with_denoiser(config, remat=setting.remat, attention=setting.attention)
-    _, fsdp, model = mesh = tuple(changed["mesh"])
+    _, fsdp, model = mesh = tuple(changed.mesh)
     # A mesh that splits what the preset splits is the user's choice and stays.
     axes = setting.sharding.split("+")
     if "model" in axes and model == 1:
@@ -89,11 +89,11 @@ def configured(config: Config, setting: Setting, chips: int) -> dict[str, Any]:
         mesh = (-1, fsdp, model)
     # Chips along ``model`` share the rows of one shard.
     rows = setting.rows * chips // mesh[2]
-    return {**changed, "mesh": mesh, "sharding": setting.sharding, "batch": rows}
+    return changed.replace({"mesh": mesh, "sharding": setting.sharding, "batch": rows})
 
 
 def trials(
-    config: Config,
+    config: RunConfig,
     devices: Sequence[jax.Device],
     chip: Chip,
     grid: Grid,
@@ -114,7 +114,7 @@ def trials(
             lowered = programs.lower_training(changed, devices, missing=missing)
             made, _ = compiled(lowered, chip, options)
         except UserError as error:
-            return Trial(setting, changed["mesh"], None, str(error))
+            return Trial(setting, tuple(changed.mesh), None, str(error))
         return Trial(setting, lowered.mesh, made, made.refusal)
 
     for choice in itertools.product(grid.attention, grid.sharding, grid.remat):

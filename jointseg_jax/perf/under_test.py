@@ -15,10 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jointseg_jax import build, sharding
+from jointseg_jax.config import RunConfig
 from jointseg_jax.data.cached.loader import CachedBatches
 from jointseg_jax.data.pipeline import Batches, batches
 from jointseg_jax.perf import abstract, harness, trace
-from jointseg_jax.perf.abstract import Config, System
+from jointseg_jax.perf.abstract import System
 from jointseg_jax.perf.harness import BenchConfig, Values
 from jointseg_jax.systems.system import Generator
 from jointseg_jax.training.workdir import load_run
@@ -30,7 +31,7 @@ DESCRIBED = ("depth", "width", "heads", "dtype", "attention", "remat", "scan")
 class ModelUnderTest(NamedTuple):
     """A system and what it needs."""
 
-    config: Config
+    config: RunConfig
     info: build.DatasetInfo
     system: System | Generator
     params: Mapping[str, Any] | None  # of a trained run; None: they are to be drawn
@@ -41,7 +42,7 @@ class ModelUnderTest(NamedTuple):
         """Plain values that the speed depends on."""
         network = getattr(self.system, "denoiser", None)
         out: Values = {
-            "system": self.config["system"]["name"],
+            "system": self.config.system.name,
             "size": list(self.system.size),
             "classes": len(self.info.classes),
             "words": len(self.info.vocabulary),
@@ -70,15 +71,15 @@ def model_under_test(bench: BenchConfig) -> ModelUnderTest:
         run = load_run(bench.workdir)
         note = f"trained: {bench.workdir}, step {run.step}"
         return ModelUnderTest(run.config, run.info, run.system, run.params, run.frozen, (note,))
-    config = bench.config
+    config = bench.run_config()
     info = abstract.dataset_info(config, bench.classes or None)
-    specs = abstract.codecs(config, info, bench.codec or None).specs
+    specs = abstract.codecs(config, info, bench.codec_system()).specs
     # Random weights: speed depends on shapes and dtypes alone.
     frozen = {
         name: build.codec(spec, info, name).init(jax.random.key(n))
         for n, (name, spec) in enumerate(specs.items())
     }
-    system = build.system(config, info, specs)
+    system = build.system(config.system, info, specs)
     return ModelUnderTest(config, info, system, None, frozen, ("random weights",))
 
 
@@ -113,20 +114,16 @@ def random_rows(
     return {name: draw(name, s.shape, s.dtype) for name, s in shapes.items()}
 
 
-def real_batches(config: Config, info: build.DatasetInfo) -> Batches | CachedBatches:
+def real_batches(config: RunConfig, info: build.DatasetInfo) -> Batches | CachedBatches:
     """The batches of the config's training data, as a run gets them."""
-    data, tokenizer = config["data"], build.tokenizer(config, info.vocabulary)
+    tokenizer = build.tokenizer(config.system, info.vocabulary)
     return batches(
         build.source(config, "train"),
-        batch=config["batch"],
-        seed=config["seed"],
-        transforms=build.transforms(config),
+        config.data,
+        batch=config.batch,
+        seed=config.seed,
+        transforms=build.transforms(config.data),
         tokenizer=tokenizer.encode if tokenizer else None,
-        workers=data.get("workers", 0),
-        threads=data.get("threads", 2),
-        prefetch=data.get("prefetch", 4),
-        bad=data.get("bad", "replace"),
-        bad_limit=data.get("bad_limit", 100),
         instances=build.instances(config),
     )
 

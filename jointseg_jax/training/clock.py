@@ -1,15 +1,144 @@
-"""What one log point says: mean metrics of a window, speed, data wait, MFU and time left."""
+"""The clock of a training loop: one object, told what the loop does, that feeds all time-keepers.
+
+* ``goodput``: which phase the host's time went to, over all launches
+* ``Telemetry``: speed, data wait, MFU and time left of the window between two log points
+* ``Watchdog``: notices when no step has begun for long
+* ``InFlight``: the host runs one step ahead of the devices and no further
+"""
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import deque
-from typing import Any
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
 
 from jointseg_jax import chips
+from jointseg_jax.config import WatchdogConfig
+from jointseg_jax.training.goodput import Goodput
+from jointseg_jax.training.watchdog import Watchdog
+
+
+class Clock:
+    """Times one launch; a context manager around it.
+
+    Args:
+      workdir: of the run.
+      watchdog: when a standstill is reported.
+      stacks: file for the stacks of all threads then.
+      total: steps of the run.
+      batch: global batch size.
+      writes: True for the process that keeps the run's files.
+    """
+
+    def __init__(
+        self,
+        workdir: Path,
+        watchdog: WatchdogConfig,
+        *,
+        stacks: Path,
+        total: int,
+        batch: int,
+        writes: bool,
+    ):
+        self._goodput = Goodput(workdir, writes=writes)
+        self._watchdog = Watchdog(watchdog, stacks=stacks, doing=lambda: self._goodput.phase)
+        self._total, self._batch, self._flops = total, batch, None
+        self._in_flight = InFlight()
+        self._asked = 0.0  # when the loop began to ask for the batch
+        self.window = Telemetry(total=total, batch=batch, flops=None)
+
+    def __enter__(self) -> Clock:
+        self._watchdog.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._watchdog.__exit__()
+
+    def begin(self, step: int) -> None:
+        """Notes the step that training goes on from, at the start or after going back."""
+        self._goodput.begin(step)
+        self.window = Telemetry(total=self._total, batch=self._batch, flops=self._flops)
+
+    def compiled(self, flops: float | None) -> None:
+        """Starts the first window: the program is there, and costs ``flops`` a step."""
+        self._flops = flops
+        self._asked = time.perf_counter()
+        self.window = Telemetry(total=self._total, batch=self._batch, flops=flops)
+
+    def reading(self, step: int) -> None:
+        """The loop asks for the batch of a step."""
+        self._watchdog.alive(step)
+        self._goodput.enter("data")
+        self._asked = time.perf_counter()
+
+    def stepping(self) -> None:
+        """The batch is there: the step is handed to the devices next."""
+        # While the devices still work at the step before, reading has cost no time.
+        busy = self._in_flight.busy()
+        self.window.waited(0.0 if busy else time.perf_counter() - self._asked)
+        self._goodput.enter("step", behind=busy)
+
+    def stepped(self, step: int, metrics: Mapping[str, Any], indices: np.ndarray) -> None:
+        """A step was handed over; waits for the one before it, and keeps its metrics."""
+        self.window.add(step, dict(metrics), indices)
+        self._in_flight.add(metrics)
+
+    @contextlib.contextmanager
+    def aside(self, phase: str) -> Iterator[None]:
+        """Work that is not training (``compile``, ``save``, ``evaluation``)."""
+        start = time.perf_counter()
+        self._goodput.enter(phase)
+        yield
+        self.window.exclude(time.perf_counter() - start)
+
+    def logged(self, step: int) -> None:
+        """Notes how far training has come, at a log point."""
+        self._goodput.logged(step)
+
+    def saved(self, step: int) -> None:
+        """Notes how far training has come, at a save."""
+        self._goodput.reached(step)
+
+
+@runtime_checkable
+class Result(Protocol):
+    """What a step gives at once and the devices fill in later, as jax.Array is."""
+
+    def is_ready(self) -> bool:
+        """Returns True once it is filled in."""
+        ...
+
+    def block_until_ready(self) -> Any:
+        """Waits until it is."""
+        ...
+
+
+class InFlight:
+    """The newest step that was handed to the devices, by its metrics.
+
+    The host runs one step ahead of the devices and no further: the next batch is read while a step
+    runs, yet no more than two batches lie on the devices, and a request to stop waits for two
+    steps. So time that the host spends on input is lost only where the devices had nothing left
+    to do.
+    """
+
+    def __init__(self) -> None:
+        self._newest: Mapping[str, Result] = {}
+
+    def busy(self) -> bool:
+        """Returns True while the devices still work at the newest step."""
+        return not all(x.is_ready() for x in self._newest.values())
+
+    def add(self, metrics: Mapping[str, Result]) -> None:
+        """Takes note of a step that was handed over, and waits for the one before it."""
+        before, self._newest = self._newest, metrics
+        jax.block_until_ready(before)
 
 
 class Telemetry:
@@ -32,7 +161,7 @@ class Telemetry:
         self._wait, self._steps, self._since = 0.0, 0, time.perf_counter()
 
     def waited(self, seconds: float) -> None:
-        """Adds time in which the devices had nothing to do for want of a batch."""
+        """Adds time in which the devices had no batch to work on."""
         self._wait += seconds
 
     def add(self, step: int, metrics: dict[str, jax.Array], indices: np.ndarray) -> None:
@@ -40,21 +169,18 @@ class Telemetry:
         self._pending.append((step, metrics, indices))
         self._steps += 1
 
-    def pause(self) -> float:
-        """The clock, to give to ``resume`` after work that is not training."""
-        return time.perf_counter()
-
-    def resume(self, paused: float) -> None:
-        """Takes the time since ``pause`` out of the window."""
-        self._since += time.perf_counter() - paused
+    def exclude(self, seconds: float | int) -> None:
+        """Takes time that was not training out of the window."""
+        self._since += seconds
 
     def read(self, *, leave: int = 1) -> tuple[dict[str, float], list[tuple[int, np.ndarray]]]:
         """Scalars of the window and the non-finite steps in it, with their record indices.
 
         The newest ``leave`` steps stay pending, so that reading does not wait for the step in
-        flight.
+        flight; a window of one step is read all the same, or its line would have no loss.
         """
-        ready = [self._pending.popleft() for _ in range(max(len(self._pending) - leave, 0))]
+        count = max(len(self._pending) - leave, min(len(self._pending), 1))
+        ready = [self._pending.popleft() for _ in range(count)]
         values = jax.device_get([metrics for _, metrics, _ in ready])
         finite = [bool(v.pop("finite")) for v in values]
         bad = [(step, ids) for (step, _, ids), ok in zip(ready, finite) if not ok]

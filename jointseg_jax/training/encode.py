@@ -22,10 +22,10 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from jointseg_jax.config import ReadConfig, RunConfig
 from jointseg_jax.data.cached import shard_writer, texts
 from jointseg_jax.data.cached.index import CacheIndex, Field, index_path, read_index, shard_name
 from jointseg_jax.data.cached.views import ViewedRecord
-from jointseg_jax.data.workers import Reading
 from jointseg_jax.training.encode_plan import DTYPES, EncodeOptions, Plan, size_text
 from jointseg_jax.types import UserError
 
@@ -33,7 +33,7 @@ log = logging.getLogger("jointseg_jax")
 
 
 def encode(
-    config: Mapping[str, Any],
+    config: RunConfig,
     options: EncodeOptions,
     *,
     progress: Callable[..., Any],
@@ -126,7 +126,7 @@ class _Run:
         """Makes the shards of this process that are not there yet."""
         options = self.options
         records = [record for number in self.todo for record in self.plan.records_of(number)]
-        reading = Reading(
+        reading = ReadConfig(
             workers=options.workers, threads=options.threads, prefetch=2 * options.threads
         )
         with contextlib.closing(self.plan.viewer.all(records, reading)) as found:
@@ -217,7 +217,7 @@ class _Run:
             for error in viewed.note.get("instead_of", ()):
                 log.warning("%s Replaced by %s.", error, viewed.note["id"])
             self.replaced += "instead_of" in viewed.note
-        limit = self.plan.config["data"].get("bad_limit", 100)
+        limit = self.plan.config.data.bad_limit
         if self.replaced > limit:
             raise UserError(
                 f"ERROR [encode] {self.replaced} bad records, more than the limit of {limit}. Mend "

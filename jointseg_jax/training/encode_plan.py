@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jointseg_jax import build, sharding
+from jointseg_jax.config import RunConfig, plain
 from jointseg_jax.data.cached.index import Field, row_bytes
 from jointseg_jax.data.cached.views import ViewReader, Views
 from jointseg_jax.data.labels import to_content
@@ -26,7 +27,7 @@ from jointseg_jax.rng import sample_keys
 from jointseg_jax.systems.joint import TEXT_STREAM
 from jointseg_jax.systems.system import LATENTS, Encodable, Input
 from jointseg_jax.training import pretrained
-from jointseg_jax.training.workdir import load_codecs, trained_codecs
+from jointseg_jax.training.workdir import load_codecs
 from jointseg_jax.types import Array, UserError
 
 DTYPES = ("float16", "bfloat16", "float32")
@@ -208,19 +209,17 @@ class BatchEncoder:
         self._compiled: dict[str, Callable[..., Array]] = {}
 
     @staticmethod
-    def of(
-        folder: Path, config: Mapping[str, Any], info: build.DatasetInfo, *, batch: int
-    ) -> BatchEncoder:
+    def of(folder: Path, config: RunConfig, info: build.DatasetInfo, *, batch: int) -> BatchEncoder:
         """The encoder of a config whose trained codecs were gathered in a folder.
 
         Raises:
           UserError: the config's system has no codecs that stay as they are.
         """
-        specs, params = load_codecs(folder, config)
-        system = build.system(config, info, specs)
+        specs, params = load_codecs(folder, config.system)
+        system = build.system(config.system, info, specs)
         if not isinstance(system, Encodable):
             raise UserError(
-                f"ERROR [encode] config.system.name: a system `{config['system']['name']}` trains "
+                f"ERROR [encode] config.system.name: a system `{config.system.name}` trains "
                 "its own codec, whose latents change with every step; give the config of a run "
                 "that uses a trained codec."
             )
@@ -272,27 +271,28 @@ class Plan:
       bytes: that all of it takes, at most: records may have the same text.
     """
 
-    def __init__(self, config: Mapping[str, Any], options: EncodeOptions):
-        self.config = config = _plainly(config)
+    def __init__(self, config: RunConfig, options: EncodeOptions):
+        # The data are read themselves, whatever cache the config would train from.
+        self.config = config = config.replace({"data.cache": ""})
         self.options, self.train = options, options.split == "train"
         _check_validation(config, options)
         self.source: Source = build.source(config, options.split)
         check_source(self.source)
         self.records = min(options.limit or len(self.source), len(self.source))
-        self.known = build.dataset_info(self.source, captions=0)
-        self.tokenizer = build.tokenizer(config, self.known.vocabulary)
+        self.info = build.dataset_info(self.source, captions=0)
+        self.tokenizer = build.tokenizer(config.system, self.info.vocabulary)
         rows = self._rows()
         self.views = Views(
             transforms=rows.transforms,
             crops=options.crops,
-            seed=config["seed"],
+            seed=config.seed,
             train=self.train,
         )
         self.viewer = ViewReader(rows=rows, views=self.views)
         self.encoder = self._encoder() if self.train else None
         self.contents = contents(
             options,
-            self.known,
+            self.info,
             self.encoder,
             {k: v[0] for k, v in self.viewer(0).fields.items()},
             self.tokenizer.length if self.tokenizer else None,
@@ -302,36 +302,33 @@ class Plan:
         self.bytes = self.records * self._record_bytes()
 
     def _rows(self) -> Rows:
-        data = self.config["data"]
         return make_rows(
             self.source,
-            build.transforms(self.config),
+            build.transforms(self.config.data),
             tokenizer=None,
-            seed=self.config["seed"],
+            seed=self.config.seed,
             batch=1,
             train=self.train,
-            bad=data.get("bad", "replace"),
+            bad=self.config.data.bad,
             mark=False,
             instances=build.instances(self.config),
         )
 
     def _encoder(self) -> BatchEncoder:
         options, config = self.options, self.config
-        pretrained.check_unchanged(options.out, config, self.known)
-        pretrained.import_codecs(options.out, config, self.known, self._training_batches())
-        return BatchEncoder.of(options.out, config, self.known, batch=options.batch)
+        pretrained.check_unchanged(options.out, config.system, self.info)
+        pretrained.import_codecs(options.out, config.system, self.info, self._training_batches())
+        return BatchEncoder.of(options.out, config, self.info, batch=options.batch)
 
     def _training_batches(self) -> Iterator[dict[str, np.ndarray]]:
         """Made only when a scale is fitted: the batches that a run of this config begins with."""
-        config, data = self.config, self.config["data"]
+        config = self.config
         with batches(
             self.source,
-            batch=config["batch"],
-            seed=config["seed"],
-            transforms=build.transforms(config),
-            threads=data.get("threads", 2),
-            bad=data.get("bad", "replace"),
-            bad_limit=data.get("bad_limit", 100),
+            config.data,
+            batch=config.batch,
+            seed=config.seed,
+            transforms=build.transforms(config.data),
             instances=build.instances(config),
         ) as found:
             yield from found
@@ -386,21 +383,21 @@ class Plan:
     def head(self) -> dict[str, Any]:
         """What the index says before there are rows."""
         digests = {}
-        for name in trained_codecs(self.config) if self.train else ():
+        for name in self.config.system.trained_codecs() if self.train else ():
             record = json.loads((self.options.out / "frozen" / f"{name}.json").read_text())
             digests[name] = {k: record[k] for k in ("codec", "sha256")}
         settings = {
             "config": build.cache_settings(self.config, self.options.split),
-            "source": build.plain(self.source.fingerprint()),
+            "source": plain(self.source.fingerprint()),
             "codecs": digests,
             "latents": list(self.contents.latents),
-            "seed": self.config["seed"],
+            "seed": self.config.seed,
         }
         text = self.contents.text
         return {
             "settings": settings,
-            "classes": to_content(self.known.classes),
-            "words": list(self.known.vocabulary),
+            "classes": to_content(self.info.classes),
+            "words": list(self.info.vocabulary),
             "records": self.records,
             "per_shard": self.per_shard,
             "crops": max(self.options.crops, 1),
@@ -412,19 +409,14 @@ class Plan:
         }
 
 
-def _check_validation(config: Mapping[str, Any], options: EncodeOptions) -> None:
-    own = config.get("evaluate", {}).get("transforms")
+def _check_validation(config: RunConfig, options: EncodeOptions) -> None:
+    own = config.evaluate.transforms
     if options.split == "val" and own:
         raise UserError(
             "ERROR [encode] --split=val: config.evaluate.transforms give evaluation a size of its "
             "own, and a cache holds one size, that of training: such a run reads config.data.val. "
             "Leave this split out."
         )
-
-
-def _plainly(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config without a cache of its own."""
-    return dict(config) | {"data": dict(config["data"]) | {"cache": ""}}
 
 
 def size_text(count: int) -> str:

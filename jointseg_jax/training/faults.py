@@ -16,11 +16,10 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from jointseg_jax.config import NanConfig
 from jointseg_jax.training.spikes import Losses, Spikes
 from jointseg_jax.types import UserError
 
-POLICIES = ("skip", "stop", "rollback")
-ON_SPIKE = ("count", "rollback")
 _LISTED = 16
 
 log = logging.getLogger(__name__)
@@ -31,35 +30,11 @@ class NonFinite(UserError):
 
 
 class Faults:
-    """The policy of one run, and how often it has gone back to its newest checkpoint.
+    """The policy of one run, and how often it has gone back to its newest checkpoint."""
 
-    Args:
-      policy: one of ``POLICIES``.
-      limit: of refused updates in a row, and of returns to one checkpoint.
-      spike: how many times the usual loss is a spike; 0: nothing is.
-      on_spike: one of ``ON_SPIKE``.
-    """
-
-    def __init__(
-        self,
-        *,
-        policy: str = "skip",
-        limit: int = 10,
-        spike: float | int = 100.0,
-        on_spike: str = "count",
-    ):
-        if policy not in POLICIES or limit < 0:
-            raise UserError(
-                f"config.nan: policy {policy!r} must be one of {', '.join(POLICIES)} and limit "
-                f"{limit} at least 0."
-            )
-        if on_spike not in ON_SPIKE or not (spike == 0 or spike > 1):
-            raise UserError(
-                f"config.nan: on_spike {on_spike!r} must be one of {', '.join(ON_SPIKE)} and spike "
-                f"{spike} above 1, or 0 (off)."
-            )
-        self._policy, self._limit, self._on_spike = policy, limit, on_spike
-        self.spikes = Spikes(spike)
+    def __init__(self, config: NanConfig):
+        self._policy, self._limit, self._on_spike = config.policy, config.limit, config.on_spike
+        self.spikes = Spikes(config.spike)
         self._returns: tuple[int | None, int] = (None, 0)  # to which checkpoint, how often
 
     def go_back(self, bad: list[tuple[int, Any]], *, refused: int, saved: int | None) -> bool:

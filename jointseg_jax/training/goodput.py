@@ -210,7 +210,7 @@ def summary(workdir: Path) -> Summary:
     )
 
 
-def tell(workdir: Path, *, since: float = 0.0) -> None:
+def log_summary(workdir: Path, *, since: float = 0.0) -> None:
     """Logs the summary and adds it to the file, if anything was recorded since (Unix time)."""
     if any(record["time"] >= since for record in records(workdir / FILE)):
         found = summary(workdir)

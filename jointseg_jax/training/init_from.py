@@ -19,18 +19,16 @@ in an unrolled network (``in_blocks/0/...``), whether either network scans or no
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import logging
 import re
-from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
 from jointseg_jax import build, rules
-from jointseg_jax.config import make
+from jointseg_jax.config import StartConfig
 from jointseg_jax.models.uvit import UViT
 from jointseg_jax.training.workdir import load_run
 from jointseg_jax.types import UserError
@@ -56,52 +54,18 @@ SHOWN = 5
 Leaves = dict[str, Any]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class InitFrom:
-    """``config.start``; see the module's table."""
-
-    workdir: str = ""
-    file: str = ""
-    architecture: Mapping[str, Any] | None = None
-    move: rules.Rules = ((r"^", ""),)
-    copy: rules.Rules = ()
-    init_map_stream: str = "random"
-
-    def __post_init__(self) -> None:
-        if self.workdir and self.file:
-            raise ValueError(
-                f"workdir={self.workdir!r} and file={self.file!r}: give one of the two, or neither "
-                "for a fresh start."
-            )
-        if self.file and self.architecture is None:
-            raise ValueError(
-                f"file={self.file!r} and architecture=None: a file needs the reference's own "
-                "config of its network (embed_dim, depth, ...)."
-            )
-        if self.init_map_stream not in MAP_STREAM:
-            raise ValueError(
-                f"init_map_stream={self.init_map_stream!r}: one of {', '.join(MAP_STREAM)}."
-            )
-
-
-def is_fresh(spec: Mapping[str, Any]) -> bool:
-    """Whether ``config.start`` names no other weights."""
-    return not (spec.get("workdir") or spec.get("file"))
-
-
-def load(spec: Mapping[str, Any], fresh: Any, info: build.DatasetInfo) -> Leaves:
+def load(start: StartConfig, fresh: Any, info: build.DatasetInfo) -> Leaves:
     """The leaves to start from, by the path of the parameter they are for; ``{}`` when fresh.
 
     Args:
-      spec: ``config.start``.
+      start: what to start from.
       fresh: the parameters' shapes.
-      known: the data's facts, with whose words the trained ones must agree.
+      info: of the data, with whose words the trained ones must agree.
 
     Raises:
       UserError: nothing to read, or a leaf that finds no place; see the module docstring.
     """
-    start = make({"start": InitFrom}, {"name": "start", **spec}, where="start")
-    if is_fresh(spec):
+    if start.is_fresh:
         return {}
     source, given = _of_run(start, info) if start.workdir else _of_file(start)
     wanted = _by_path(jax.eval_shape(unstack_blocks, fresh))
@@ -110,7 +74,7 @@ def load(spec: Mapping[str, Any], fresh: Any, info: build.DatasetInfo) -> Leaves
     return {p: np.asarray(x, wanted[p].dtype) for p, x in found.items()}
 
 
-def remap(start: InitFrom, given: Leaves, wanted: Leaves) -> Leaves:
+def remap(start: StartConfig, given: Leaves, wanted: Leaves) -> Leaves:
     """The given leaves by the path of the parameter that each is for; ``wanted`` has the shapes."""
     moved = _placed(given, start.move, wanted, "start.move", dead="allow")
     copies = (*start.copy, *MAP_STREAM[start.init_map_stream])
@@ -135,7 +99,7 @@ def insert(fresh: Any, given: Leaves) -> Any:
     return stack_blocks(rules.nested(leaves)) if scanned else rules.nested(leaves)
 
 
-def _of_run(start: InitFrom, info: build.DatasetInfo) -> tuple[str, Leaves]:
+def _of_run(start: StartConfig, info: build.DatasetInfo) -> tuple[str, Leaves]:
     run = load_run(start.workdir)
     given = _by_path(unstack_blocks(jax.tree.map(np.asarray, run.params)))
     words = [p for p in given if p.startswith("params/text/")]
@@ -148,7 +112,7 @@ def _of_run(start: InitFrom, info: build.DatasetInfo) -> tuple[str, Leaves]:
     return f"{start.workdir}, step {run.step} ({run.digest})", given
 
 
-def _of_file(start: InitFrom) -> tuple[str, Leaves]:
+def _of_file(start: StartConfig) -> tuple[str, Leaves]:
     weights, described = read_safetensors(start.file), dict(start.architecture)
     layout = described.pop("layout", None) or layout_of(weights)
     module = UViT(**uvit_fields(layout, described))

@@ -22,15 +22,16 @@ from jax.experimental import multihost_utils
 from safetensors.numpy import load_file, save_file
 
 from jointseg_jax import build, rules
+from jointseg_jax.config import CodecPlace, RunConfig, SystemConfig
 from jointseg_jax.data import files
 from jointseg_jax.settings_diff import classes_apart
-from jointseg_jax.training.workdir import RESERVED_KEYS, TrainedCodec, load_run, trained_codecs
+from jointseg_jax.training.workdir import FIT, changed, load_run
 from jointseg_jax.types import UserError
 
 
 def import_codecs(
     workdir: Path,
-    config: Mapping[str, Any],
+    system: SystemConfig,
     info: build.DatasetInfo,
     batches: Iterable[Mapping[str, np.ndarray]],
 ) -> None:
@@ -39,26 +40,23 @@ def import_codecs(
     Args:
       batches: host batches, read only when a scale is to be fitted.
     """
-    for name, place in trained_codecs(config).items():
+    for name, place in system.trained_codecs().items():
         target = workdir / "frozen" / f"{name}.json"
         if target.exists():
             continue
-        codec_spec, params = load_codec(place, info)
-        codec_spec |= {k: v for k, v in place.spec.items() if k not in RESERVED_KEYS}
-        scale = place.spec.get("scale", codec_spec.get("scale"))
-        if scale == "fit":
-            codec = build.codec({**codec_spec, "scale": 1.0}, info, place.where)
-            scale = _fit(codec, params, place.field, batches)
-        if scale is not None:
-            codec_spec["scale"] = scale
+        trained, params = load_codec(place, info)
+        spec = changed(trained, place)
+        if place.spec.get("scale", trained.get("scale")) == FIT:
+            codec = build.codec(spec, info, place.where)
+            spec["scale"] = _fit(codec, params, place.field, batches)
         if jax.process_index() == 0:  # the others would fit the scale to other rows
-            _write(target, {"codec": codec_spec, "from": place.spec["workdir"]}, params)
+            _write(target, {"codec": spec, "from": place.spec["workdir"]}, params)
     multihost_utils.sync_global_devices("pretrained.import_codecs")
 
 
-def check_unchanged(workdir: Path, config: Mapping[str, Any], info: build.DatasetInfo) -> None:
+def check_unchanged(workdir: Path, system: SystemConfig, info: build.DatasetInfo) -> None:
     """Refuses (UserError) a copied codec whose own run, if it is still there, went on since."""
-    for name, place in trained_codecs(config).items():
+    for name, place in system.trained_codecs().items():
         file, run = workdir / "frozen" / f"{name}.safetensors", Path(place.spec["workdir"])
         if not file.exists() or not (run / "config.json").exists():
             continue
@@ -71,14 +69,14 @@ def check_unchanged(workdir: Path, config: Mapping[str, Any], info: build.Datase
             )
 
 
-def from_cache(workdir: Path, config: Mapping[str, Any]) -> None:
+def from_cache(workdir: Path, config: RunConfig) -> None:
     """Copies the codecs that ``config.data.cache`` was encoded with into the workdir, once.
 
     Raises:
       UserError: the workdir has others; its latents are not those of the cache.
     """
-    cache = config["data"].get("cache")
-    for name in trained_codecs(config) if cache else ():
+    cache = config.data.cache
+    for name in config.system.trained_codecs() if cache else ():
         made, target = Path(cache) / "frozen" / f"{name}.json", workdir / "frozen" / f"{name}.json"
         if not made.exists():
             raise UserError(f"{made}: missing; the cache lost its codec. Copy it back.")
@@ -104,7 +102,7 @@ def _write(target: Path, record: dict[str, Any], params: Any) -> None:
     files.write(target, text.encode())  # whole or absent: a run may be killed here
 
 
-def load_codec(place: TrainedCodec, info: build.DatasetInfo) -> tuple[dict[str, Any], Any]:
+def load_codec(place: CodecPlace, info: build.DatasetInfo) -> tuple[dict[str, Any], Any]:
     """The spec and the parameters of the codec that another run trained.
 
     Raises:
@@ -112,12 +110,11 @@ def load_codec(place: TrainedCodec, info: build.DatasetInfo) -> tuple[dict[str, 
     """
     workdir = place.spec["workdir"]
     run = load_run(Path(workdir))
-    spec = dict(run.config["system"])
-    if spec["name"] != "autoencode" or spec.get("field", "labels") != place.field:
+    system = run.config.system
+    if system.codec is None or system.field != place.field:
         raise UserError(
-            f"{place.where}: {workdir} holds a `{spec['name']}` run of "
-            f"{spec.get('field', 'labels')}; a codec of {place.field} comes from an `autoencode` "
-            "run of that field."
+            f"{place.where}: {workdir} holds a `{system.name}` run of {system.field}; a codec of "
+            f"{place.field} comes from an `autoencode` run of that field."
         )
     labels = place.field != "image"
     if labels and run.info.classes.names != info.classes.names:
@@ -126,7 +123,7 @@ def load_codec(place: TrainedCodec, info: build.DatasetInfo) -> tuple[dict[str, 
             f"{classes_apart(run.info.classes.names, info.classes.names)}. "
             "Train the codec on this data."
         )
-    return dict(spec["codec"]), run.params
+    return dict(system.codec), run.params
 
 
 def _fit(codec: Any, params: Any, field: str, batches: Iterable[Any], count: int = 8) -> float:

@@ -2,60 +2,70 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jaxtyping import PyTree
 
 from jointseg_jax import build, sharding
 from jointseg_jax.annotations import viz
+from jointseg_jax.config import RunConfig
 from jointseg_jax.data.pipeline import evaluation_batches
+from jointseg_jax.data.tokenizer import Words
 from jointseg_jax.rng import sample_keys
+from jointseg_jax.systems.system import Batch, Objective, Pairs
 from jointseg_jax.training import state as states
 from jointseg_jax.types import UserError
 
-Draw = Callable[[states.TrainState, Any], np.ndarray]
 
+class Previewer:
+    """Draws the same validation records from the same seeds at every call.
 
-def previewer(
-    system: Any,
-    config: Mapping[str, Any],
-    info: build.DatasetInfo,
-    mesh: jax.sharding.Mesh,
-    transforms: tuple[Any, ...],
-    tokenizer: Any,
-) -> Draw:
-    """``draw(state, frozen) -> sheet``: the same validation records and seeds every time."""
-    shards = sharding.data_parallel(mesh)
-    count = shards * max(1, config["preview"]["count"] // shards)
-    with evaluation_batches(
-        build.source(config, "val"),
-        batch=count,
-        transforms=transforms,
-        tokenizer=tokenizer.encode if tokenizer else None,
-        host=jax.process_index(),
-        hosts=jax.process_count(),
-        instances=build.instances(config),
-    ) as source:
-        batch = sharding.global_batch(next(source), mesh)
+    Args:
+      mesh: the rows of a preview lie over all its devices.
+      tokenizer: of the training data; None where text is no words.
+    """
 
-    @jax.jit
-    def pairs(params: Any, ema: Any, frozen: Any, batch: Any) -> dict[str, jax.Array]:
-        keys = sample_keys(config["seed"], jnp.arange(count, dtype=jnp.uint32))
-        made = system.preview(states.averaged(params, ema), frozen, batch, keys)
-        return jax.lax.with_sharding_constraint(made, sharding.batch_sharding(mesh))
+    def __init__(
+        self,
+        config: RunConfig,
+        system: Objective,
+        info: build.DatasetInfo,
+        mesh: jax.sharding.Mesh,
+        tokenizer: Words | None,
+    ):
+        shards = sharding.data_parallel(mesh)
+        # every device draws as many rows as the others
+        self._count = shards * max(1, config.preview.count // shards)
+        self._system, self._seed, self._info = system, config.seed, info
+        self._rows = sharding.batch_sharding(mesh)
+        self._pairs = jax.jit(self._made)
+        with evaluation_batches(
+            build.source(config, "val"),
+            config.data,
+            batch=self._count,
+            transforms=build.transforms(config.data),
+            tokenizer=tokenizer.encode if tokenizer else None,
+            host=jax.process_index(),
+            hosts=jax.process_count(),
+            instances=build.instances(config),
+        ) as source:
+            self._batch = sharding.global_batch(next(source), mesh)
 
-    def draw(state: states.TrainState, frozen: Any) -> np.ndarray:
-        made = pairs(state.params, state.ema, frozen, batch)
+    def _made(self, params: PyTree, ema: PyTree, frozen: PyTree, batch: Batch) -> Pairs:
+        keys = sample_keys(self._seed, jnp.arange(self._count, dtype=jnp.uint32))
+        made = self._system.preview(states.averaged(params, ema), frozen, batch, keys)
+        return jax.lax.with_sharding_constraint(made, self._rows)
+
+    def __call__(self, state: states.TrainState, frozen: PyTree) -> np.ndarray:
+        """The sheet of what the averaged parameters make; every process draws its part."""
+        made = self._pairs(state.params, state.ema, frozen, self._batch)
         if jax.process_count() > 1:
             made = multihost_utils.process_allgather(made, tiled=True)
-        made = jax.tree.map(np.asarray, made)
-        return sheet(made, info)
-
-    return draw
+        return sheet(jax.tree.map(np.asarray, made), self._info)
 
 
 def sheet(

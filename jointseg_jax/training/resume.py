@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from jointseg_jax import build
+from jointseg_jax.config import RunConfig, plain
 from jointseg_jax.data.records import Source
 from jointseg_jax.settings_diff import classes_apart, require_same
-from jointseg_jax.training import init_from
 from jointseg_jax.types import UserError
 
 MAY_CHANGE = (
@@ -20,14 +20,14 @@ MAY_CHANGE = (
 """Config paths that a resumed run may change; everything else would change its result."""
 
 
-def settings(config: Mapping[str, Any], source: Source) -> dict[str, Any]:
+def settings(config: RunConfig, source: Source) -> dict[str, Any]:
     """What is kept beside a checkpoint and compared when a run goes on from it."""
-    found = build.plain(config)
-    if init_from.is_fresh(found.get("start", {})):
+    found = plain(config.values)
+    if config.start.is_fresh:
         found.pop("start", None)  # as in runs made before there was such a setting
-    if not found["data"].get("cache"):
+    if not config.data.cache:
         found["data"].pop("cache", None)  # likewise
-    return found | {"source": build.plain(source.fingerprint())}
+    return found | {"source": plain(source.fingerprint())}
 
 
 def require_settings(

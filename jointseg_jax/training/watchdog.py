@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from jointseg_jax import distributed
-from jointseg_jax.types import UserError
+from jointseg_jax.config import WatchdogConfig
 
 log = logging.getLogger("jointseg_jax")
 
@@ -27,26 +27,16 @@ class Watchdog:
     """A context manager; inside it, say ``alive(step)`` once per step.
 
     Args:
-      seconds: of silence that are too many; 0: nobody watches.
-      abort: whether the process ends then, with status ``distributed.PEER_LOST``.
+      config: after how long a silence, and if the process then ends (``distributed.PEER_LOST``).
       stacks: file for the stacks.
-
-    Attributes:
       doing: says in a word what the loop does at the moment.
     """
 
     def __init__(
-        self,
-        *,
-        seconds: float | int = 1800,
-        abort: bool = False,
-        stacks: Path = Path("stacks.txt"),
+        self, config: WatchdogConfig, *, stacks: Path, doing: Callable[[], str] = lambda: "start"
     ):
-        if not seconds >= 0:
-            raise UserError(f"config.watchdog: seconds = {seconds!r} must be 0 (off) or more.")
-        self._seconds, self._abort = seconds, abort
-        self._stacks = stacks
-        self.doing: Callable[[], str] = lambda: "start"
+        self._seconds, self._abort = config.seconds, config.abort
+        self._stacks, self.doing = stacks, doing
         self._step: int | None = None
         self._last = 0.0
         self._stop = threading.Event()

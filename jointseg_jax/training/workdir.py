@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from safetensors.numpy import load_file
 
 from jointseg_jax import build, rules
+from jointseg_jax.config import CodecPlace, RunConfig, Spec, SystemConfig, from_plain
 from jointseg_jax.data import files
 from jointseg_jax.training import state as states
 from jointseg_jax.training.checkpoints import Checkpoints
@@ -22,35 +22,25 @@ RESERVED_KEYS = ("name", "workdir", "scale")
 """Entries of a ``trained`` spec that are no fields of the codec."""
 
 
-class TrainedCodec(NamedTuple):
-    """A codec of a config: its spec, the batch field it codes, and where it stands."""
-
-    spec: Mapping[str, Any]
-    field: str
-    where: str
+FIT = "fit"
+"""Scale of a ``trained`` spec: 1 / std of the latents of the first batches."""
 
 
-def trained_codecs(config: Mapping[str, Any]) -> dict[str, TrainedCodec]:
-    """The codecs of a config that are another run's, by the name of their parameters."""
-    system = config["system"]
-    places = {
-        name: TrainedCodec(stream["codec"], stream["field"], f"config.system.streams.{name}.codec")
-        for name, stream in system.get("streams", {}).items()
-        if "codec" in stream
-    }
-    if "image" in system:
-        places["image"] = TrainedCodec(system["image"], "image", "config.system.image")
-    return {k: place for k, place in places.items() if place.spec["name"] == "trained"}
+def changed(codec: Spec, place: CodecPlace) -> dict[str, Any]:
+    """A trained codec's spec with what the config that uses it changes; a scale to fit is 1."""
+    made = {**codec, **{k: v for k, v in place.spec.items() if k not in RESERVED_KEYS}}
+    scale = place.spec.get("scale", codec.get("scale"))
+    return made if scale is None else made | {"scale": 1.0 if scale == FIT else scale}
 
 
-def load_codecs(workdir: Path, config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def load_codecs(workdir: Path, system: SystemConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     """Codec specs and parameters by name, as ``import_codecs`` left them in the workdir."""
     specs, params = {}, {}
-    for name in trained_codecs(config):
+    for name in system.trained_codecs():
         path = workdir / "frozen" / f"{name}.json"
         if not path.exists():
             raise UserError(
-                f"{path}: missing; the workdir lost its codec. Copy it back, or train anew."
+                f"{path}: missing; the workdir lost its codec. Copy it back, or train again."
             )
         record = json.loads(path.read_text())
         file = path.with_suffix(".safetensors")
@@ -72,7 +62,7 @@ class Run:
     """What sampling and evaluation need of a workdir."""
 
     workdir: Path
-    config: dict[str, Any]
+    config: RunConfig
     info: build.DatasetInfo
     system: Any
     params: Any
@@ -103,11 +93,11 @@ def load_run(workdir: Path | str) -> Run:
     """
     workdir = Path(workdir)
     known = load_info(workdir)
-    config = build.from_plain(json.loads((workdir / "config.json").read_text()))
-    specs, frozen = load_codecs(workdir, config)
-    system = build.system(config, known, specs)
+    config = RunConfig.parse(from_plain(json.loads((workdir / "config.json").read_text())))
+    specs, frozen = load_codecs(workdir, config.system)
+    system = build.system(config.system, known, specs)
     shapes = jax.eval_shape(system.init, jax.random.key(0))
-    trainable = rules.match(shapes, config["trainable"], where="trainable", prefix="params/")
+    trainable = rules.match(shapes, config.trainable, where="trainable", prefix="params/")
     chosen, fixed = states.split(shapes, trainable)
     wanted = {"ema": chosen, "params": fixed}
     only = ("ema", *("params/" + path for path in rules.paths(fixed)))

@@ -328,7 +328,7 @@ def test_the_same_config_gives_the_same_bits(launch, straight, tmp_path, words, 
 SOAK = """
 import json, os, resource, runpy, sys, threading
 from pathlib import Path
-from jointseg_jax.training import telemetry
+from jointseg_jax.training import clock
 
 def now():
     pages = int(Path("/proc/self/statm").read_text().split()[1])
@@ -340,13 +340,13 @@ def now():
         "shm": len(shm),
     }
 
-seen, plain = [], telemetry.Telemetry.read
+seen, plain = [], clock.Telemetry.read
 
 def read(self, **options):
     seen.append(now())
     return plain(self, **options)
 
-telemetry.Telemetry.read = read
+clock.Telemetry.read = read
 out = sys.argv.pop(1)
 sys.argv[0] = "launch/train.py"
 try:

@@ -9,12 +9,15 @@ import pytest
 from hypothesis import given, settings
 from PIL import Image
 
+from jointseg_jax.config import ReadConfig
 from jointseg_jax.data.pipeline import batches
 from jointseg_jax.data.records import BadSample, check_record
 from jointseg_jax.data.sources.arrayrecord import ArrayRecords, pack, write_shards
 from jointseg_jax.data.sources.folders import Folders
 from jointseg_jax.data.sources.scenes import Scenes
 from jointseg_jax.types import UserError
+
+READ = ReadConfig()
 
 SCENES = Scenes(size=16, count=3)
 FUZZ = settings(max_examples=60, deadline=None)
@@ -111,6 +114,6 @@ def test_files_of_a_folder(folder, name, place, value, cut):  # D1, D3, D4, D13
 
 
 def test_a_single_record_fills_every_batch(tmp_path):  # D17
-    with batches(Scenes(size=16, count=1), batch=3, seed=0, transforms=()) as stream:
+    with batches(Scenes(size=16, count=1), READ, batch=3, seed=0, transforms=()) as stream:
         seen = list(itertools.islice(stream, 2))
     assert [b["index"].tolist() for b in seen] == [[0, 0, 0]] * 2

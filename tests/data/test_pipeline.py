@@ -11,12 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jointseg_jax.config import ReadConfig
 from jointseg_jax.data.pipeline import batches, evaluation_batches
 from jointseg_jax.data.records import BadSample
 from jointseg_jax.data.sources.scenes import Scenes
 from jointseg_jax.data.tokenizer import Words
 from jointseg_jax.data.transforms import Flip, Resize
 from jointseg_jax.types import UserError
+
+READ = ReadConfig()
 
 TRANSFORMS = (Resize(size=16, random_scale=(1.0, 1.5)), Flip())
 SOURCE = Scenes(size=24, count=10)
@@ -63,7 +66,7 @@ def read(steps, source=SOURCE, **options):
         "tokenizer": WORDS.encode,
         **options,
     }
-    with batches(source, **options) as stream:
+    with batches(source, READ, **options) as stream:
         return list(itertools.islice(stream, steps))
 
 
@@ -104,7 +107,7 @@ def test_panoptic_batches_number_the_instances_of_their_own_crop():
         assert not numbers[labels < 5].any()  # the first five classes are stuff
         assert set(np.unique(numbers)) - {0} == set(range(1, numbers.max() + 1))
     assert "panoptic" not in read(1)[0]
-    with evaluation_batches(SOURCE, batch=5, transforms=(), instances=255) as stream:
+    with evaluation_batches(SOURCE, READ, batch=5, transforms=(), instances=255) as stream:
         whole = next(stream)
     for index, numbers in enumerate(whole["panoptic"][..., 1]):
         segments = SOURCE[index]["segments"]
@@ -144,7 +147,7 @@ def test_resuming_is_starting_at_the_step(start):
 
 
 def test_the_step_is_counted():
-    with batches(SOURCE, batch=4, seed=0, transforms=TRANSFORMS, start_step=5) as stream:
+    with batches(SOURCE, READ, batch=4, seed=0, transforms=TRANSFORMS, start_step=5) as stream:
         next(stream), next(stream)
         assert stream.step == 7
 
@@ -162,7 +165,7 @@ def test_threads_change_nothing(options):
 
 
 def test_closed_batches_say_so():
-    with batches(SOURCE, batch=2, seed=0, transforms=TRANSFORMS) as stream:
+    with batches(SOURCE, READ, batch=2, seed=0, transforms=TRANSFORMS) as stream:
         next(stream)
     stream.close()  # twice does no harm
     with pytest.raises(ValueError, match=r"closed; make new ones with start_step=step"):
@@ -187,7 +190,7 @@ def test_captions_are_drawn_in_training_and_first_otherwise():
     drawn = {WORDS.decode(t) for b in read(6, Spoilt(())) for t in b["text"]}
     assert drawn == {"first", "second", "third"}
     options = {"batch": 4, "transforms": TRANSFORMS, "tokenizer": WORDS.encode}
-    with evaluation_batches(Spoilt(()), **options) as stream:
+    with evaluation_batches(Spoilt(()), READ, **options) as stream:
         texts = {WORDS.decode(t) for b in stream for t in b["text"]}
     assert texts == {"first"}
 
@@ -246,7 +249,7 @@ def test_no_worker_outlives_a_killed_run(tmp_path):
 
 def test_bad_samples_are_replaced_by_their_neighbour_and_reported():
     options = {"batch": 5, "seed": 1, "transforms": ()}
-    with batches(Spoilt({3, 4}), **options) as stream:
+    with batches(Spoilt({3, 4}), READ, **options) as stream:
         spoilt = list(itertools.islice(stream, 4))
         reports, again = stream.drain(), stream.drain()
         assert stream.replaced == 4  # two bad samples in each of two epochs
@@ -298,7 +301,7 @@ def test_labels_out_of_range_are_bad_samples():
 
 def test_evaluation_sees_every_record_once_in_order():
     options = {"batch": 4, "transforms": (Resize(size=24),), "tokenizer": WORDS.encode}
-    with evaluation_batches(SOURCE, **options) as stream:
+    with evaluation_batches(SOURCE, READ, **options) as stream:
         seen = list(stream)
     assert [b["index"].tolist() for b in seen] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 9, 9]]
     assert [b["valid"].tolist() for b in seen][-1] == [True, True, False, False]
@@ -308,14 +311,14 @@ def test_evaluation_sees_every_record_once_in_order():
             np.testing.assert_array_equal(image, SOURCE[int(index)]["image"])
     halves = []
     for host in (0, 1):
-        with evaluation_batches(SOURCE, host=host, hosts=2, **options) as stream:
+        with evaluation_batches(SOURCE, READ, host=host, hosts=2, **options) as stream:
             halves.append(list(stream))
     joined = [{k: np.concatenate([a[k], b[k]]) for k in a} for a, b in zip(*halves)]
     assert_same(joined, seen)
 
 
 def test_evaluation_leaves_out_bad_samples_and_stops_at_the_limit():
-    with evaluation_batches(Spoilt({1, 6}), batch=4, transforms=(), limit=7) as stream:
+    with evaluation_batches(Spoilt({1, 6}), READ, batch=4, transforms=(), limit=7) as stream:
         seen = list(stream)
         reports = stream.drain()
     valid = np.concatenate([b["valid"] for b in seen])

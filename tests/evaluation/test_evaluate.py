@@ -12,6 +12,7 @@ from jointseg_jax import build
 from jointseg_jax.annotations import viz
 from jointseg_jax.codecs.bits import Bits, PanopticBits
 from jointseg_jax.codecs.pixels import Pixels
+from jointseg_jax.config import RunConfig
 from jointseg_jax.data.sources.scenes import Scenes
 from jointseg_jax.evaluation.codec_report import codec_report
 from jointseg_jax.evaluation.held_out import references, validation_batches
@@ -40,7 +41,11 @@ def run(tmp_path):
     """A joint run of which only the annotation codec, the data and the config are looked at."""
     source = {"name": "scenes", "size": SIZE, "split": "val", "count": len(SCENES)}
     config = {
-        "data": {"val": source, "transforms": {}, "threads": 1},
+        "steps": 1,
+        "batch": 1,
+        "optimizer": {},
+        "system": {"name": "joint", "size": (SIZE, SIZE)},
+        "data": {"train": source, "val": source, "threads": 1},
         "evaluate": {"judge": "oracle", "transforms": {}},
     }
     streams = {
@@ -49,7 +54,7 @@ def run(tmp_path):
     }
     system = SimpleNamespace(streams=streams)
     info = build.dataset_info(SCENES, captions=1)
-    return Run(tmp_path, config, info, system, {}, {}, 7, "digest")
+    return Run(tmp_path, RunConfig.parse(config), info, system, {}, {}, 7, "digest")
 
 
 def true_pairs(count=20):
@@ -68,7 +73,12 @@ def test_every_validation_record_counts_once(run, limit):
 
 
 def test_validation_labels_may_have_a_size_of_their_own(run):
-    run.config["evaluate"]["transforms"] = {"resize": {"name": "resize", "size": (16, 24)}}
+    run = dataclasses.replace(
+        run,
+        config=run.config.replace(
+            {"evaluate.transforms": {"resize": {"name": "resize", "size": (16, 24)}}}
+        ),
+    )
     (batch,) = validation_batches(run, 4, 3, "codec")
     assert batch["labels"].shape == (4, 16, 24)
     np.testing.assert_array_equal(batch["valid"], [True, True, True, False])
@@ -84,7 +94,7 @@ def test_pooling_loses_edges_first(run):
 
 
 def test_panoptic_codecs_are_measured_by_their_segments_too(run):
-    run.config["data"]["panoptic"] = True
+    run = dataclasses.replace(run, config=run.config.replace({"data.panoptic": True}))
     codec = PanopticBits(classes=len(SCENES.classes), instance_bits=3)
     report = codec_report(run, codec, {}, "panoptic", None)
     assert report["reconstruction_miou"] == report["reconstruction_pq"] == 1.0
@@ -129,7 +139,7 @@ def test_more_pairs_than_captions_start_over(run):
 
 
 def test_without_a_judge_the_fields_are_null_and_the_log_says_why(run, caplog):
-    run.config["evaluate"]["judge"] = ""
+    run = dataclasses.replace(run, config=run.config.replace({"evaluate.judge": ""}))
     with caplog.at_level(logging.INFO, logger="jointseg_jax"):
         assert find_judge(run) is None
     assert "config.evaluate.judge is empty" in caplog.text
@@ -147,7 +157,7 @@ def test_one_pair_has_no_chance_level(run):
 
 
 def test_judges_that_cannot_judge(run):
-    run.config["evaluate"]["judge"] = "orakel"
+    run = dataclasses.replace(run, config=run.config.replace({"evaluate.judge": "orakel"}))
     with pytest.raises(UserError, match="'orakel' is unknown"):
         find_judge(run)
     with pytest.raises(UserError, match=r"2 classes are none of these \(road, car\)"):

@@ -12,6 +12,7 @@ from jointseg_jax import build
 from jointseg_jax.codecs.image_tiny import ImageTiny
 from jointseg_jax.codecs.palette import Palette
 from jointseg_jax.codecs.pixels import Pixels, normalise
+from jointseg_jax.config import RunConfig
 from jointseg_jax.data.sources.scenes import Scenes
 from jointseg_jax.evaluation.codec_report import autoencoder_report, codec_report
 from jointseg_jax.evaluation.pair_images import IDENTICAL, ImageReconstruction, psnr
@@ -53,12 +54,16 @@ def test_nothing_measured_is_null():
 def run_of(system, params):
     source = {"name": "scenes", "size": SIZE, "split": "val", "count": len(SCENES)}
     config = {
-        "data": {"val": source, "transforms": {}, "threads": 1},
+        "steps": 1,
+        "batch": 1,
+        "optimizer": {},
+        "system": {"name": "joint", "size": (SIZE, SIZE)},
+        "data": {"train": source, "val": source, "threads": 1},
         "evaluate": {"judge": "", "transforms": {}},
     }
     return Run(
         Path("nowhere"),
-        config,
+        RunConfig.parse(config),
         build.dataset_info(SCENES, captions=1),
         system,
         params,

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jointseg_jax import build
+from jointseg_jax.config import SystemConfig
 from jointseg_jax.data.classes import Classes
 from jointseg_jax.generation.sampler import pending_batches
 from jointseg_jax.rng import row_keys, sample_keys
@@ -24,7 +25,10 @@ def system():
     config["system"] |= {"size": (4, 4), "text": {"name": "words", "width": 8, "length": 6}}
     for stream in config["system"]["streams"].values():
         stream["tokens"]["patch"] = 4
-    return build.system(config, build.DatasetInfo(Classes(names=("sky", "road", "car")), (), ()))
+    return build.system(
+        SystemConfig.parse(config["system"]),
+        build.DatasetInfo(Classes(names=("sky", "road", "car")), (), ()),
+    )
 
 
 def distinct(rows):

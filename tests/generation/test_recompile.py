@@ -10,6 +10,7 @@ from jointseg_jax import sharding
 from jointseg_jax.build import DISTRIBUTIONS, SOLVERS, TIMES, DatasetInfo
 from jointseg_jax.codecs.bits import Bits
 from jointseg_jax.codecs.pixels import Pixels
+from jointseg_jax.config import RunConfig
 from jointseg_jax.data.classes import Classes
 from jointseg_jax.generation.sampler import make_sampler, one_ahead, pending_batches
 from jointseg_jax.models.text import Features
@@ -52,12 +53,23 @@ def system():
     )
 
 
+CONFIG = RunConfig.parse(
+    {
+        "steps": 1,
+        "batch": 1,
+        "optimizer": {},
+        "data": {"train": {}, "val": {}},
+        "system": {"name": "joint", "size": (SIDE, SIDE)},
+    }
+)
+
+
 def test_a_short_last_batch_compiles_nothing(system, tmp_path, monkeypatch, compilations):
     one = functools.partial(sharding.make_mesh, (-1, 1, 1), jax.devices()[:1])
     monkeypatch.setattr(sharding, "own_mesh", one)
     params = jax.jit(system.init)(jax.random.key(0))
     known = DatasetInfo(Classes(names=("a", "b", "c")), (), ())
-    run = Run(tmp_path, {}, known, system, params, frozen={}, step=0, digest="")
+    run = Run(tmp_path, CONFIG, known, system, params, frozen={}, step=0, digest="")
     sampler = make_sampler(run, system, per_device=ROWS)
     text = np.ones((3, WORDS, 4), np.float32)
     compilations.clear()

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from jointseg_jax.config import RunConfig
 from jointseg_jax.perf import abstract
 
 ROOT = Path(__file__).parents[2]
@@ -37,7 +38,7 @@ def small():
     schedule = {"name": "constant", "lr": 1e-3}
     given = smoke() | {"optimizer": {"name": "adamw", "clip": 1.0, "schedule": schedule}}
     # with shared tokens both streams' positions have one gradient, which the compiler finds out
-    return abstract.with_denoiser(given, depth=1, width=16, share=())
+    return abstract.with_denoiser(RunConfig.parse(given), depth=1, width=16, share=())
 
 
 @pytest.fixture(scope="package")

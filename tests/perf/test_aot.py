@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from jointseg_jax import build, chips, rules, sharding
+from jointseg_jax.config import RunConfig
 from jointseg_jax.data.pipeline import batches
 from jointseg_jax.perf import (
     abstract,
@@ -22,7 +23,7 @@ from jointseg_jax.perf import (
     sweep,
 )
 from jointseg_jax.perf.programs import Missing
-from jointseg_jax.training import program
+from jointseg_jax.training import step
 from jointseg_jax.types import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -32,7 +33,7 @@ def config(name, argument=""):
     spec = importlib.util.spec_from_file_location(name, ROOT / f"configs/{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.get_config(argument).to_dict()
+    return RunConfig.parse(module.get_config(argument).to_dict())
 
 
 # ------------------------------------------------------------------------- reading HLO
@@ -262,13 +263,14 @@ def test_scores_in_memory_are_seen_and_those_inside_a_kernel_are_none():
 def test_a_batch_has_the_fields_that_the_pipeline_makes(name, argument):
     given = config(name, argument)
     known = abstract.dataset_info(given)
-    system = build.system(given, known)
-    tokenizer = build.tokenizer(given, known.vocabulary) if system.text else None
+    system = build.system(given.system, known)
+    tokenizer = build.tokenizer(given.system, known.vocabulary) if system.text else None
     with batches(
         build.source(given, "train"),
+        given.data,
         batch=8,
         seed=0,
-        transforms=build.transforms(given),
+        transforms=build.transforms(given.data),
         tokenizer=tokenizer.encode if tokenizer else None,
         instances=build.instances(given),
     ) as host:
@@ -283,10 +285,10 @@ def test_precomputed_features_have_the_shapes_that_streams_and_text_read():
     given = config("jodiffusion", "data=voc")
     known = abstract.dataset_info(given)
     assert len(known.classes) == 21 and known.vocabulary == ()
-    codec = config("jodiffusion_codec", "data=voc")
+    codec = config("jodiffusion_codec", "data=voc").system
     found = abstract.codecs(given, known, codec)
     assert found.specs["mask"]["scale"] == 0.2 and found.frozen["mask"]
-    system = build.system(given, known, found.specs)
+    system = build.system(given.system, known, found.specs)
     shapes = {k: v.shape for k, v in abstract.batch_shapes(given, system, 4).items()}
     assert shapes == {
         "image": (4, 512, 512, 3),
@@ -298,8 +300,7 @@ def test_precomputed_features_have_the_shapes_that_streams_and_text_read():
 
 
 def test_what_cannot_be_known_must_be_told():
-    given = config("pdm", "data=folders")
-    given["data"]["train"]["root"] = "nowhere"
+    given = config("pdm", "data=folders").replace({"data.train.root": "nowhere"})
     with pytest.raises(UserError, match=r"root = nowhere: not on this machine.*--classes=N"):
         abstract.dataset_info(given)
     assert len(abstract.dataset_info(given, classes=11).classes) == 11
@@ -307,7 +308,7 @@ def test_what_cannot_be_known_must_be_told():
     with pytest.raises(UserError, match=r"runs/codec is not on this machine.*jodiffusion_codec"):
         abstract.codecs(given, abstract.dataset_info(given))
     with pytest.raises(UserError, match=r"a codec of labels is needed.*of image"):
-        abstract.codecs(given, abstract.dataset_info(given), config("image_codec"))
+        abstract.codecs(given, abstract.dataset_info(given), config("image_codec").system)
     with pytest.raises(UserError, match=r"--remat: these change the denoiser.*autoencode"):
         abstract.with_denoiser(config("image_codec"), remat="full", scan=None)
 
@@ -320,7 +321,7 @@ def on_hosts(lowered):
 
 
 def parameters(given):
-    system = build.system(given, abstract.dataset_info(given))
+    system = build.system(given.system, abstract.dataset_info(given))
     shapes = jax.eval_shape(system.init, jax.random.key(0))
     return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
@@ -352,7 +353,7 @@ def test_the_sampler_needs_no_collective(small, check_products):
 
 
 def test_a_frozen_codec_is_part_of_the_program():
-    given, codec = config("jodiffusion", "smoke"), config("jodiffusion_codec", "smoke")
+    given, codec = config("jodiffusion", "smoke"), config("jodiffusion_codec", "smoke").system
     lowered = programs.lower_training(given, jax.devices(), missing=Missing(codec=codec))
     assert lowered.batch == 8 and "12 classes" in lowered.notes[0]
 
@@ -368,9 +369,9 @@ def test_a_frozen_codec_is_part_of_the_program():
 )
 def test_ideal_collectives_by_the_places_of_parameters(preset, mesh, per_number, small):
     given = abstract.with_denoiser(small, width=512, heads=2)
-    given |= {"sharding": preset, "mesh": mesh}
-    system = build.system(given, abstract.dataset_info(given))
-    made = program.make_program(system, given, sharding.make_mesh(mesh))
+    given = given.replace({"sharding": preset, "mesh": mesh})
+    system = build.system(given.system, abstract.dataset_info(given))
+    made = step.make_train_step(system, given, sharding.make_mesh(mesh))
     leaves = rules.by_path(made.state.params)
     ways = r"_(in|out)/" if preset == "fsdp" else "none"  # which fsdp leaves whole
     split = [p for p, x in leaves.items() if x.size >= sharding.SMALL and not re.search(ways, p)]
@@ -383,9 +384,9 @@ def test_ideal_collectives_by_the_places_of_parameters(preset, mesh, per_number,
 def test_mistakes_are_refused():
     given, devices = config("quickstart", "smoke"), jax.devices()
     with pytest.raises(UserError, match=r"batch = 12: must be a multiple.*--batch_per_chip=N"):
-        programs.lower_training(given | {"batch": 12}, devices, missing=Missing())
+        programs.lower_training(given.replace({"batch": 12}), devices, missing=Missing())
     with pytest.raises(UserError, match=r"config.mesh = \(3, 1, 1\)"):
-        programs.lower_training(given | {"mesh": (3, 1, 1)}, devices, missing=Missing())
+        programs.lower_training(given.replace({"mesh": (3, 1, 1)}), devices, missing=Missing())
     with pytest.raises(UserError, match="trains a codec; it makes no pairs"):
         programs.lower_sampling(config("image_codec", "smoke"), devices, missing=Missing())
     with pytest.raises(UserError, match=r"exactly one of .*--given=labels or --given=image"):
@@ -519,10 +520,10 @@ def unlowered(monkeypatch):
     """No program, only what is known of it before it is lowered."""
 
     def lower(given, devices, missing):
-        mesh = sharding.make_mesh(given["mesh"], devices).devices.shape
-        passes = 5.5 / 3 if given["system"]["denoiser"]["remat"] == "full" else 1.5
+        mesh = sharding.make_mesh(given.mesh, devices).devices.shape
+        passes = 5.5 / 3 if given.system.denoiser["remat"] == "full" else 1.5
         return programs.Lowered(
-            program=None, mesh=mesh, batch=given["batch"], flops=8e9, notes=(), passes=passes
+            program=None, mesh=mesh, batch=given.batch, flops=8e9, notes=(), passes=passes
         )
 
     monkeypatch.setattr(programs, "lower_training", lower)
@@ -572,9 +573,9 @@ def test_a_sweep_picks_the_fastest_that_fits(unlowered, small):
 )
 def test_a_sweep_splits_the_state_as_the_preset_asks(sharding, mesh, want, small):
     setting = sweep.Setting("xla", sharding, "none", 2)
-    made = sweep.configured({**small, "mesh": mesh}, setting, 64)
-    assert made["mesh"] == want and made["sharding"] == sharding
-    assert made["batch"] == 2 * 64 // want[2]
+    made = sweep.configured(small.replace({"mesh": mesh}), setting, 64)
+    assert made.mesh == want and made.sharding == sharding
+    assert made.batch == 2 * 64 // want[2]
 
 
 def test_a_setting_that_is_refused_is_a_row_of_its_own(small):

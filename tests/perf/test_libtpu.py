@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jointseg_jax import build
+from jointseg_jax.config import plain
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(
@@ -30,16 +30,17 @@ import jax
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_disable_most_optimizations", True)
 from jointseg_jax import build, chips
+from jointseg_jax.config import RunConfig, from_plain
 from jointseg_jax.perf import abstract, programs, report
 from jointseg_jax.types import UserError
 
-config = build.from_plain(json.loads(sys.argv[1]))
+config = RunConfig.parse(from_plain(json.loads(sys.argv[1])))
 out = {"devices": {name: len(chips.devices_of(name)) for name in sys.argv[2:]}}
 try:
     chips.devices_of("v5e:3x7")
 except UserError as error:
     out["refusal"] = str(error)
-system = build.system(config, abstract.dataset_info(config))
+system = build.system(config.system, abstract.dataset_info(config))
 shapes = jax.eval_shape(system.init, jax.random.key(0))
 out["parameters"] = sum(leaf.size for leaf in jax.tree.leaves(shapes))
 lowered = programs.lower_training(
@@ -55,7 +56,7 @@ print(json.dumps(out))
 @pytest.fixture(scope="module")
 def found(small):
     """One compilation for all tests; ten seconds of a CPU."""
-    words = [sys.executable, "-c", PROGRAM, json.dumps(build.plain(small)), *TOPOLOGIES]
+    words = [sys.executable, "-c", PROGRAM, json.dumps(plain(small.values)), *TOPOLOGIES]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from jointseg_jax import profiling
+from jointseg_jax.config import RunConfig
 from jointseg_jax.perf import (
     bench,
     bench_codec,
@@ -46,7 +47,7 @@ def trained(config_of):
 
 def test_random_rows_are_shaped_as_the_pipelines(config_of):
     found = under_test.model_under_test(config_of("train"))
-    made = under_test.random_rows(found, found.config["batch"], 0)
+    made = under_test.random_rows(found, found.config.batch, 0)
     with under_test.real_batches(found.config, found.info) as batches:
         real = next(batches)
     real.pop("index")
@@ -150,8 +151,10 @@ def test_round_trips_of_exact_codecs(config_of):
 
 def test_labels_for_codecs_without_data(config_of, tmp_path):
     request = config_of("codec", batch=2)
-    absent = {**request.config["data"], "train": {"name": "folders", "root": str(tmp_path / "no")}}
-    found = under_test.model_under_test(request)._replace(config={**request.config, "data": absent})
+    absent = {"data.train": {"name": "folders", "root": str(tmp_path / "no")}}
+    found = under_test.model_under_test(request)._replace(
+        config=request.run_config().replace(absent)
+    )
     batch, origin = bench_codec.inputs(found, 2)
     assert origin == "random images and blobs" and batch["labels"].shape == (2, 16, 16)
     assert batch["labels"].max() < len(found.info.classes)
@@ -183,8 +186,9 @@ def test_a_started_run_has_the_config_it_was_given(config_of):
         starting = job.actions["cold"].run.__self__
         names = {}
         exec((starting.root / "config.py").read_text(), names)
-        assert names["get_config"]().to_dict() == starting.config
-        assert starting.config["log"] == {"every": 1} and not starting.config["finish"]["num"]
+        config = RunConfig.parse(names["get_config"]().to_dict())
+        assert (config.log.every, config.finish.num, config.preview.every) == (1, 0, 0)
+        assert config.optimizer == config_of("startup").config["optimizer"]
     finally:
         job.close()
 

@@ -76,9 +76,12 @@ def test_what_is_left_is_not_read_from_the_device():
         found.read(leave=0)
 
 
-def test_a_window_of_nothing_but_the_step_in_flight_has_no_loss():
-    scalars, bad = collect([0]).read(leave=1)
-    assert "loss" not in scalars and bad == [] and scalars["step_ms"] > 0
+def test_a_window_of_one_step_has_that_steps_loss():
+    """So that with ``log.every=1`` every line has its loss, the first after a resume too."""
+    window = collect([7])
+    scalars, bad = window.read(leave=1)
+    assert scalars["loss"] == 7.0 and bad == [] and scalars["step_ms"] > 0
+    assert "loss" not in window.read(leave=1)[0]  # nothing was done since
 
 
 # -------------------------------------------------------------------------- not finite
@@ -136,9 +139,8 @@ def test_the_wait_for_data_is_a_part_of_the_window(clock):
 
 def test_a_pause_is_no_part_of_the_window(clock):
     found = collect(range(4), clock=clock, seconds=0.5)
-    paused = found.pause()
     clock.now += 60
-    found.resume(paused)
+    found.exclude(60)
     assert found.read()[0]["step_ms"] == pytest.approx(500)
 
 

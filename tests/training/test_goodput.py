@@ -7,7 +7,7 @@ import types
 import pytest
 
 from jointseg_jax.training import goodput
-from jointseg_jax.training.goodput import PHASES, Goodput, evaluation, records, summary, tell
+from jointseg_jax.training.goodput import PHASES, Goodput, evaluation, log_summary, records, summary
 
 
 @pytest.fixture
@@ -177,14 +177,14 @@ def test_evaluation_after_the_last_step_is_part_of_the_run(tmp_path, clock):
 
 def test_one_line_and_one_record(tmp_path, clock, caplog):
     caplog.set_level(logging.INFO, logger="jointseg_jax")
-    tell(tmp_path)
+    log_summary(tmp_path)
     assert caplog.messages == []  # nothing was recorded
     launch(tmp_path, clock, 0, *range(1, 31))
     clock.now += 3661
     launch(tmp_path, clock, 20, 21)
-    tell(tmp_path, since=clock.now + 1)
+    log_summary(tmp_path, since=clock.now + 1)
     assert caplog.messages == []
-    tell(tmp_path)
+    log_summary(tmp_path)
     assert caplog.messages == [
         "goodput 57.0 % of 3:04 min in 2 launches: steps 1:45 min, data wait 10.5 s, compile "
         "4.0 s, save 5.2 s, evaluation 0.0 s, start 2.0 s, lost to restarts 57.5 s (10 steps), "
@@ -196,7 +196,7 @@ def test_one_line_and_one_record(tmp_path, clock, caplog):
     parts = [last[f"{phase}_s"] for phase in (*PHASES, "lost")]
     assert sum(parts) == pytest.approx(last["total_s"], abs=0.01)  # each is rounded to 1 ms
     before = summary(tmp_path)
-    tell(tmp_path)
+    log_summary(tmp_path)
     assert summary(tmp_path) == before  # a summary is no record
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from jointseg_jax import build, presets, rules, sharding
-from jointseg_jax.config import make
+from jointseg_jax.config import RunConfig, StartConfig, SystemConfig, make, plain
 from jointseg_jax.data.classes import Classes
 from jointseg_jax.models.uvit import UViT
 from jointseg_jax.rng import sample_keys
@@ -31,6 +31,11 @@ from jointseg_jax.types import UserError
 from jointseg_jax.weights.architectures import uvit_fields
 from jointseg_jax.weights.convert import to_ours, unstack_blocks
 from jointseg_jax.weights.tables import table
+
+
+def system_config(values):
+    return SystemConfig.parse(values["system"])
+
 
 KNOWN = build.DatasetInfo(Classes(names=("sky", "road", "car")), ("a", "bus", "in", "rain"), ())
 PDM, TWO_STREAM = (
@@ -66,7 +71,7 @@ def config(stage, **denoiser):
 
 @functools.cache
 def shapes(stage, **denoiser):
-    system = build.system(config(stage, **denoiser), KNOWN)
+    system = build.system(system_config(config(stage, **denoiser)), KNOWN)
     return jax.eval_shape(system.init, jax.random.key(0))
 
 
@@ -78,7 +83,7 @@ def parameters(tree, seed):
 def leave(workdir, *, seed=0, known=KNOWN, **denoiser):
     """Makes ``workdir`` what a run on images leaves behind; its averaged parameters."""
     workdir.mkdir(parents=True)
-    (workdir / "config.json").write_text(json.dumps(build.plain(config("image", **denoiser))))
+    (workdir / "config.json").write_text(json.dumps(plain(config("image", **denoiser))))
     (workdir / "facts.json").write_text(known.dump())
     params, ema = (parameters(shapes("image", **denoiser), s) for s in (seed, seed + 1000))
     state = states.create(params, jax.tree.map(lambda _: True, params), optax.identity())
@@ -99,7 +104,7 @@ def spec(folder, **changes):
 
 
 def loaded(given, fresh, known=KNOWN):
-    return init_from.load(given, fresh, known)
+    return init_from.load(StartConfig(**given), fresh, known)
 
 
 def same(got, want):
@@ -336,7 +341,7 @@ class Guarded:
 def updated(chosen):
     """The shapes of a state after one update that trains the chosen leaves."""
     given = config("pair")
-    system = Guarded(build.system(given, KNOWN))
+    system = Guarded(build.system(system_config(given), KNOWN))
     optimizer = make(OPTIMIZERS, given["optimizer"], where="optimizer").build(2)
     state = jax.eval_shape(lambda p: states.create(p, chosen, optimizer), shapes("pair"))
     batch = {
@@ -368,11 +373,11 @@ def trained(tmp_path_factory):
     """Two steps on images, then two steps on pairs that start from them, split over devices."""
     runs = tmp_path_factory.mktemp("trained")
     images = config("image", depth=1) | {"preview": {"every": 2, "count": 8}}
-    assert train(images, runs / "image") == 0
+    assert train(RunConfig.parse(images), runs / "image") == 0
     split = ((r"fc1/kernel$", (None, "fsdp")), (r"", "replicate"))
     given = config("pair", depth=1) | {"mesh": (2, 4, 1), "sharding": split}
     given |= {"start": spec(runs / "image", init_map_stream="copy")}
-    assert train(given, runs / "pair") == 0
+    assert train(RunConfig.parse(given), runs / "pair") == 0
     return runs, given
 
 
@@ -415,9 +420,9 @@ def test_a_checkpoint_goes_before_the_start(trained, tmp_path):
     shutil.copytree(runs / "pair", tmp_path / "pair")
     shutil.move(runs / "image", tmp_path / "elsewhere")
     try:
-        assert train(given, tmp_path / "pair") == 0
+        assert train(RunConfig.parse(given), tmp_path / "pair") == 0
         with pytest.raises(UserError, match="image: no trained run here"):
-            train(given, tmp_path / "new")
+            train(RunConfig.parse(given), tmp_path / "new")
     finally:
         shutil.move(tmp_path / "elsewhere", runs / "image")
 

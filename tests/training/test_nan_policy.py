@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from jointseg_jax import build, sharding
+from jointseg_jax.config import NanConfig, ReadConfig, RunConfig
 from jointseg_jax.data.pipeline import batches
 from jointseg_jax.data.sources.scenes import Scenes
-from jointseg_jax.training import loop
+from jointseg_jax.training import clock
 from jointseg_jax.training.checkpoints import Checkpoints
 from jointseg_jax.training.clock import Telemetry
 from jointseg_jax.training.faults import Faults, NonFinite
@@ -68,7 +69,7 @@ def devices(monkeypatch, request):
 def records():
     """The records in the batch of step ``STEP``."""
     clean = Scenes(**{k: v for k, v in source().items() if k != "name"})
-    with batches(clean, batch=ROWS, seed=0, transforms=(), start_step=STEP) as data:
+    with batches(clean, ReadConfig(), batch=ROWS, seed=0, transforms=(), start_step=STEP) as data:
         return next(data)["index"].tolist()
 
 
@@ -118,7 +119,7 @@ def named(message, records):
 
 # F15; a loss, one gradient leaf, one row: test_step.py
 def test_skip_leaves_the_step_out(devices, tmp_path, records, caplog):
-    assert train(config(records[5], doses=99, policy="skip"), tmp_path) == 0
+    assert train(RunConfig.parse(config(records[5], doses=99, policy="skip")), tmp_path) == 0
     (warning,) = caplog.messages
     assert named(warning, records)
     assert counters(tmp_path) == (6, 0, 0)
@@ -128,7 +129,7 @@ def test_skip_leaves_the_step_out(devices, tmp_path, records, caplog):
 
 def test_stop_ends_the_run_with_what_a_user_needs(devices, tmp_path, records):
     with pytest.raises(NonFinite) as error:
-        train(config(records[5], doses=99, policy="stop"), tmp_path)
+        train(RunConfig.parse(config(records[5], doses=99, policy="stop")), tmp_path)
     assert isinstance(error.value, UserError) and named(str(error.value), records)
     assert str(error.value).startswith("ERROR [train] step 2: the loss or a gradient is not fin")
     assert "set config.nan.policy to skip or rollback." in str(error.value)
@@ -137,7 +138,7 @@ def test_stop_ends_the_run_with_what_a_user_needs(devices, tmp_path, records):
 
 @pytest.mark.parametrize("devices", [2], indirect=True)
 def test_rollback_goes_back_and_on(devices, tmp_path, records, caplog):
-    assert train(config(records[5], doses=1, policy="rollback"), tmp_path) == 0
+    assert train(RunConfig.parse(config(records[5], doses=1, policy="rollback")), tmp_path) == 0
     warning, back = caplog.messages
     assert named(warning, records) and back == "rolled back to step 2, retry 1"
     assert counters(tmp_path) == (6, 0, 1)
@@ -147,7 +148,7 @@ def test_rollback_goes_back_and_on(devices, tmp_path, records, caplog):
 
 def test_rollback_gives_up_where_nothing_changes(devices, tmp_path, records, caplog):
     with pytest.raises(NonFinite) as error:
-        train(config(records[5], doses=99, policy="rollback"), tmp_path)
+        train(RunConfig.parse(config(records[5], doses=99, policy="rollback")), tmp_path)
     assert [m for m in caplog.messages if m.startswith("rolled back")] == [
         "rolled back to step 2, retry 1",
         "rolled back to step 2, retry 2",
@@ -172,9 +173,9 @@ def test_a_loss_that_leaps(devices, tmp_path, caplog, monkeypatch, on_spike):
                     self.losses[i] = (step, 1000 * loss, ids)
             return found
 
-    monkeypatch.setattr(loop, "Telemetry", Leaping)
+    monkeypatch.setattr(clock, "Telemetry", Leaping)
     given = config(-1, doses=0, spike=20.0, on_spike=on_spike) | {"steps": 18}
-    assert train(given, tmp_path) == 0
+    assert train(RunConfig.parse(given), tmp_path) == 0
     warning, *back = caplog.messages
     assert warning.startswith("step 13: the loss") and "1 in this launch" in warning
     assert back == (["rolled back to step 14, retry 1"] if on_spike == "rollback" else [])
@@ -189,14 +190,14 @@ BAD = [(7, np.arange(3)), (9, np.arange(3, 6))]
 
 
 def test_too_many_refusals_in_a_row_end_a_run():
-    faults = Faults(policy="skip", limit=3)
+    faults = Faults(NanConfig(policy="skip", limit=3))
     assert not faults.go_back(BAD, refused=3, saved=None)
     with pytest.raises(NonFinite, match=r"4 updates in a row were refused.*config.nan.limit = 3"):
         faults.go_back(BAD, refused=4, saved=None)
 
 
 def test_the_message_counts_steps_and_shortens_long_lists(caplog):
-    Faults().go_back([(7, np.arange(100)), *BAD], refused=1, saved=None)
+    Faults(NanConfig()).go_back([(7, np.arange(100)), *BAD], refused=1, saved=None)
     (message,) = caplog.messages
     assert "(3 such steps in this window; the update was not applied)" in message
     assert "records 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, ... were" in message
@@ -204,12 +205,12 @@ def test_the_message_counts_steps_and_shortens_long_lists(caplog):
 
 
 def test_without_a_checkpoint_rollback_skips_and_says_so(caplog):
-    assert not Faults(policy="rollback").go_back(BAD, refused=1, saved=None)
+    assert not Faults(NanConfig(policy="rollback")).go_back(BAD, refused=1, saved=None)
     assert caplog.messages[-1] == "there is no checkpoint to go back to yet; the step is left out"
 
 
 def test_returns_are_counted_for_each_checkpoint():
-    faults = Faults(policy="rollback", limit=2)
+    faults = Faults(NanConfig(policy="rollback", limit=2))
     for saved in (10, 10, 20, 20, 30):
         assert faults.go_back(BAD, refused=1, saved=saved)
     assert faults.go_back(BAD, refused=1, saved=30)
@@ -220,4 +221,4 @@ def test_returns_are_counted_for_each_checkpoint():
 @pytest.mark.parametrize("fields", [{"policy": "ignore"}, {"policy": "skip", "limit": -1}])
 def test_a_policy_that_is_none_is_refused(fields):
     with pytest.raises(UserError, match=r"config.nan: .* one of skip, stop, rollback and limit"):
-        Faults(**fields)
+        Faults(NanConfig(**fields))

@@ -11,12 +11,18 @@ import optax
 import pytest
 
 from jointseg_jax import build, rules
+from jointseg_jax.config import SystemConfig, plain
 from jointseg_jax.data.classes import Classes
 from jointseg_jax.training import pretrained, workdir
 from jointseg_jax.training import state as states
 from jointseg_jax.training.checkpoints import Checkpoints
-from jointseg_jax.training.workdir import load_codecs, trained_codecs
+from jointseg_jax.training.workdir import load_codecs
 from jointseg_jax.types import UserError
+
+
+def system_config(values):
+    return SystemConfig.parse(values["system"])
+
 
 NAMES = ("sky", "road", "car")
 SIZE = (8, 8)
@@ -38,8 +44,9 @@ def facts(names=NAMES):
 def leave(workdir, config, known, params, ema=None):
     """Makes ``workdir`` what a run of ``config`` leaves behind."""
     workdir.mkdir(parents=True, exist_ok=True)
-    config |= {"trainable": ((r"", True),)}
-    (workdir / "config.json").write_text(json.dumps(build.plain(config)))
+    data = {"train": {"name": "scenes"}, "val": {"name": "scenes"}}
+    config = {"steps": 1, "batch": 1, "optimizer": {}, "data": data} | config
+    (workdir / "config.json").write_text(json.dumps(plain(config)))
     (workdir / "facts.json").write_text(known.dump())
     everything = jax.tree.map(lambda _: True, params)
     state = states.create(params, everything, optax.identity())
@@ -58,7 +65,7 @@ def codec_run(workdir, *, names=NAMES, seed=0, **changes):
     """A codec's workdir and its averaged parameters."""
     system = {"name": "autoencode", "size": SIZE, "codec": CODEC | changes}
     known = facts(names)
-    made = build.system({"system": system}, known)
+    made = build.system(SystemConfig.parse(system), known)
     params, ema = parameters(made, seed), parameters(made, seed + 1000)
     leave(workdir, {"system": system}, known, params, ema)
     return ema
@@ -107,20 +114,20 @@ def test_only_trained_codecs_are_gathered(tmp_path, codec):
     config = joint_config(codec)
     streams = config["system"]["streams"]
     streams["image"] = streams["mask"] | {"codec": {"name": "pixels"}}
-    assert list(trained_codecs(config)) == ["mask"]
-    assert trained_codecs({"system": {"name": "autoencode"}}) == {}
+    assert list(system_config(config).trained_codecs()) == ["mask"]
+    assert SystemConfig.parse({"name": "autoencode"}).trained_codecs() == {}
     streams.pop("mask")
-    pretrained.import_codecs(tmp_path, config, facts(), unread())
+    pretrained.import_codecs(tmp_path, system_config(config), facts(), unread())
     assert not list(tmp_path.iterdir())
-    assert load_codecs(tmp_path, config) == ({}, {})
+    assert load_codecs(tmp_path, system_config(config)) == ({}, {})
 
 
 def test_the_averaged_parameters_and_the_fields_are_copied(tmp_path):
     ema, config = codec_run(tmp_path / "codec"), joint_config(tmp_path / "codec")
-    pretrained.import_codecs(tmp_path / "joint", config, facts(), unread())
-    specs, params = load_codecs(tmp_path / "joint", config)
+    pretrained.import_codecs(tmp_path / "joint", system_config(config), facts(), unread())
+    specs, params = load_codecs(tmp_path / "joint", system_config(config))
     same(params["mask"], ema)
-    assert specs == {"mask": build.plain(CODEC)}
+    assert specs == {"mask": plain(CODEC)}
     assert sorted(p.name for p in (tmp_path / "joint/frozen").iterdir()) == [
         "mask.json",
         "mask.safetensors",
@@ -129,13 +136,13 @@ def test_the_averaged_parameters_and_the_fields_are_copied(tmp_path):
 
 def test_codecs_are_gathered_once(tmp_path):
     ema, config = codec_run(tmp_path / "codec"), joint_config(tmp_path / "codec", scale="fit")
-    pretrained.import_codecs(tmp_path / "joint", config, facts(), batches())
+    pretrained.import_codecs(tmp_path / "joint", system_config(config), facts(), batches())
     before = (tmp_path / "joint/frozen/mask.json").read_bytes()
     shutil.rmtree(tmp_path / "codec")
     codec_run(tmp_path / "codec", seed=1)  # trained anew meanwhile
-    pretrained.import_codecs(tmp_path / "joint", config, facts(), unread())
+    pretrained.import_codecs(tmp_path / "joint", system_config(config), facts(), unread())
     assert (tmp_path / "joint/frozen/mask.json").read_bytes() == before
-    same(load_codecs(tmp_path / "joint", config)[1]["mask"], ema)
+    same(load_codecs(tmp_path / "joint", system_config(config))[1]["mask"], ema)
 
 
 # ------------------------------------------------------------------------------- scale
@@ -146,8 +153,8 @@ def test_the_scale_is_the_codecs_own_unless_another_is_given(tmp_path):
     scales = {}
     for name, changes in {"own": {}, "given": {"scale": 0.3}}.items():
         config = joint_config(tmp_path / "codec", **changes)
-        pretrained.import_codecs(tmp_path / name, config, facts(), unread())
-        scales[name] = load_codecs(tmp_path / name, config)[0]["mask"]["scale"]
+        pretrained.import_codecs(tmp_path / name, system_config(config), facts(), unread())
+        scales[name] = load_codecs(tmp_path / name, system_config(config))[0]["mask"]["scale"]
     assert scales == {"own": 0.7, "given": 0.3}
 
 
@@ -155,8 +162,8 @@ def test_the_scale_is_the_codecs_own_unless_another_is_given(tmp_path):
 def test_a_fitted_scale_makes_latents_of_unit_deviation(tmp_path, latent):
     codec_run(tmp_path / "codec", latent=latent, scale=0.7)
     config = joint_config(tmp_path / "codec", scale="fit")
-    pretrained.import_codecs(tmp_path / "joint", config, facts(), batches())
-    specs, params = load_codecs(tmp_path / "joint", config)
+    pretrained.import_codecs(tmp_path / "joint", system_config(config), facts(), batches())
+    specs, params = load_codecs(tmp_path / "joint", system_config(config))
     made = build.codec(specs["mask"], facts(), "mask")
     first = np.concatenate([b["labels"] for b in itertools.islice(batches(), 8)])
     # float32: another batch size is another program
@@ -169,9 +176,9 @@ def test_a_fitted_scale_makes_latents_of_unit_deviation(tmp_path, latent):
 def test_a_joint_workdir_works_without_the_codecs(tmp_path):
     ema, config = codec_run(tmp_path / "codec"), joint_config(tmp_path / "codec", scale=0.3)
     joint = tmp_path / "joint"
-    pretrained.import_codecs(joint, config, facts(), unread())
-    specs, _ = load_codecs(joint, config)
-    system = build.system(config, facts(), specs)
+    pretrained.import_codecs(joint, system_config(config), facts(), unread())
+    specs, _ = load_codecs(joint, system_config(config))
+    system = build.system(system_config(config), facts(), specs)
     leave(joint, config, facts(), parameters(system))
     shutil.rmtree(tmp_path / "codec")
     joint.rename(tmp_path / "elsewhere")
@@ -192,7 +199,7 @@ def test_a_joint_workdir_works_without_the_codecs(tmp_path):
 @pytest.fixture
 def gathered(tmp_path, codec):
     config = joint_config(codec)
-    pretrained.import_codecs(tmp_path, config, facts(), unread())
+    pretrained.import_codecs(tmp_path, system_config(config), facts(), unread())
     return tmp_path, config
 
 
@@ -203,17 +210,17 @@ def test_a_changed_file_is_refused(gathered):
     content[-1] ^= 1
     file.write_bytes(content)
     with pytest.raises(UserError, match=r"mask.safetensors: missing or not the file that mask.js"):
-        load_codecs(workdir, config)
+        load_codecs(workdir, system_config(config))
 
 
 def test_a_lost_file_is_named(gathered):
     workdir, config = gathered
     (workdir / "frozen/mask.safetensors").unlink()
     with pytest.raises(UserError, match=r"mask.safetensors: missing"):
-        load_codecs(workdir, config)
+        load_codecs(workdir, system_config(config))
     (workdir / "frozen/mask.json").unlink()
     with pytest.raises(UserError, match=r"mask.json: missing; the workdir lost its codec. Copy it"):
-        load_codecs(workdir, config)
+        load_codecs(workdir, system_config(config))
 
 
 @pytest.mark.parametrize(
@@ -236,7 +243,9 @@ def test_a_lost_file_is_named(gathered):
 )
 def test_a_codec_of_other_classes_is_refused(tmp_path, codec, names, said):
     with pytest.raises(UserError) as error:
-        pretrained.import_codecs(tmp_path, joint_config(codec), facts(names), unread())
+        pretrained.import_codecs(
+            tmp_path, system_config(joint_config(codec)), facts(names), unread()
+        )
     assert said in str(error.value)
     assert str(error.value).startswith(f"config.system.streams.mask.codec: {codec} ")
     assert not list(tmp_path.iterdir())
@@ -245,21 +254,27 @@ def test_a_codec_of_other_classes_is_refused(tmp_path, codec, names, said):
 def test_a_run_that_is_no_codecs_is_refused(tmp_path):
     config = joint_config("elsewhere")
     config["system"]["streams"]["mask"]["codec"] = {"name": "bits"}
-    system = build.system(config, facts())
+    system = build.system(system_config(config), facts())
     leave(tmp_path / "joint", config, facts(), parameters(system))
     said = "joint holds a `joint` run of labels; a codec of labels comes from an `auto"
     with pytest.raises(UserError, match=said):
-        pretrained.import_codecs(tmp_path, joint_config(tmp_path / "joint"), facts(), unread())
+        pretrained.import_codecs(
+            tmp_path, system_config(joint_config(tmp_path / "joint")), facts(), unread()
+        )
 
 
 def test_a_workdir_that_is_none_says_how_to_make_one(tmp_path):
     with pytest.raises(
         UserError, match=r"absent: no trained run here .*Train one: launch/train.py"
     ):
-        pretrained.import_codecs(tmp_path, joint_config(tmp_path / "absent"), facts(), unread())
+        pretrained.import_codecs(
+            tmp_path, system_config(joint_config(tmp_path / "absent")), facts(), unread()
+        )
 
 
 def test_a_codec_that_saved_nothing_yet_is_refused(tmp_path, codec):
     shutil.copytree(codec, tmp_path / "young", ignore=shutil.ignore_patterns("checkpoints"))
     with pytest.raises(UserError, match="young: the run has no checkpoint yet"):
-        pretrained.import_codecs(tmp_path, joint_config(tmp_path / "young"), facts(), unread())
+        pretrained.import_codecs(
+            tmp_path, system_config(joint_config(tmp_path / "young")), facts(), unread()
+        )

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import pytest
 
 from jointseg_jax import sharding
-from jointseg_jax.training import loop
+from jointseg_jax.config import RunConfig
+from jointseg_jax.training import clock, loop
 from jointseg_jax.training.clock import Telemetry
 
 SIDE, ROWS, RECORDS, STEPS = 8, 4, 6, 8
@@ -54,8 +55,8 @@ def test_nothing_is_compiled_after_the_second_step(config, tmp_path, monkeypatch
             known.append(len(compilations))
             super().add(step, metrics, indices)
 
-    monkeypatch.setattr(loop, "Telemetry", Watched)
-    assert loop.train(config, tmp_path) == 0
+    monkeypatch.setattr(clock, "Telemetry", Watched)
+    assert loop.train(RunConfig.parse(config), tmp_path) == 0
     assert len(batches) == STEPS and compilations.count("jit(update)") == 1
     assert compilations[known[2] : known[-1]] == []
     # the pipeline's part in this: epochs end within batches, and none is cut short there

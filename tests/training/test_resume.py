@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from jointseg_jax import build
+from jointseg_jax.config import RunConfig
 from jointseg_jax.data.classes import Classes
 from jointseg_jax.training import resume
 from jointseg_jax.types import UserError
@@ -22,7 +23,7 @@ def config():
 
 
 def settings(given):
-    return resume.settings(given, build.source(given, "train"))
+    return resume.settings(RunConfig.parse(given), build.source(RunConfig.parse(given), "train"))
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from jointseg_jax.config import NanConfig
 from jointseg_jax.training.faults import Faults, NonFinite
 from jointseg_jax.training.spikes import LEAST, WINDOW, Spikes
 from jointseg_jax.types import UserError
@@ -36,7 +37,7 @@ def leaps(faults):
 
 
 def test_it_is_counted_and_told(caplog):
-    faults = Faults()
+    faults = Faults(NanConfig())
     assert not faults.go_back_from(leaps(faults), saved=5)
     (message,) = caplog.messages
     assert message == (
@@ -46,7 +47,7 @@ def test_it_is_counted_and_told(caplog):
 
 
 def test_it_goes_back_where_told_to_and_not_for_ever():
-    faults = Faults(on_spike="rollback", limit=1)
+    faults = Faults(NanConfig(on_spike="rollback", limit=1))
     found = leaps(faults)
     assert not faults.go_back_from(found, saved=None)
     assert faults.go_back_from(found, saved=5)
@@ -57,4 +58,4 @@ def test_it_goes_back_where_told_to_and_not_for_ever():
 @pytest.mark.parametrize("fields", [{"spike": 0.5}, {"spike": -1.0}, {"on_spike": "stop"}])
 def test_settings_that_are_none(fields):
     with pytest.raises(UserError, match=r"config.nan: on_spike .* one of count, rollback"):
-        Faults(**fields)
+        Faults(NanConfig(**fields))

@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from jointseg_jax import rules, sharding
+from jointseg_jax.config import ReadConfig
 from jointseg_jax.data.pipeline import batches
 from jointseg_jax.data.sources.scenes import Scenes
 from jointseg_jax.rng import fold, row_keys
@@ -18,6 +19,8 @@ from jointseg_jax.training.checkpoints import Checkpoints
 from jointseg_jax.training.digest import state_digest
 from jointseg_jax.training.optimizer import AdamW, Muon
 from jointseg_jax.training.step import make_update
+
+READ = ReadConfig()
 
 ROWS, WIDTH = 8, 4
 REORDERED = 1e-6  # float32: means of the same 8 rows, summed in another order
@@ -347,7 +350,7 @@ def test_a_resumed_run_has_the_same_bits(tmp_path):
 
     def rows(start, count):
         source = Scenes(size=8, thing_size=(0.5, 0.6), max_things=1, texture=0.0)
-        with batches(source, batch=ROWS, seed=1, transforms=(), start_step=start) as data:
+        with batches(source, READ, batch=ROWS, seed=1, transforms=(), start_step=start) as data:
             for _, b in zip(range(count), data):
                 colour, index = b["image"].mean((1, 2)) / 255, b["index"][:, None] / 1e6
                 yield batch(x=np.concatenate([colour, index], axis=1).astype(np.float32))

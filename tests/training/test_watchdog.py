@@ -10,6 +10,7 @@ import types
 
 import pytest
 
+from jointseg_jax.config import WatchdogConfig
 from jointseg_jax.training import watchdog as watchdogs
 from jointseg_jax.training.watchdog import Watchdog
 from jointseg_jax.types import UserError
@@ -17,7 +18,7 @@ from jointseg_jax.types import UserError
 
 def test_silence_is_told_once_for_each_span_of_it(tmp_path, caplog):
     stacks = tmp_path / "stacks.txt"
-    with Watchdog(seconds=0.1, stacks=stacks) as watchdog:
+    with Watchdog(WatchdogConfig(seconds=0.1), stacks=stacks) as watchdog:
         watchdog.alive(7)
         watchdog.doing = lambda: "data"
         deadline = time.monotonic() + 20
@@ -34,7 +35,7 @@ def test_a_run_that_lives_is_left_alone(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(
         watchdogs, "time", types.SimpleNamespace(monotonic=lambda: clock.now, strftime=str)
     )
-    with Watchdog(seconds=0.02, stacks=tmp_path / "stacks.txt") as watchdog:
+    with Watchdog(WatchdogConfig(seconds=0.02), stacks=tmp_path / "stacks.txt") as watchdog:
         for step in range(20):
             clock.now += 0.015
             watchdog.alive(step)
@@ -43,14 +44,14 @@ def test_a_run_that_lives_is_left_alone(tmp_path, caplog, monkeypatch):
 
 
 def test_zero_seconds_is_nobody(tmp_path, caplog):
-    with Watchdog(seconds=0) as watchdog:
+    with Watchdog(WatchdogConfig(seconds=0), stacks=tmp_path / "stacks.txt") as watchdog:
         time.sleep(0.05)
         watchdog.alive(1)
     assert caplog.messages == []
 
 
 def test_a_place_for_stacks_that_is_none_does_not_silence_it(tmp_path, caplog):
-    with Watchdog(seconds=0.05, stacks=tmp_path / "nowhere" / "stacks.txt"):
+    with Watchdog(WatchdogConfig(seconds=0.05), stacks=tmp_path / "nowhere" / "stacks.txt"):
         deadline = time.monotonic() + 20
         while not caplog.messages and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -60,7 +61,7 @@ def test_a_place_for_stacks_that_is_none_does_not_silence_it(tmp_path, caplog):
 @pytest.mark.parametrize("seconds", [-1, float("nan")])
 def test_spans_that_are_none(seconds):
     with pytest.raises(UserError, match=r"config.watchdog: seconds = .* must be 0 \(off\) or more"):
-        Watchdog(seconds=seconds)
+        WatchdogConfig(seconds=seconds)
 
 
 HANGING = """
@@ -95,7 +96,7 @@ HANGING = """
     config |= {"watchdog": {"seconds": 30 if sys.argv[2] == "hang" else 600, "abort": True}}
 
     def main():
-        return train(config, Path(sys.argv[1]))
+        return train(RunConfig.parse(config), Path(sys.argv[1]))
 
     cli._guarded(main)
 """

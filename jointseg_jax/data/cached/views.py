@@ -17,11 +17,12 @@ from dataclasses import dataclass, replace
 import grain
 import numpy as np
 
+from jointseg_jax.config import ReadConfig
 from jointseg_jax.data.cached.index import Note
 from jointseg_jax.data.pipeline import Rows, private
 from jointseg_jax.data.records import Record
 from jointseg_jax.data.transforms import Flip, Resize, Transform
-from jointseg_jax.data.workers import Reading
+from jointseg_jax.data.workers import read_ahead
 from jointseg_jax.types import UserError
 
 
@@ -102,13 +103,13 @@ class ViewReader:
         fields = {name: np.stack([row[name] for row in views]) for name in views[0]}
         return ViewedRecord(fields=fields, note=note)
 
-    def all(self, records: Sequence[int], reading: Reading) -> Iterator[ViewedRecord]:
+    def all(self, records: Sequence[int], reading: ReadConfig) -> Iterator[ViewedRecord]:
         """Yields the views of ``records`` in that order, read ahead by ``reading``."""
         if not len(records):
             return
         packed = grain.MapDataset.source(list(records)).map(self._packed)
         # Closed with this generator, for its workers would outlive it.
-        with contextlib.closing(iter(reading.attach(packed))) as ahead:
+        with contextlib.closing(iter(read_ahead(packed, reading))) as ahead:
             for fields, note in ahead:
                 own = {name: private(array) for name, array in fields.items()}
                 yield ViewedRecord(fields=own, note=json.loads(note))

@@ -27,7 +27,7 @@ from __future__ import annotations
 import functools
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple, cast
 
@@ -425,3 +425,9 @@ LAYOUT_CLASSES = {
     "celebamask_hq_parts": "celeba_mask",
 }
 """Layouts whose classes are always those of one list."""
+
+
+def published_classes(spec: Mapping[str, object]) -> Classes | None:
+    """The classes that a source's spec names by their list or by its layout; None for others."""
+    named = spec.get("classes") or LAYOUT_CLASSES.get(str(spec.get("layout")))
+    return CLASS_LISTS.get(str(named))

@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from jointseg_jax.config import ReadConfig
 from jointseg_jax.data.cached import shard_writer, texts
 from jointseg_jax.data.cached.index import Field, row_bytes, shard_name
 from jointseg_jax.data.cached.reader import Cache
@@ -20,6 +21,8 @@ from jointseg_jax.data.tokenizer import Words
 from jointseg_jax.data.transforms import Flip, Resize
 from jointseg_jax.perf.bench_cache import reading_rate
 from jointseg_jax.types import UserError
+
+READ = ReadConfig()
 
 RECORDS, VARIANTS, PER_SHARD = 11, 4, 4
 FIELDS = (
@@ -86,7 +89,7 @@ def opened(root):
 
 def read(root, steps, start=0, **options):
     options = {"batch": 6, "seed": 3, "transforms": (), "tokenizer": WORDS.encode} | options
-    with batches(opened(root), start_step=start, **options) as found:
+    with batches(opened(root), READ, start_step=start, **options) as found:
         return [next(found) for _ in range(steps)]
 
 
@@ -182,14 +185,14 @@ def test_evaluation_order_takes_the_first_of_each(made):
 
 
 def test_closed_batches_say_so(made):
-    with batches(opened(made), batch=2, seed=0, transforms=()) as found:
+    with batches(opened(made), READ, batch=2, seed=0, transforms=()) as found:
         assert found.drain() == [] and found.replaced == 0
     with pytest.raises(ValueError, match="these batches are closed"):
         next(found)
 
 
 def test_the_rate_counts_samples(made):
-    with batches(opened(made), batch=4, seed=0, transforms=()) as found:
+    with batches(opened(made), READ, batch=4, seed=0, transforms=()) as found:
         rate = reading_rate(found, seconds=0.01, repeats=3)
     assert 0 < rate["slowest"] <= rate["samples_per_second"] <= rate["fastest"]
 

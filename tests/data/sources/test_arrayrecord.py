@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
+from jointseg_jax.config import ReadConfig
 from jointseg_jax.data.classes import Classes
 from jointseg_jax.data.pipeline import batches
 from jointseg_jax.data.records import BadSample
@@ -13,6 +14,8 @@ from jointseg_jax.data.sources.arrayrecord import ArrayRecords, pack, unpack, wr
 from jointseg_jax.data.sources.folders import Folders
 from jointseg_jax.data.sources.scenes import Scenes
 from jointseg_jax.types import UserError
+
+READ = ReadConfig()
 
 SCENES = Scenes(size=(16, 20), count=11)
 
@@ -165,7 +168,7 @@ def test_damaged_records_are_replaced_in_training(tmp_path):
     data[data.index(b"JSR1") + 300] ^= 1
     path.write_bytes(data)
     source = ArrayRecords(folder=str(tmp_path), split="train")
-    with batches(source, batch=11, seed=0, transforms=()) as stream:
+    with batches(source, READ, batch=11, seed=0, transforms=()) as stream:
         batch, (report,) = next(stream), stream.drain()
     assert sorted(batch["index"]) == [1, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
     assert re.search(r"00000-of-00001.arrayrecord: record 0: the shard is damaged", report["error"])

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from jointseg_jax.config import ReadConfig
 from jointseg_jax.data import files
 from jointseg_jax.data.class_lists import CLASS_LISTS, COCO_PANOPTIC_IDS
 from jointseg_jax.data.images import encode_segment_ids
@@ -17,6 +18,8 @@ from jointseg_jax.data.records import BadSample, check_record
 from jointseg_jax.data.sources.folders import Folders
 from jointseg_jax.data.transforms import Resize
 from jointseg_jax.types import VOID, UserError
+
+READ = ReadConfig()
 
 
 def folders(disk, **fields):
@@ -271,7 +274,7 @@ def test_workers_change_nothing_not_even_the_reports(disk):
     options |= {"host": 1, "hosts": 2, "start_step": 3}
     seen = []
     for workers in (0, 2):
-        with batches(folders(disk), workers=workers, **options) as stream:
+        with batches(folders(disk), ReadConfig(workers=workers), **options) as stream:
             seen.append(([next(stream) for _ in range(6)], stream.drain(), stream.step))
     (plain, reports, step), (worked, *others) = seen
     assert others == [reports, step] == [reports, 9]
@@ -288,7 +291,7 @@ def test_workers_change_nothing_not_even_the_reports(disk):
 def test_bad_samples_stop_the_run_through_a_worker(disk):
     disk.image("a3").write_bytes(b"")
     options = {"batch": 6, "seed": 0, "transforms": (Resize(size=12),), "workers": 1}
-    stream = batches(folders(disk), bad="stop", **options)
+    stream = batches(folders(disk), ReadConfig(bad="stop"), **options)
     with stream, pytest.raises(BadSample, match="the file is empty") as caught:
         next(stream)
     assert caught.value.path == str(disk.image("a3"))
@@ -445,6 +448,6 @@ def test_panoptic_labels_have_their_own_rule(coco):
 
 
 def test_every_record_of_a_shuffled_epoch(disk):
-    with batches(folders(disk), batch=3, seed=0, transforms=(Resize(size=8),)) as stream:
+    with batches(folders(disk), READ, batch=3, seed=0, transforms=(Resize(size=8),)) as stream:
         seen = [int(i) for batch in itertools.islice(stream, 2) for i in batch["index"]]
     assert sorted(seen) == list(range(6))

@@ -9,12 +9,15 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from jointseg_jax.config import ReadConfig
 from jointseg_jax.data.images import encode_segment_ids
 from jointseg_jax.data.pipeline import batches
 from jointseg_jax.data.records import BadSample
 from jointseg_jax.data.sources.tfds import TFDS
 from jointseg_jax.data.transforms import Resize
 from jointseg_jax.types import VOID, UserError
+
+READ = ReadConfig()
 
 MASK = np.array([[1, 2, 3, 255], [1, 1, 2, 2]], np.uint8)
 IDS = np.array([[0, 9, 9, 600], [0, 9, 600, 600]], np.int32)
@@ -131,7 +134,7 @@ def test_pickled_sources_feed_batches(folder):
     copy = pickle.loads(pickle.dumps(data))
     assert copy.fingerprint() == data.fingerprint()
     assert copy.fingerprint() != source(folder).fingerprint()
-    with batches(copy, batch=3, seed=0, transforms=(Resize(size=(2, 4)),)) as stream:
+    with batches(copy, READ, batch=3, seed=0, transforms=(Resize(size=(2, 4)),)) as stream:
         assert sorted(next(stream)["index"]) == [0, 1, 2]
 
 

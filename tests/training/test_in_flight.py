@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 
-from jointseg_jax.training.flight import InFlight
+from jointseg_jax.training.clock import InFlight
 
 
 class Running:
