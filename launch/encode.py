@@ -28,14 +28,14 @@ and writes damaged shards again. A folder made with other settings is refused, w
 that differs. Several processes (the flags and environment of launch/train.py) share the shards and
 write the same bytes as one; --out is a folder they all see.
 
-Pictures are read by --threads of this process; --workers=N reads in N processes, each with so many
-threads, which pays where reading is Python rather than decoding.
+Pictures are read by --threads of this process; --workers=N reads in N processes, each with that
+many threads, which pays where reading is Python rather than decoding.
 
 Writes OUT/SPLIT-*.bin and .json (shards), OUT/SPLIT.json (index), OUT/SPLIT.text.bin and two .npy
 (texts), OUT/frozen/. How fast a cache can be read:
   python launch/benchmark.py --what data --config C --config.data.cache=caches/folders
   python -m jointseg_jax.perf.bench_cache caches/folders --batch 256
-The last line of output is one JSON object. Exit status 2: a mistake, said in one block.
+The last line of output is one JSON object. Exit status 2: a mistake, reported in one block.
 """
 
 from __future__ import annotations
@@ -65,7 +65,9 @@ LATENTS = flags.DEFINE_list(
 )
 KEEP = flags.DEFINE_list("keep", [], "Further batch fields to keep: image, labels.")
 CROPS = flags.DEFINE_integer("crops", 0, "Random crops of each record; 0: the centre's.")
-LIMIT = flags.DEFINE_integer("limit", None, "Only so many records, from the first.", lower_bound=1)
+LIMIT = flags.DEFINE_integer(
+    "limit", None, "At most this many records, from the first.", lower_bound=1
+)
 BATCH = flags.DEFINE_integer("batch", 32, "Rows a device encodes at a time.", lower_bound=1)
 SHARD = flags.DEFINE_integer("shard_mb", 256, "Size of a shard, about.", lower_bound=1)
 WORKERS = flags.DEFINE_integer("workers", 0, "Processes that read; 0: threads only.", lower_bound=0)
@@ -107,10 +109,17 @@ def main() -> None:
 
 def _bar(total: int, desc: str) -> tqdm:
     """Progress of this process, with the time that is left: a bar, or lines in a log."""
-    log = {"mininterval": EVERY, "bar_format": LINE}
-    look = {"dynamic_ncols": True} if sys.stderr.isatty() else log
-    off = not distributed.is_first() or not total
-    return tqdm(total=total, desc=desc, unit=" records", delay=2.0, disable=off, **look)
+    on_screen = sys.stderr.isatty()
+    return tqdm(
+        total=total,
+        desc=desc,
+        unit=" records",
+        delay=2.0,  # nothing is drawn for what takes less
+        disable=not distributed.is_first() or not total,
+        dynamic_ncols=on_screen,
+        mininterval=0.1 if on_screen else EVERY,
+        bar_format=None if on_screen else LINE,
+    )
 
 
 def _say(text: str) -> None:

@@ -4,14 +4,11 @@ A step folder ``N`` holds the arrays (``state``, Orbax) and one JSON object (``m
 caller gave (``config`` and so on), the step, and for each array its dtype, shape and 64-bit
 digest, sealed by a SHA-256 of the object itself.
 
-1. Written: a folder counts only with its commit marker, which is written last.
-2. Read: newest first; seal, structure, then the digest of every array as it lies on the devices.
-   Orbax stores arrays without a checksum: without the digest a flipped bit is restored silently.
-3. A folder that fails is named in one warning line with its cause and renamed
-   ``N.damaged-<cause>``; the one before it is tried. If none is left the run stops: it starts
-   afresh only when told to.
-4. An array of another shape, dtype or name than the model wants is refused, never cast: that is
-   not damage but another configuration.
+Folders are read newest first: seal, structure, then the digest of every array as it lies on the
+devices. A folder that fails is named in one warning line with its cause and renamed
+``N.damaged-<cause>``; the one before it is tried. If none is left the run stops, unless it is told
+to start afresh. An array of another shape, dtype or name than the model wants is refused, never
+cast: that is not damage but another configuration.
 """
 
 from __future__ import annotations
@@ -22,22 +19,22 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
+from jaxtyping import PyTree
 from orbax.checkpoint.options import AtomicityMode, AtomicityOptions
 
 from jointseg_jax.rules import path_of
 from jointseg_jax.training import digest, snapshot
-from jointseg_jax.training.snapshot import Damage
+from jointseg_jax.training.snapshot import Damage, Meta
 from jointseg_jax.types import UserError
 
-_MARKER = "commit_success.txt"
-_LISTED = 64
+_MARKER = "commit_success.txt"  # written last: a folder without it does not count
+_SYNCED = 64  # newest steps that the processes of a run agree on
 log = logging.getLogger(__name__)
 
 
@@ -49,7 +46,7 @@ class Checkpoints:
     """The step folders under one folder.
 
     Args:
-      folder: created if absent (unless ``read_only``); local or ``gs://``.
+      folder: created if absent (unless ``read_only``), on a file system that all processes see.
       keep: how many of the newest steps stay.
       keep_every: steps divisible by this stay for good.
       async_: write in the background; errors surface in ``check``, ``wait`` or the next ``save``.
@@ -67,7 +64,7 @@ class Checkpoints:
     ):
         if keep < 1 or (keep_every is not None and keep_every < 1):
             raise ValueError(f"checkpoints: keep={keep}, keep_every={keep_every}: must be >= 1.")
-        remote = "://" in os.fspath(folder)
+        remote = "://" in os.fspath(folder)  # not made a local path; runs refuse such a workdir
         self.folder = epath.Path(folder if remote else os.path.abspath(folder))
         self._read_only = read_only
         self._manager: ocp.CheckpointManager | None = None
@@ -88,28 +85,31 @@ class Checkpoints:
         found = [n for n in _numbered(self.folder) if (self.folder / str(n) / _MARKER).exists()]
         if jax.process_count() == 1:
             return found
-        row = np.full(_LISTED, -1, np.int32)
-        row[: len(found[-_LISTED:])] = found[-_LISTED:]
+        # One process's listing for all: a folder may appear or go between two listings, and the
+        # processes would then wait for one another at different steps.
+        row = np.full(_SYNCED, -1, np.int32)
+        row[: len(found[-_SYNCED:])] = found[-_SYNCED:]
         return [int(n) for n in multihost_utils.broadcast_one_to_all(row) if n >= 0]
 
     def newest(self) -> int | None:
         """The newest committed step; not yet verified."""
         return max(self.steps(), default=None)
 
-    def save(self, step: int, state: Any, meta: Mapping[str, Any]) -> bool:
+    def save(self, step: int, state: PyTree, meta: Mapping[str, object]) -> bool:
         """Writes ``state`` and ``meta``; False if this step is already there.
 
         Returns once the state has been copied off the devices: it may be donated at once.
 
         Raises:
-          SaveError: this save, or the one before in the background, failed for want of space,
-            permission or the folder itself.
+          SaveError: this save, or the one before in the background, failed: not enough space, no
+            permission, or the folder is gone.
         """
         manager = self._writer()
-        self.wait()  # what went wrong with the last save is told as that save's
+        self.wait()  # a failure of the last save is reported as that save's, not as this one's
         if step in manager.all_steps():
             return False
         leaves = snapshot.leaves(state)
+        # the digests are computed before anything is written, from the arrays on the devices
         content = snapshot.sealed(step, meta, leaves, digest.leaf_digests(state))
         arrays = snapshot.encode(leaves)
         items = ocp.args.Composite(
@@ -145,12 +145,12 @@ class Checkpoints:
 
     def restore_newest(
         self,
-        abstract_state: Any,
+        abstract_state: PyTree,
         *,
         only: Sequence[str] = (),
-        accept: Callable[[dict[str, Any]], None] | None = None,
+        accept: Callable[[Meta], None] | None = None,
         start_afresh: bool = False,
-    ) -> tuple[Any, dict[str, Any]] | None:
+    ) -> tuple[PyTree, Meta] | None:
         """The newest state that verifies, with its meta; None if the folder holds no checkpoint.
 
         Args:
@@ -158,8 +158,8 @@ class Checkpoints:
           only: path prefixes (``("ema",)``); other leaves are neither read nor allocated and come
             back as they were given. The tree may also hold those sub-trees alone.
           accept: called with the meta before any array is read; raises to refuse
-            (``differences.require_same``).
-          start_afresh: return None also when every checkpoint is damaged.
+            (``settings_diff.require_same``).
+          start_afresh: also return None when every checkpoint is damaged.
 
         Raises:
           UserError: the arrays are not those of this model, or all checkpoints are damaged.
@@ -184,7 +184,7 @@ class Checkpoints:
             )
         return None
 
-    def _restore(self, step: int, abstract: Any, meta: dict, only: Sequence[str]) -> Any:
+    def _restore(self, step: int, abstract: PyTree, meta: Meta, only: Sequence[str]) -> PyTree:
         rows, leaves = meta["checkpoint"]["leaves"], snapshot.leaves(abstract)
         saved = {p: rows[p] for p in snapshot.within(rows, only)}
         wanted = {p: leaves[p] for p in snapshot.within(leaves, only)}
@@ -195,6 +195,7 @@ class Checkpoints:
             str(folder),
         )
         state = snapshot.read(folder / "state", wanted)
+        # Orbax stores arrays without a checksum: without this a flipped bit is restored silently
         changed = sorted(p for p, d in digest.leaf_digests(state).items() if d != saved[p][1])
         if changed:
             more = f" and {len(changed) - 1} more arrays" if len(changed) > 1 else ""
@@ -203,7 +204,7 @@ class Checkpoints:
 
     def _sweep(self, writing: bool = False) -> None:
         """Sets aside what looks like a step without a marker; removes interrupted writes."""
-        if jax.process_index() == 0:
+        if jax.process_index() == 0:  # one process renames; the others wait below
             for step in _numbered(self.folder):
                 folder = self.folder / str(step)
                 if (folder / _MARKER).exists():
@@ -212,7 +213,7 @@ class Checkpoints:
                     self._rename(step, Damage("empty", "the folder is empty"))
                 elif _was_committed(folder):
                     self._rename(step, Damage("uncommitted", f"{_MARKER} is missing"))
-                elif writing:
+                elif writing:  # a reader beside a trainer must leave its unfinished write alone
                     log.warning("checkpoint %s: its write was interrupted; removed.", folder)
                     folder.rmtree()
         ocp.multihost.sync_global_processes("checkpoints.sweep")
@@ -222,12 +223,12 @@ class Checkpoints:
             self._rename(step, damage, then)
         ocp.multihost.sync_global_processes("checkpoints.set_aside")
         if self._manager is not None:
-            self._manager.reload()
+            self._manager.reload()  # it keeps its own list of steps
 
     def _rename(self, step: int, damage: Damage, then: str = "") -> None:
         folder, taken, n = self.folder / str(step), _names(self.folder), 1
         name = stem = f"{step}.damaged-{damage.cause}"
-        while name in taken:
+        while name in taken:  # the same step may be damaged more than once
             name, n = f"{stem}.{n + 1}", n + 1
         done = "left as it is" if self._read_only else f"renamed {name}"
         log.warning("checkpoint %s is damaged (%s): %s%s.", folder, damage, done, then)
@@ -242,7 +243,7 @@ class Checkpoints:
         except (OSError, ValueError, RuntimeError) as error:
             step, size = self._pending
             reason = _reason(error, self.folder, size)
-            if reason is None:
+            if reason is None:  # not the disk's fault: a bug keeps its traceback
                 raise
             self._drop_partial()
             earlier = ", ".join(str(n) for n in _numbered(self.folder)) or "none"
@@ -257,7 +258,7 @@ class Checkpoints:
         if self._manager is None:
             return
         with contextlib.suppress(Exception):
-            self._manager.wait_until_finished()  # tells the same failure once more
+            self._manager.wait_until_finished()  # raises the same failure once more
         folder = self.folder / str(step)
         if jax.process_index() == 0 and folder.exists() and not (folder / _MARKER).exists():
             with contextlib.suppress(OSError):
@@ -271,7 +272,7 @@ class Checkpoints:
         return self._manager
 
 
-def read_meta(folder: str | os.PathLike, step: int | None = None) -> dict[str, Any]:
+def read_meta(folder: str | os.PathLike, step: int | None = None) -> Meta:
     """The meta of ``step``, or of the newest step whose meta is whole; reads no arrays."""
     reader = Checkpoints(folder, read_only=True)
     problems = []
@@ -291,11 +292,13 @@ def _manager(
 ) -> ocp.CheckpointManager:
     logging.getLogger("absl").addFilter(_without_orbax)
     policies = ocp.checkpoint_managers
-    preserve: list[Any] = [policies.LatestN(keep)]
+    preserve: list[ocp.checkpoint_managers.PreservationPolicy] = [policies.LatestN(keep)]
     if keep_every is not None:
         preserve.append(policies.EveryNSteps(keep_every))
     options = ocp.CheckpointManagerOptions(
         preservation_policy=policies.AnyPreservationPolicy(preserve),
+        # a marker file, not a rename of the folder: object stores and some network disks cannot
+        # rename a folder in one step
         atomicity_options=AtomicityOptions(mode=AtomicityMode.COMMIT_FILE),
         cleanup_tmp_directories=False,  # would delete every folder without a marker; see _sweep
         enable_async_checkpointing=async_,
@@ -304,7 +307,7 @@ def _manager(
 
 
 def _without_orbax(record: logging.LogRecord) -> bool:
-    """Drops Orbax's own log: dozens of lines per save, and tracebacks of errors that we tell."""
+    """Drops Orbax's own log: dozens of lines per save, and tracebacks of errors reported here."""
     return f"{os.sep}orbax{os.sep}" not in record.pathname
 
 
@@ -317,7 +320,7 @@ def _numbered(folder: epath.Path) -> list[int]:
 
 
 def _was_committed(folder: epath.Path) -> bool:
-    """Whether Orbax had finished this folder, which has since lost its marker (a copy, say)."""
+    """Returns True if Orbax had finished this folder, which has lost its marker since."""
     try:
         own = json.loads((folder / "_CHECKPOINT_METADATA").read_text())
         return bool(own.get("commit_timestamp_nsecs"))
@@ -326,6 +329,7 @@ def _was_committed(folder: epath.Path) -> bool:
 
 
 def _require_writable(folder: epath.Path) -> None:
+    # now rather than at the first save, hours later
     probe = folder / f".writable-{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -334,12 +338,13 @@ def _require_writable(folder: epath.Path) -> None:
     except OSError as error:
         raise UserError(
             f"checkpoints {folder}: cannot be written ({error.strerror or error}). "
-            "Choose another --workdir, or mend its permissions."
+            "Choose another --workdir, or fix its permissions."
         ) from error
 
 
 def _reason(error: BaseException, folder: epath.Path, size: int) -> str | None:
     """What the file system refused, as a sentence; None if the fault lies elsewhere."""
+    # Orbax and TensorStore wrap the system's error, often as text only: look through all causes
     text, cause = "", error
     while cause is not None:
         text, cause = f"{text} {cause}".lower(), cause.__cause__ or cause.__context__

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import io
 import json
 import logging
 import os
@@ -21,7 +22,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, cast
 
 from jointseg_jax import distributed
 from jointseg_jax.types import UserError
@@ -35,12 +36,27 @@ PATIENCE = 16.0
 log = logging.getLogger(__name__)
 
 
+class _Process(TypedDict):
+    """A process, so that it can be told from any other."""
+
+    host: str
+    space: str  # namespace of process ids: containers on one host count processes apart
+    pid: int
+    start: str | None
+
+
+class _Owner(_Process):
+    """What the lock file holds, as JSON."""
+
+    since: str
+
+
 class WorkdirLock:
     """A context manager that holds the workdir.
 
     Args:
       workdir: created if absent. A remote folder (``gs://``) cannot be locked: a note says so.
-      primary: whether this process holds it for all; by default the first one.
+      primary: True if this process holds it for all; by default the first one does.
 
     Raises:
       UserError: on entering, if another run holds the workdir or it cannot be written.
@@ -70,7 +86,7 @@ class WorkdirLock:
         except OSError as error:
             raise UserError(
                 f"workdir {self._workdir}: cannot be written ({error.strerror or error}). "
-                "Choose another --workdir, or mend its permissions."
+                "Choose another --workdir, or fix its permissions."
             ) from error
         self._stop.clear()
         self._thread = threading.Thread(target=self._beat, name="workdir-lock", daemon=True)
@@ -93,6 +109,7 @@ class WorkdirLock:
             with self._opened() as file:
                 owner = _owner(file)
                 stamp = os.fstat(file.fileno()).st_mtime_ns
+                # a stamp that did not move in PATIENCE seconds: its owner on another host is gone
                 if owner is None or seen == (owner, stamp) or _is_dead(owner):
                     self._take(file, owner)
                     return
@@ -105,28 +122,30 @@ class WorkdirLock:
                 owner["host"],
                 PATIENCE,
             )
-            time.sleep(PATIENCE)
+            time.sleep(PATIENCE)  # without the flock: the owner must be able to leave
 
-    def _take(self, file: Any, owner: dict[str, Any] | None) -> None:
+    def _take(self, file: io.TextIOWrapper, owner: _Owner | None) -> None:
         if owner is not None:
             log.warning("lock: %s: taken over; %s is gone.", self._workdir, _name(owner))
         file.seek(0)
         file.truncate()
-        json.dump(_self() | {"since": time.strftime("%Y-%m-%d %H:%M:%S %z")}, file)
+        json.dump({**_self(), "since": time.strftime("%Y-%m-%d %H:%M:%S %z")}, file)
         file.flush()
 
-    def _refusal(self, owner: dict[str, Any]) -> str:
+    def _refusal(self, owner: _Owner) -> str:
         return (
             f"workdir {self._workdir}: in use by {_name(owner)}. Wait for it, stop it, or choose "
             f"another --workdir. If that run is surely gone, remove {self.path}."
         )
 
     @contextlib.contextmanager
-    def _opened(self) -> Iterator[Any]:
-        """The lock file under an exclusive ``flock``; opened anew if it was just unlinked."""
+    def _opened(self) -> Iterator[io.TextIOWrapper]:
+        """The lock file under an exclusive ``flock``."""
         while True:
             with self.path.open("a+") as file:
                 fcntl.flock(file, fcntl.LOCK_EX)
+                # While this process waited for the flock, the holder may have unlinked the file:
+                # two processes would then hold locks on two files of one name. Open it again.
                 try:
                     same = os.path.samestat(os.fstat(file.fileno()), os.stat(self.path))
                 except FileNotFoundError:
@@ -141,48 +160,49 @@ class WorkdirLock:
                 os.utime(self.path)
 
 
-def _self() -> dict[str, Any]:
+def _self() -> _Process:
     pid = os.getpid()
     try:
-        space = os.readlink("/proc/self/ns/pid")  # containers count processes apart
+        space = os.readlink("/proc/self/ns/pid")
     except OSError:
         space = ""
     return {"host": socket.gethostname(), "space": space, "pid": pid, "start": _start_time(pid)}
 
 
-def _same(owner: dict[str, Any] | None, other: dict[str, Any]) -> bool:
-    return owner is not None and all(owner[key] == value for key, value in other.items())
+def _same(owner: _Owner | None, other: _Process) -> bool:
+    return owner is not None and dict(owner) == {**other, "since": owner["since"]}
 
 
-def _owner(file: Any) -> dict[str, Any] | None:
+def _owner(file: io.TextIOWrapper) -> _Owner | None:
     """Who wrote the file; None for an empty or garbled one, which a killed launch leaves."""
     file.seek(0)
     try:
         owner = json.loads(file.read())
-        return {key: owner[key] for key in ("host", "space", "pid", "start", "since")}
+        return cast(_Owner, {key: owner[key] for key in _Owner.__annotations__})
     except (ValueError, KeyError, TypeError):
         return None
 
 
-def _name(owner: dict[str, Any]) -> str:
+def _name(owner: _Owner) -> str:
     return f"process {owner['pid']} on {owner['host']}, since {owner['since']}"
 
 
-def _is_here(owner: dict[str, Any]) -> bool:
+def _is_here(owner: _Owner) -> bool:
     own = _self()
     return (owner["host"], owner["space"]) == (own["host"], own["space"])
 
 
-def _is_dead(owner: dict[str, Any]) -> bool:
-    """Whether the owner is a process of this host that no longer runs."""
+def _is_dead(owner: _Owner) -> bool:
+    """Returns True if the owner was a process of this host and no longer runs."""
     if not _is_here(owner):
         return False
     try:
-        os.kill(owner["pid"], 0)
+        os.kill(owner["pid"], 0)  # sends nothing, only looks the process up
     except ProcessLookupError:
         return True
-    except PermissionError:
+    except PermissionError:  # another user's process: it lives
         return False
+    # the id may have gone to another process since
     return _start_time(owner["pid"]) != owner["start"]
 
 
@@ -192,6 +212,7 @@ def _start_time(pid: int) -> str | None:
     None for a zombie, and everywhere without /proc, where the process id alone decides.
     """
     try:
+        # the program's name, in parentheses, may itself hold blanks and parentheses
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import optax
+from jaxtyping import PyTree
 
 from jointseg_jax import rules
 from jointseg_jax.config import make
@@ -25,13 +26,10 @@ DECAY_ALL = ((r"", True),)
 def constant(*, lr: float, steps: int, warmup: int = 0) -> optax.Schedule:
     """Linear warm-up, then ``lr``."""
     del steps
-    return (
-        optax.join_schedules(
-            [optax.linear_schedule(0.0, lr, warmup), optax.constant_schedule(lr)], [warmup]
-        )
-        if warmup
-        else optax.constant_schedule(lr)
-    )
+    flat = optax.constant_schedule(lr)
+    if not warmup:
+        return flat
+    return optax.join_schedules([optax.linear_schedule(0.0, lr, warmup), flat], [warmup])
 
 
 def linear(*, lr: float, steps: int, warmup: int = 0, final: float = 0.0) -> optax.Schedule:
@@ -66,17 +64,17 @@ SCHEDULES: Mapping[str, Callable[..., optax.Schedule]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class AdamW:
-    """AdamW with clipping by global norm; ``decay`` and ``lr_scale`` are path rules."""
+    """AdamW with clipping by global norm."""
 
-    schedule: Mapping[str, Any]
+    schedule: Mapping[str, Any]  # name (``SCHEDULES``), lr and what else that schedule takes
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 1e-8
-    weight_decay: float = 0.0
-    clip: float = 0.0  # 0: off
-    decay: rules.Rules = DECAY_MATRICES
-    lr_scale: rules.Rules = ((r"", 1.0),)
-    mu_dtype: str = "float32"
+    weight_decay: float = 0.0  # times the learning rate at each step
+    clip: float = 0.0  # largest global norm of the gradient; 0: off
+    decay: rules.Rules = DECAY_MATRICES  # path rules: which parameters decay
+    lr_scale: rules.Rules = ((r"", 1.0),)  # path rules: factor of the learning rate
+    mu_dtype: str = "float32"  # of the first moment
 
     def __post_init__(self) -> None:
         if not 0 <= self.b1 < 1 or not 0 <= self.b2 < 1:
@@ -96,6 +94,7 @@ class AdamW:
 
     def build(self, steps: int) -> optax.GradientTransformation:
         """The optax transformation for a run of ``steps`` updates."""
+        # before the direction, whose moments then see the clipped gradient
         parts = [optax.clip_by_global_norm(self.clip)] if self.clip else []
         descent = optax.chain(
             self._direction(),
@@ -107,7 +106,8 @@ class AdamW:
     def _direction(self) -> optax.GradientTransformation:
         return optax.scale_by_adam(self.b1, self.b2, self.eps, mu_dtype=self.mu_dtype)
 
-    def _decayed(self, params: Any) -> Any:
+    def _decayed(self, params: PyTree) -> PyTree:
+        # dead="allow": the default rules speak of layers that a network may lack
         where = "optimizer.decay"
         return rules.match(params, self.decay, where=where, prefix="params/", dead="allow")
 
@@ -115,33 +115,31 @@ class AdamW:
 def _scaled(scales: rules.Rules) -> optax.GradientTransformation:
     """Multiplies each leaf's update by the value its path rule gives."""
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    def update(
+        updates: PyTree, state: optax.OptState, params: PyTree = None
+    ) -> tuple[PyTree, optax.OptState]:
         del params
+        # matched while the update is traced: the factors are constants of the program, not state
         factors = rules.match(
             updates, scales, where="optimizer.lr_scale", prefix="params/", dead="allow"
         )
         return jax.tree.map(lambda u, f: u * f, updates, factors), state
 
-    return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Muon(AdamW):
     """Muon on matrices, AdamW on the rest: orthogonalised momentum, far fewer steps when small.
 
-    Both parts have Nesterov momentum.
-
-    Attributes:
-      matrices: path rules, see ``MATRICES``.
-      beta: momentum of the matrices; ``b1``, ``b2`` and ``eps`` are those of the AdamW part.
-      lr_ratio: length of AdamW's steps as a part of Muon's; the decay is alike for both.
+    Both parts have Nesterov momentum. ``b1``, ``b2`` and ``eps`` are those of the AdamW part.
 
     Source: Jordan et al. 2024, as in optax.contrib.muon.
     """
 
-    matrices: rules.Rules = MATRICES
-    beta: float = 0.95
-    lr_ratio: float = 1.0
+    matrices: rules.Rules = MATRICES  # path rules, as there
+    beta: float = 0.95  # momentum of the matrices
+    lr_ratio: float = 1.0  # length of AdamW's steps relative to Muon's; the decay is alike for both
 
     def _direction(self) -> optax.GradientTransformation:
         return optax.contrib.muon(
@@ -155,7 +153,7 @@ class Muon(AdamW):
             muon_weight_dimension_numbers=self._matrices,
         )
 
-    def _matrices(self, params: Any) -> Any:
+    def _matrices(self, params: PyTree) -> PyTree:
         where, named = "optimizer.matrices", optax.contrib.MuonDimensionNumbers
         axes = tuple((p, None if v is None else named(*v)) for p, v in self.matrices)
         return rules.match(params, axes, where=where, prefix="params/", dead="allow")

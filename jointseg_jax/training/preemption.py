@@ -1,13 +1,11 @@
 """SIGTERM and Ctrl-C as a request to save and leave, the same step on every process.
 
 1. One process: a signal sets a flag, which ``requested`` returns. A second signal ends the process
-   at once with status 128 + signal. A thread of our own reads the signals, so this also holds
-   while the main thread compiles or waits in C++, where Python handlers do not run.
+   at once with status 128 + signal.
 2. ``jax.distributed`` initialised: its preemption service catches SIGTERM on any host and agrees
-   on a step that all hosts reach; ``requested`` returns True at that step on all of them. Ctrl-C
-   is passed on as SIGTERM to this service.
+   on a step that all hosts reach; ``requested`` returns True at that step on all of them.
 
-``ExitOnSigterm`` is for what follows or needs no training: evaluation and sampling.
+``ExitOnSigterm`` is for what follows or needs no training: evaluation, sampling and encoding.
 """
 
 from __future__ import annotations
@@ -17,8 +15,8 @@ import signal
 import socket
 import sys
 import threading
+from collections.abc import Callable
 from types import FrameType
-from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
@@ -40,12 +38,13 @@ class Preemption:
     def __init__(self) -> None:
         self._flag = threading.Event()
         self._signals: tuple[signal.Signals, ...] = ()
-        self._old: dict[int, Any] = {}
+        self._old: dict[int, signal.Handlers | Callable[..., object] | int | None] = {}
 
     def __enter__(self) -> Preemption:
         self._shared = jax.distributed.is_initialized()
-        # the service's own handler must stay: with it a signal to one host reaches all
         self._signals = self._caught()
+        # Python handlers do not run while the main thread compiles or waits in C++. The wakeup fd
+        # gets the number of each signal at once, from C, and a thread of our own reads it.
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
         self._old_fd = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
@@ -57,7 +56,7 @@ class Preemption:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._old.items():
             signal.signal(number, handler)
-        if self._shared:  # nobody asks the service any more
+        if self._shared:  # nobody asks the service any more, which would swallow a SIGTERM
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.set_wakeup_fd(self._old_fd)
         self._writer.send(_STOP)
@@ -66,11 +65,12 @@ class Preemption:
         self._writer.close()
 
     def _caught(self) -> tuple[signal.Signals, ...]:
+        # the service's own SIGTERM handler must stay: with it a signal to one host reaches all
         return (signal.SIGINT,) if self._shared else (signal.SIGTERM, signal.SIGINT)
 
     def requested(self, step: int) -> bool:
-        """Whether to save at this step and leave; the same answer on every process."""
-        if self._shared:
+        """Returns True if the run is to save at this step and leave; the same on every process."""
+        if self._shared:  # talks to the others: every process must ask, at every step
             return multihost_utils.reached_preemption_sync_point(step)
         return self._flag.is_set()
 
@@ -85,7 +85,7 @@ class Preemption:
             os._exit(128 + number)
         self._flag.set()
         _say(f"{number.name}: saving and leaving after this step (once more: leave at once).")
-        if self._shared:
+        if self._shared:  # Ctrl-C on one host becomes the service's SIGTERM, which reaches all
             os.kill(os.getpid(), signal.SIGTERM)
 
 

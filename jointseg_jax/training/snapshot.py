@@ -15,7 +15,7 @@ import json
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -23,15 +23,25 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
+from jaxtyping import PyTree
 
 from jointseg_jax.rules import path_of
 from jointseg_jax.training import digest
 from jointseg_jax.types import UserError
 
-Leaves = dict[str, tuple[tuple[str, ...], Any]]
+Leaf = jax.Array | jax.ShapeDtypeStruct
+Leaves = dict[str, tuple[tuple[str, ...], Leaf]]
 """``{path: (the names on the way to it, leaf)}``."""
 
-_SHOWN = 10
+Meta = dict[str, Any]
+"""The JSON object beside the arrays: what the caller gave, ``step`` and ``checkpoint``."""
+
+T = TypeVar("T")
+
+MAX_LISTED = 10
+"""Arrays that an error names at most."""
+
+# parts of messages that say nothing about the files: another attempt may succeed
 _PASSING = (
     "RESOURCE_EXHAUSTED",
     "Out of memory",
@@ -51,14 +61,14 @@ class Damage(Exception):
         self.cause = cause
 
 
-def leaves(tree: Any) -> Leaves:
+def leaves(tree: PyTree) -> Leaves:
     """The leaves of a tree of arrays (or shapes) by path."""
     found: Leaves = {}
     for key_path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         path = path_of(key_path)
         if not isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct)):
             raise ValueError(f"checkpoints: {path} is a {type(leaf).__name__}, not a jax array.")
-        if path in found:
+        if path in found:  # keys 1 and "1", say
             raise ValueError(f"checkpoints: two leaves have the path {path}.")
         found[path] = (tuple(path_of([key]) for key in key_path), leaf)
     return found
@@ -69,10 +79,10 @@ def within(paths: Iterable[str], prefixes: Sequence[str]) -> set[str]:
     return {p for p in paths if not prefixes or any(f"{p}/".startswith(f"{q}/") for q in prefixes)}
 
 
-def encode(state: Leaves) -> dict[str, Any]:
-    """The nested dict of plain arrays that Orbax writes."""
+def encode(state: Leaves) -> PyTree:
+    """The nested dict of plain arrays that Orbax writes; empty arrays are left out."""
     return _nest(
-        (names, jax.random.key_data(x) if digest.is_key(x) else x)
+        (names, jax.random.key_data(x) if isinstance(x, jax.Array) and digest.is_key(x) else x)
         for names, x in state.values()
         if x.size
     )
@@ -91,9 +101,9 @@ def read(folder: epath.Path, wanted: Leaves) -> dict[str, jax.Array]:
         item,
     )
     arguments = ocp.args.PyTreeRestore(item=item, restore_args=how, partial_restore=True)
-    # the handler and not the manager, whose barriers would hang when one process alone fails
+    # the handler, not the manager, whose barriers would hang when one process alone fails
     restored = _agreed(lambda: ocp.PyTreeCheckpointHandler().restore(folder, args=arguments))
-    arrays = {path: array for path, (_, array) in leaves(restored).items()}
+    arrays = {p: x for p, (_, x) in leaves(restored).items() if isinstance(x, jax.Array)}
     return {path: _decode(arrays.get(path), x) for path, (_, x) in wanted.items()}
 
 
@@ -106,32 +116,35 @@ def require_fit(saved: Mapping[str, str], wanted: Mapping[str, str], where: str)
         if saved.get(path) != wanted.get(path)
     ]
     if lines:
-        shown = "\n".join(lines[:_SHOWN])
-        more = f"\n  ... and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
+        shown = "\n".join(lines[:MAX_LISTED])
+        more = f"\n  ... and {len(lines) - MAX_LISTED} more" if len(lines) > MAX_LISTED else ""
         raise UserError(
             f"checkpoint {where} does not fit this model, {len(lines)} arrays differ:\n{shown}"
             f"{more}\nRestore the settings it was made with, or choose another --workdir."
         )
 
 
-def sealed(step: int, meta: Mapping[str, Any], leaves: Leaves, digests: dict) -> dict:
+def sealed(
+    step: int, meta: Mapping[str, object], leaves: Leaves, digests: Mapping[str, str]
+) -> Meta:
     """What the caller says about a state and what identifies each of its arrays, signed."""
     if "checkpoint" in meta or meta.get("step", step) != step:
         raise ValueError("checkpoints: meta may not hold `checkpoint` or another `step`.")
     rows = {path: (digest.describe(x), digests[path]) for path, (_, x) in leaves.items()}
     own = {"format": 1, "digest": digest.tree_digest(rows), "leaves": rows}
+    # through JSON, so that the seal is that of what will be read: tuples become lists there
     content = json.loads(json.dumps({**meta, "step": step, "checkpoint": own}))
     content["checkpoint"]["seal"] = _seal(content)
     return content
 
 
-def _seal(content: dict[str, Any]) -> str:
+def _seal(content: Meta) -> str:
     own = {k: v for k, v in content["checkpoint"].items() if k != "seal"}
     text = json.dumps({**content, "checkpoint": own}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def read_sealed(folder: epath.Path) -> dict[str, Any]:
+def read_sealed(folder: epath.Path) -> Meta:
     """The JSON object of one step folder, as it was written.
 
     Raises:
@@ -147,7 +160,7 @@ def read_sealed(folder: epath.Path) -> dict[str, Any]:
     return content
 
 
-def _nest(items: Iterable[tuple[tuple[str, ...], Any]]) -> dict[str, Any]:
+def _nest(items: Iterable[tuple[tuple[str, ...], Leaf]]) -> PyTree:
     tree: dict[str, Any] = {}
     for names, value in items:
         node = tree
@@ -157,11 +170,12 @@ def _nest(items: Iterable[tuple[tuple[str, ...], Any]]) -> dict[str, Any]:
     return tree
 
 
-def _stored(leaf: Any) -> jax.ShapeDtypeStruct:
-    """Shape, dtype and place of the array on disk that becomes ``leaf``."""
+def _stored(leaf: Leaf) -> jax.ShapeDtypeStruct:
+    """Shape, dtype and sharding of the array on disk that becomes ``leaf``."""
     place = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     if not digest.is_key(leaf):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+    # a key array has further axes as data, [..., words of a key], which stay whole on each device
     data = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
     if isinstance(place, jax.sharding.NamedSharding):
         axes = [*place.spec, *[None] * (data.ndim - len(place.spec))]
@@ -169,43 +183,53 @@ def _stored(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=place)
 
 
-def _decode(array: jax.Array | None, leaf: Any) -> jax.Array:
+def _decode(array: jax.Array | None, leaf: Leaf) -> jax.Array:
     stored = _stored(leaf)
-    if array is None:
+    if array is None:  # an empty array, which is not on the disk
         array = jnp.zeros(stored.shape, stored.dtype, device=stored.sharding)
     if not digest.is_key(leaf):
         return array
     return jax.random.wrap_key_data(array, impl=_key_impl(leaf))
 
 
-def _key_impl(leaf: Any) -> Any:
-    found: list[Any] = []  # ``key_impl`` takes arrays and tracers only
+def _key_impl(leaf: Leaf) -> Any:
+    """The generator (threefry, rbg, ...) of typed keys, also of their shape alone."""
+    found: list[Any] = []  # ``key_impl`` takes arrays and tracers only, so it is asked in a trace
     jax.eval_shape(lambda k: found.append(jax.random.key_impl(k)), leaf)
     return found[0]
 
 
-def _agreed(action: Callable[[], Any]) -> Any:
-    """The result of ``action``; damage in the files seen by one process is damage for all."""
-    result, found, failure = None, "", None
+def _agreed(action: Callable[[], T]) -> T:
+    """The result of ``action``, if it succeeds on every process.
+
+    Raises:
+      Damage: one process found the files damaged; on all of them, so that all try the same step.
+    """
+    results: list[T] = []
+    found, failure = "", None
     try:
-        result = action()
+        results.append(action())
     except Exception as error:
         passing = "passing" if _is_passing(error) else "damage"
         found, failure = f"{passing}: {first_line(_root(error))}", error
     kind, _, text = _shared_text(found).partition(": ")
     if kind == "passing":  # the files may be whole: memory, permission or network are at fault
+        # not damage: a run must not set good checkpoints aside because a disk was away
         raise failure or RuntimeError(f"another process could not read the checkpoint: {text}")
     if kind:
-        failure = None  # holds the frames of reads that were never awaited
+        # The error holds the frames of reads that were never awaited; collected later, each would
+        # print a traceback outside of `quiet`.
+        failure = None
         gc.collect()
         raise Damage("unreadable", text)
-    return result
+    return results[0]
 
 
 def _shared_text(text: str) -> str:
     """The text of the first process that has one."""
     if jax.process_count() == 1:
         return text
+    # texts travel as arrays of one length: an error is one line of at most 160 characters
     row = np.zeros(1024, np.uint8)
     row[: len(text.encode())] = np.frombuffer(text.encode(), np.uint8)
     rows = np.asarray(multihost_utils.process_allgather(row))
@@ -218,10 +242,9 @@ def quiet() -> Iterator[None]:
     """Keeps reads that a failure left behind from printing their 60 lines each when collected."""
     old = sys.unraisablehook
 
-    def hook(event: Any) -> None:
-        if not any(
-            word in str(event.exc_value) for word in ("TensorStore", "Event loop is closed")
-        ):
+    def hook(event: Any) -> None:  # sys.UnraisableHookArgs, which only type checkers can name
+        text = str(event.exc_value)
+        if not any(word in text for word in ("TensorStore", "Event loop is closed")):
             old(event)
 
     sys.unraisablehook = hook
@@ -241,6 +264,7 @@ def _root(error: BaseException) -> BaseException:
 
 def _is_passing(error: Exception) -> bool:
     root = _root(error)
+    # TypeError and the two after it are mistakes in a program, not damage in a file
     kinds = (MemoryError, PermissionError, TypeError, AttributeError, NotImplementedError)
     return isinstance(root, kinds) or any(word in str(root) for word in _PASSING)
 

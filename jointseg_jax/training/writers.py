@@ -1,10 +1,8 @@
 """Where the figures of a run go: a line on the console, JSON lines, TensorBoard.
 
-One interface, three implementations, fanned out by :class:`Writers`, which writes on process 0
-only. ``metrics.jsonl`` is the record of truth: one object per line, each written and flushed in
-one piece, so that a killed process leaves at most one torn line, which is cut off on re-opening.
-A resumed run appends ``{"resumed": step}``; the records of later steps before it no longer count
-(:func:`read_records` leaves them out).
+``metrics.jsonl`` is the record of truth (``jsonl``: a killed process leaves at most one torn line,
+which is cut off when the file is opened again). A resumed run appends ``{"resumed": step}``:
+records of later steps before that line no longer count, and ``read_records`` leaves them out.
 
 Names the console line knows (any other scalar is shown as ``name value``):
 
@@ -26,24 +24,26 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, SupportsFloat, runtime_checkable
 
 import jax
 import numpy as np
 
 from jointseg_jax import jsonl
 
-Scalars = Mapping[str, Any]
+Scalars = Mapping[str, SupportsFloat]
+"""Python, numpy or jax scalars by name; ``Writers`` hands on Python floats."""
+
 Images = Mapping[str, np.ndarray]
 """uint8 [height, width, 1 or 3], checked in ``Writers.images``."""
 
 
 @runtime_checkable
 class Writer(Protocol):
-    """What every destination can do; each method may be called at any step, in any order."""
+    """One destination; each method may be called at any step, in any order."""
 
     def write(self, step: int, scalars: Scalars) -> None:
-        """Records numbers (Python, numpy or jax scalars)."""
+        """Records numbers."""
 
     def images(self, step: int, images: Images) -> None:
         """Records pictures, uint8 height x width x channels."""
@@ -59,6 +59,7 @@ class Writers:
     """Several writers as one; silent on every process but the first."""
 
     def __init__(self, writers: Iterable[Writer]):
+        # each writer opens its file when it first writes: the other processes leave no trace
         self._writers = list(writers) if jax.process_index() == 0 else []
 
     def __enter__(self) -> Writers:
@@ -69,6 +70,7 @@ class Writers:
 
     def write(self, step: int, scalars: Scalars) -> None:
         """Sends each scalar to every writer as a Python float."""
+        # one transfer for all of them, on every process: an array may lie on several hosts
         numbers = {name: float(value) for name, value in jax.device_get(dict(scalars)).items()}
         for writer in self._writers:
             writer.write(step, numbers)
@@ -115,7 +117,7 @@ class ConsoleWriter:
         self._print(" | ".join([f"step {step:>{width}}/{self._total}", *fields]))
 
     def images(self, step: int, images: Images) -> None:
-        """Pictures do not go to the console."""
+        """Does nothing: a console shows no pictures."""
 
     def text(self, step: int, texts: Mapping[str, str]) -> None:
         """Prints ``name: text`` for each."""
@@ -123,9 +125,10 @@ class ConsoleWriter:
             self._print(f"{name}: {text}")
 
     def close(self) -> None:
-        """Nothing is pending: every line is flushed."""
+        """Does nothing: every line is flushed already."""
 
     def _print(self, line: str) -> None:
+        # sys.stdout is looked up at each line: tests and notebooks replace it
         print(line, file=self._stream or sys.stdout, flush=True)
 
 
@@ -169,10 +172,10 @@ class JsonlWriter:
 
     def close(self) -> None:
         """Closes the file; each line is in it already."""
-        if "_file" in vars(self):
+        if "_file" in vars(self):  # asking for the property would open it
             self._file.close()
 
-    def _append(self, step: int, record: dict[str, Any]) -> None:
+    def _append(self, step: int, record: Mapping[str, object]) -> None:
         line = {"step": step, "time": time.time(), **record}
         # the file stays standard JSON: NaN and infinities are strings by now, see _json_number
         self._file.write(jsonl.line(line, allow_nan=False))
@@ -183,7 +186,7 @@ class TensorBoardWriter:
 
     Args:
       folder: of the event files.
-      resumed: the step the run continues from; TensorBoard then hides what came after it.
+      resumed: the step the run continues from, None if it starts.
     """
 
     def __init__(self, folder: str | os.PathLike, *, resumed: int | None = None):
@@ -191,10 +194,12 @@ class TensorBoardWriter:
 
     @functools.cached_property
     def _events(self) -> Any:
-        from tensorboardX import SummaryWriter
+        from tensorboardX import SummaryWriter  # its import takes long; only process 0 needs it
 
+        # TensorBoard then hides what an earlier launch wrote from this step on
         purge = None if self._resumed is None else self._resumed + 1
-        # the name of the file holds seconds only: without the suffix a quick restart truncates it
+        # the name of the file holds seconds only: without the suffix a quick restart, which gets
+        # the same name, would truncate the earlier file
         suffix = f".{os.getpid()}.{self._resumed or 0}"
         return SummaryWriter(logdir=str(self._folder), purge_step=purge, filename_suffix=suffix)
 
@@ -226,9 +231,8 @@ def run_writers(workdir: str | os.PathLike, *, total: int, step: int = 0) -> Wri
     """Console, ``metrics.jsonl`` and ``tensorboard/`` of a run.
 
     Args:
-      workdir: of the run.
-      total: its last step.
-      step: where it starts; above 0 it is marked as resumed.
+      total: last step of the run.
+      step: where this launch starts; above 0 the run is marked as resumed.
     """
     resumed = step or None
     return Writers(
@@ -241,7 +245,7 @@ def run_writers(workdir: str | os.PathLike, *, total: int, step: int = 0) -> Wri
 
 
 def read_records(path: str | os.PathLike) -> list[jsonl.Record]:
-    """The records of a JSON-lines file that count: none that a resumed run has replaced."""
+    """The records of a ``metrics.jsonl`` that count: none that a resumed run has replaced."""
     records: list[jsonl.Record] = []
     for record in jsonl.read(path):
         if "resumed" in record:
