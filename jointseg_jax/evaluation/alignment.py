@@ -12,22 +12,31 @@ VOID in a generated mask or a reconstruction counts as wrong (``Confusion``).
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Int64, Integer
 
 from jointseg_jax.annotations import masks
+from jointseg_jax.data.sources.scenes import HUES, oracle_labels
 from jointseg_jax.evaluation.confusion import Confusion
 from jointseg_jax.evaluation.counts import share_difference, shares
-from jointseg_jax.types import VOID
+from jointseg_jax.training.workdir import Run
+from jointseg_jax.types import VOID, UserError
 
 EDGE = 2
 """Pixels on either side of a boundary that count as edge."""
 
 Maps = Integer[np.ndarray, "*batch height width"]
+
+Judge = Callable[[np.ndarray], np.ndarray]
+"""[height, width, 3] uint8 image -> [height, width] labels."""
+
+log = logging.getLogger("jointseg_jax")
 
 
 class Reconstruction:
@@ -43,10 +52,11 @@ class Reconstruction:
     ) -> None:
         """Counts a batch of maps (or one) and what came back for them."""
         before, after = (shares(maps, len(self.names)) for maps in (labels, decoded))
-        for void, found in self._differences.items():
+        for void, differences in self._differences.items():
             difference = share_difference(before, after, void=void)
-            found.append(np.ravel(difference if valid is None else difference[valid]))
+            differences.append(np.ravel(difference if valid is None else difference[valid]))
         self.whole.add(labels, decoded, valid)
+        # All but the edges become VOID in the truth, which a confusion matrix leaves out.
         edge = masks.boundary(labels, EDGE)
         self.edges.add(np.where(edge, labels, VOID).astype(labels.dtype), decoded, valid)
 
@@ -63,8 +73,8 @@ class Reconstruction:
         }
 
     def _mcd(self, *, void: bool) -> float | None:
-        found = np.concatenate([*self._differences[void], np.zeros(0)])
-        return number(found.mean()) if found.size else None
+        differences = np.concatenate([*self._differences[void], np.zeros(0)])
+        return number(differences.mean()) if differences.size else None
 
 
 class Alignment:
@@ -122,3 +132,35 @@ def number(value: float | np.floating, digits: int = 6) -> float | None:
     """A rounded float for JSON; None in place of what is not finite."""
     value = float(value)
     return round(value, digits) if math.isfinite(value) else None
+
+
+def find_judge(run: Run) -> Judge | None:
+    """Returns the judge that ``config.evaluate.judge`` names; for "" None, and logs why."""
+    name = run.config.evaluate.judge
+    if name == "":
+        log.info(
+            "alignment is not measured: config.evaluate.judge is empty. A judge labels generated "
+            "images; one of: %s (for data whose classes it knows).",
+            ", ".join(JUDGES),
+        )
+        return None
+    if name not in JUDGES:
+        raise UserError(
+            f'config.evaluate.judge: {name!r} is unknown; "" or one of: {", ".join(JUDGES)}.'
+        )
+    return JUDGES[name](run.info.classes.names)
+
+
+def oracle(names: Sequence[str]) -> Judge:
+    """Returns the exact labels of the embedded scenes, whose categories each own a hue."""
+    unknown = [name for name in names if name not in HUES]
+    if unknown:
+        raise UserError(
+            f"config.evaluate.judge: the oracle knows the categories of `scenes` by their hue; "
+            f'{len(unknown)} classes are none of these ({", ".join(unknown[:4])}). Set it to "".'
+        )
+    return functools.partial(oracle_labels, names=tuple(names))
+
+
+JUDGES = {"oracle": oracle}
+"""Makers of judges, class names -> judge, by their name in a config."""

@@ -25,9 +25,15 @@ import numpy as np
 
 from jointseg_jax import build
 from jointseg_jax.annotations import viz
-from jointseg_jax.evaluation.alignment import Alignment, Reconstruction, cycle, number
+from jointseg_jax.evaluation.alignment import (
+    Alignment,
+    Judge,
+    Reconstruction,
+    cycle,
+    find_judge,
+    number,
+)
 from jointseg_jax.evaluation.held_out import PER_DEVICE, validation_batches
-from jointseg_jax.evaluation.judge import Judge, find_judge
 from jointseg_jax.generation.sampler import Sampler, make_sampler, with_options
 from jointseg_jax.rng import sample_keys
 from jointseg_jax.systems.system import Generator, Pairs

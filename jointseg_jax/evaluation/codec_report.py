@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,18 +21,7 @@ from jointseg_jax.evaluation.panoptic_quality import PanopticReconstruction
 from jointseg_jax.training.workdir import Run
 from jointseg_jax.types import Array, Params
 
-
-class Measure(Protocol):
-    """Compares what a codec decodes with what it encoded, batch by batch."""
-
-    def add(self, values: np.ndarray, decoded: np.ndarray, valid: np.ndarray, /) -> None:
-        """Counts a batch; rows that are not valid are left out."""
-        ...
-
-    def report(self) -> dict[str, Any]:
-        """Returns the numbers as JSON values."""
-        ...
-
+Measure = Reconstruction | PanopticReconstruction | ImageReconstruction
 
 RECONSTRUCTIONS: dict[str, Callable[[Classes], Measure]] = {
     "labels": lambda classes: Reconstruction(classes.names),

@@ -53,8 +53,8 @@ class Confusion:
         if valid is not None:
             gt, pred = gt[valid], pred[valid]
         gt, pred = gt.astype(np.int64).ravel(), pred.astype(np.int64).ravel()
-        known = ~is_void(gt, self.classes)
-        gt, pred = gt[known], pred[known]
+        annotated = ~is_void(gt, self.classes)
+        gt, pred = gt[annotated], pred[annotated]
         self._check(gt)
         pred = np.where((pred >= 0) & (pred < self.classes), pred, self.classes)
         flat = np.bincount(gt * (self.classes + 1) + pred, minlength=self._counts.size)

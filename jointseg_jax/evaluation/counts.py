@@ -23,9 +23,11 @@ def shares(
 ) -> Float[np.ndarray, "*batch categories"]:
     """The part of each map that each class takes, and VOID in the last place."""
     flat = labels.astype(np.int64).reshape(-1, labels.shape[-2] * labels.shape[-1])
+    # VOID becomes the last category, and ids that are no class -1: bincount takes none below 0
     flat = np.where(is_void(flat, classes), classes, np.where(_is_class(flat, classes), flat, -1))
-    found = np.stack([np.bincount(row[row >= 0], minlength=classes + 1) for row in flat])
-    return (found / flat.shape[1]).reshape(*labels.shape[:-2], classes + 1)
+    # (1) pixels of c / (height width): also of what is no class, so shares need not sum to 1
+    pixels = np.stack([np.bincount(row[row >= 0], minlength=classes + 1) for row in flat])
+    return (pixels / flat.shape[1]).reshape(*labels.shape[:-2], classes + 1)
 
 
 def share_difference(
@@ -35,6 +37,7 @@ def share_difference(
     void: bool = True,
 ) -> Float[np.ndarray, "*batch"]:
     """The summed absolute difference of shares, per map."""
+    # (2) sum_c |share_c(truth) - share_c(prediction)|
     difference = np.abs(truth - prediction)
     return np.asarray((difference if void else difference[..., :-1]).sum(axis=-1))
 

@@ -60,7 +60,9 @@ def evaluate(
     if refine is not None:
         run = dataclasses.replace(run, system=_refining(run, refine))
         report["refine"] = refine
+    # By type, not by the name in the config: a system that a notebook composes has none.
     report |= REPORTS[type(run.system)](run, num, seed, steps)
+    # All processes measured the same pairs; only one may write the file.
     if jax.process_index() == 0:
         (workdir / "evaluation.json").write_text(json.dumps(report, indent=1) + "\n")
     return report

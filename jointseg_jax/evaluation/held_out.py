@@ -52,6 +52,7 @@ def validation_batches(
         yield from tqdm(
             batches, total=total, unit="batch", desc=what, dynamic_ncols=True, disable=quiet
         )
+        # Bad samples were replaced by others and marked invalid; here is what was wrong with them.
         for report in batches.drain():
             log.warning("%s", report["error"])
 

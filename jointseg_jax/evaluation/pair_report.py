@@ -18,11 +18,10 @@ import numpy as np
 from PIL import Image
 
 from jointseg_jax import jsonl
-from jointseg_jax.evaluation.alignment import Alignment, cycle, number
+from jointseg_jax.evaluation.alignment import Alignment, Judge, cycle, find_judge, number
 from jointseg_jax.evaluation.codec_report import codec_report
 from jointseg_jax.evaluation.counts import share_difference, shares
 from jointseg_jax.evaluation.held_out import PROMPTS, HeldOutMaps, References, references
-from jointseg_jax.evaluation.judge import Judge, find_judge
 from jointseg_jax.generation.pair_writer import read_mask
 from jointseg_jax.generation.sample import SampleOptions, sample
 from jointseg_jax.generation.sampler import ANNOTATIONS

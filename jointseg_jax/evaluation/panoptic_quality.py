@@ -90,37 +90,45 @@ class PanopticQuality:
             self._sums[name] += values
 
     def _segments(self, pairs: np.ndarray) -> Parts:
-        """The segments of a map, their labels counted in ``categories``; void comes last."""
+        """Returns the segments of a map, labels being positions in ``categories``; void is last."""
         order = np.argsort(self.categories)
-        place = np.searchsorted(self.categories, pairs[..., 0], sorter=order)
-        place = order[np.minimum(place, len(order) - 1)]
-        known = self.categories[place] == pairs[..., 0]
-        place = np.where(known, place, len(order))
-        return parts(place, np.where(place < len(self.things), pairs[..., 1], 0))
+        position = np.searchsorted(self.categories, pairs[..., 0], sorter=order)
+        # An id above the last category would be placed behind it: any position does, for the
+        # comparison below finds another category there.
+        position = order[np.minimum(position, len(order) - 1)]
+        is_category = self.categories[position] == pairs[..., 0]
+        position = np.where(is_category, position, len(order))
+        # Stuff is one segment, whatever instance numbers its pixels have.
+        return parts(position, np.where(position < len(self.things), pairs[..., 1], 0))
 
     def _match(self, gt: Parts, pred: Parts) -> None:
         classes = len(self.categories)
+        # One entry per overlapping pair: its segments g and p, and |g & p|. There are few.
         overlap = parts(gt.codes, pred.codes)
         g, p, shared = overlap.labels, overlap.segments, overlap.areas
         gt_void, pred_void = gt.labels == classes, pred.labels == classes
         pred_outside = _sum(p, shared * gt_void[g], len(pred.areas))
         gt_outside = _sum(g, shared * pred_void[p], len(gt.areas))
+        # (1) |g| - |g in predicted void| + |p| - |p in true void| - |g & p|
         union = gt.areas[g] - gt_outside[g] + pred.areas[p] - pred_outside[p] - shared
+        # (2) IoU > 1/2, in whole numbers: no quotient to round
         same = (gt.labels[g] == pred.labels[p]) & ~gt_void[g]
         match = same & (2 * shared > union)
+        # (3) what matches nothing counts, unless more than half of it lies in the other map's void
         missed, invented = ~gt_void, ~pred_void
         missed[g[match]] = invented[p[match]] = False
         missed &= 2 * gt_outside <= gt.areas
         invented &= 2 * pred_outside <= pred.areas
         category, iou = gt.labels[g], shared / np.maximum(union, 1)  # 0 only where both are void
-        found = {
+        counts = {
             "tp": category[match],
             "fn": gt.labels[missed],
             "fp": pred.labels[invented],
             "true": gt.labels[~gt_void],
         }
-        for name, where in found.items():
-            self._sums[name] += np.bincount(where, minlength=classes)
+        for name, labels in counts.items():
+            self._sums[name] += np.bincount(labels, minlength=classes)
+        # (4) sums over the matches; (5) over every overlap within a category
         for name, rows in zip(IOUS, (match, same)):
             self._sums[name] += np.bincount(category[rows], iou[rows], minlength=classes)
 
@@ -158,6 +166,7 @@ class PanopticQuality:
     def rq(self) -> PerClass:
         """Recognition quality: the F1 score of the matches; NaN for absent classes."""
         errors = (self.fp + self.fn) / 2
+        # (4) TP / (TP + FP/2 + FN/2); the least denominator of a class that is present is 1/2
         return np.where(self.present, self.tp / np.maximum(self.tp + errors, 0.5), np.nan)
 
     @property

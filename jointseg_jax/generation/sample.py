@@ -29,6 +29,8 @@ from jointseg_jax.generation.pair_writer import PairWriter, read_mask
 from jointseg_jax.generation.rounds import RoundWriter
 from jointseg_jax.generation.sampler import (
     PER_DEVICE,
+    Fields,
+    Text,
     make_sampler,
     one_ahead,
     pending_batches,
@@ -44,32 +46,21 @@ FIELDS = {"images": "image", "labels": "labels"}
 
 @runtime_checkable
 class Condition(Protocol):
-    """Images or label maps to start from, such as ``data.given.Given``."""
+    """Images or label maps to start from, such as ``data.given.Given``.
+
+    Items of a kind in ``FIELDS`` with ids and captions (maybe none) each, loaded at (height,
+    width). The fingerprint is plain values that differ for other items.
+    """
 
     @property
-    def kind(self) -> str:
-        """``images`` or ``labels``."""
-        ...
-
+    def kind(self) -> str: ...
     @property
-    def ids(self) -> tuple[str, ...]:
-        """Names of the items, which the pairs made from them get."""
-        ...
-
+    def ids(self) -> tuple[str, ...]: ...
     @property
-    def captions(self) -> tuple[tuple[str, ...], ...]:
-        """Captions of every item, which may be none."""
-        ...
-
+    def captions(self) -> tuple[tuple[str, ...], ...]: ...
     def __len__(self) -> int: ...
-
-    def load(self, index: int, size: tuple[int, int]) -> np.ndarray:
-        """Returns one item at (height, width)."""
-        ...
-
-    def fingerprint(self) -> dict[str, Any]:
-        """Returns plain values that differ for other items."""
-        ...
+    def load(self, index: int, size: tuple[int, int]) -> np.ndarray: ...
+    def fingerprint(self) -> dict[str, Any]: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -174,7 +165,7 @@ def settings_of(run: Run, system: Generator, options: SampleOptions) -> dict[str
         "prompts": len(options.prompts),
         "prompts_sha256": hashlib.sha256("\n".join(options.prompts).encode()).hexdigest(),
     }
-    if any(s.codec.kind == "panoptic" for s in system.streams.values()):
+    if "panoptic" in {s.codec.kind for s in system.streams.values()}:
         settings["min_instance"] = options.min_instance
     if options.condition is not None:
         settings["given"] = options.condition.fingerprint()
@@ -183,9 +174,6 @@ def settings_of(run: Run, system: Generator, options: SampleOptions) -> dict[str
     if options.filters != Filters():
         settings["filters"] = dataclasses.asdict(options.filters)
     return settings
-
-
-# -------------------------------------------------------------------- what pairs are made from
 
 
 def first_captions(condition: Condition | None) -> list[str]:
@@ -197,12 +185,10 @@ def first_captions(condition: Condition | None) -> list[str]:
 class Inputs(NamedTuple):
     """What pairs are made from; row or item ``index mod n`` belongs to pair ``index``."""
 
-    text: np.ndarray | None
+    text: Text
     condition: Condition | None
 
-    def rows(
-        self, indices: np.ndarray, size: tuple[int, int]
-    ) -> tuple[np.ndarray | None, dict[str, np.ndarray]]:
+    def rows(self, indices: np.ndarray, size: tuple[int, int]) -> tuple[Text, Fields]:
         """Returns text and batch fields to start from, a row per index."""
         text, condition = self.text, self.condition
         rows = None if text is None else text[indices % len(text)]
@@ -212,9 +198,7 @@ class Inputs(NamedTuple):
         return rows, {FIELDS[condition.kind]: np.stack(items)}
 
 
-def prompt_rows(
-    run: Run, prompts: Sequence[str], features: np.ndarray | None = None
-) -> np.ndarray | None:
+def prompt_rows(run: Run, prompts: Sequence[str], features: np.ndarray | None) -> Text:
     """Returns what the system reads as text, one row per prompt: token ids, or their features.
 
     Raises:
@@ -226,6 +210,7 @@ def prompt_rows(
     tokenizer = build.tokenizer(run.config.system, run.info.vocabulary)
     if tokenizer is not None:
         return np.stack([tokenizer.encode(prompt) for prompt in prompts])
+    # The run was trained on features of another program; nothing here can make them from words.
     shape = (len(prompts), text.length, text.width)
     if features is None or features.shape != shape:
         raise UserError(
@@ -234,9 +219,6 @@ def prompt_rows(
             f"given: {None if features is None else features.shape}."
         )
     return features.astype(np.float32)
-
-
-# -------------------------------------------------------------------- what becomes of a pair
 
 
 def write_pair(
@@ -294,9 +276,6 @@ def _confidence(pair: Mapping[str, np.ndarray], classes: Classes) -> np.ndarray:
 
 EXTRA_IMAGES = {"overlay": _overlay, "confidence": _confidence}
 """Further pictures of a pair, (pair, classes) -> uint8, by the name of their folder."""
-
-
-# -------------------------------------------------------------------- what a person sees
 
 
 def _progress_bar(start: int, num: int) -> tqdm:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
@@ -24,6 +25,12 @@ from jointseg_jax.training.workdir import Run
 from jointseg_jax.types import Array, Params, UserError
 
 Item = TypeVar("Item")
+
+Text = np.ndarray | None
+"""A row of token ids or features per index; None for a run without text."""
+
+Fields = Mapping[str, np.ndarray]
+"""Batch fields to start from, a row per index."""
 
 PER_DEVICE = 16
 """Pairs that a device makes at a time."""
@@ -54,6 +61,7 @@ def with_options(system: object, *, steps: int | None, guidance: float | None) -
         )
     if guidance is not None and system.text is None:
         raise UserError("--guidance: this run has no text to be guided by; leave it out.")
+    # Solvers and streams check their own fields: what they refuse is a mistake in the flags here.
     changes: dict[str, Any] = {}
     try:
         if steps is not None:
@@ -76,6 +84,7 @@ def sampling_params(system: object, params: Params) -> Params:
     dtype = getattr(getattr(system, "denoiser", None), "dtype", None)
     if dtype is None or jnp.dtype(dtype).itemsize != 2:
         return params
+    # Rounding twice changes nothing, so what the network rounds again stays equal bit for bit.
     leaves, structure = jax.tree.flatten(params)
     cast = [
         jnp.asarray(leaf, dtype) if re.search(ROUNDED, path) else leaf
@@ -126,13 +135,7 @@ class Sampler:
     batch_size: int
     """Number of indices of a call; another number would be compiled again."""
 
-    def __call__(
-        self,
-        seed: int,
-        indices: np.ndarray,
-        text: np.ndarray | None,
-        condition: Mapping[str, np.ndarray],
-    ) -> Pairs:
+    def __call__(self, seed: int, indices: np.ndarray, text: Text, condition: Fields) -> Pairs:
         """Starts a batch and returns its pairs before they are done; {} without indices."""
         if not len(indices):
             return {}
@@ -142,11 +145,7 @@ class Sampler:
             return self.sample_batch(self.params, self.frozen, *inputs)
 
     def inputs(
-        self,
-        seed: int,
-        indices: np.ndarray,
-        text: np.ndarray | None,
-        condition: Mapping[str, np.ndarray],
+        self, seed: int, indices: np.ndarray, text: Text, condition: Fields
     ) -> tuple[Any, ...]:
         """Returns text, condition, seed and indices of a batch, each row on its device."""
         rows = sharding.batch_sharding(self.mesh)
@@ -182,26 +181,21 @@ def pending_batches(
 ) -> Iterator[PendingBatch]:
     """Yields the batches that this process is to make of the pairs ``start .. stop - 1``, in order.
 
-    Process p of n gets every n-th batch, from the p-th on. All get the same number of batches,
-    since each ends a round of all processes; the last batch of a process may be empty.
+    All processes get the same number of batches, the last of which may be empty.
 
     Args:
       is_needed: marks the indices whose pairs are not there; batches without any are left out.
     """
-    batch = functools.partial(_batch, start, stop, batch_size, is_needed)
     # From a multiple of the batch on: a run that goes on makes the batches of one that was not
     # interrupted, and with the same rows beside it a pair has the same bytes.
     firsts = range(start - start % batch_size, stop, batch_size)
-    pending = [first for first in firsts if batch(first).needed.any()]
-    own = pending[jax.process_index() :: jax.process_count()]
-    yield from map(batch, own)
-    if len(own) < -(-len(pending) // jax.process_count()):
-        yield PendingBatch(np.arange(0), np.zeros(0, bool))
-
-
-def _batch(start: int, stop: int, batch_size: int, is_needed: Callable, first: int) -> PendingBatch:
-    indices = np.arange(first, first + batch_size)
-    return PendingBatch(indices, is_needed(indices) & (indices >= start) & (indices < stop))
+    batches = (np.arange(first, first + batch_size) for first in firsts)
+    marked = (PendingBatch(i, is_needed(i) & (i >= start) & (i < stop)) for i in batches)
+    pending = (batch for batch in marked if batch.needed.any())
+    # A round is one batch for each process; all processes know all rounds.
+    while batches_of_round := list(itertools.islice(pending, jax.process_count())):
+        own = batches_of_round[jax.process_index() :][:1]
+        yield own[0] if own else PendingBatch(np.arange(0), np.zeros(0, bool))
 
 
 def one_ahead(items: Iterable[Item]) -> Iterator[Item]:
@@ -209,6 +203,7 @@ def one_ahead(items: Iterable[Item]) -> Iterator[Item]:
 
     Of batches on the devices: the next one is being made while the reader writes this one.
     """
+    # Both loops draw from one iterator: the inner one takes all that follows the first item.
     rest = iter(items)
     for item in rest:
         for ahead in rest:

@@ -14,9 +14,9 @@ from jointseg_jax.codecs.bits import Bits, PanopticBits
 from jointseg_jax.codecs.pixels import Pixels
 from jointseg_jax.config import RunConfig
 from jointseg_jax.data.sources.scenes import Scenes
+from jointseg_jax.evaluation.alignment import find_judge, oracle
 from jointseg_jax.evaluation.codec_report import codec_report
 from jointseg_jax.evaluation.held_out import references, validation_batches
-from jointseg_jax.evaluation.judge import find_judge, oracle
 from jointseg_jax.evaluation.pair_report import (
     Pair,
     PairFolder,
