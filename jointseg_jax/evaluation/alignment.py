@@ -19,19 +19,17 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Int64, Integer
+from jaxtyping import Int64
 
 from jointseg_jax.annotations import masks
 from jointseg_jax.data.sources.scenes import HUES, oracle_labels
-from jointseg_jax.evaluation.confusion import Confusion
+from jointseg_jax.evaluation.confusion import Confusion, Maps, Valid
 from jointseg_jax.evaluation.counts import share_difference, shares
 from jointseg_jax.training.workdir import Run
 from jointseg_jax.types import VOID, UserError
 
 EDGE = 2
 """Pixels on either side of a boundary that count as edge."""
-
-Maps = Integer[np.ndarray, "*batch height width"]
 
 Judge = Callable[[np.ndarray], np.ndarray]
 """[height, width, 3] uint8 image -> [height, width] labels."""
@@ -47,9 +45,7 @@ class Reconstruction:
         self.whole, self.edges = Confusion(len(names)), Confusion(len(names))
         self._differences: dict[bool, list[np.ndarray]] = {True: [], False: []}
 
-    def add(
-        self, labels: Maps, decoded: Maps, valid: Bool[np.ndarray, "*batch"] | None = None
-    ) -> None:
+    def add(self, labels: Maps, decoded: Maps, valid: Valid | None = None) -> None:
         """Counts a batch of maps (or one) and what came back for them."""
         before, after = (shares(maps, len(self.names)) for maps in (labels, decoded))
         for void, differences in self._differences.items():

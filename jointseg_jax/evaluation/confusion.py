@@ -19,24 +19,24 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Bool, Float, Int64, Integer
 
-from jointseg_jax.types import FILE_VOID, VOID
+from jointseg_jax.types import FILE_VOID, VOID, require
+
+Maps = Integer[np.ndarray, "*batch height width"]
+"""Label maps, or one."""
+
+Valid = Bool[np.ndarray, "*batch"]
+"""Marks the maps of a batch that count."""
 
 
 class Confusion:
     """A confusion matrix that grows batch by batch."""
 
     def __init__(self, classes: int):
-        if classes < 1:
-            raise ValueError(f"Confusion: classes={classes} given; at least 1 is needed.")
+        require("Confusion: classes", classes, classes >= 1, "at least 1")
         self.classes = classes
         self._counts = np.zeros((classes, classes + 1), np.int64)  # last column: no class
 
-    def add(
-        self,
-        gt: Integer[np.ndarray, "*batch height width"],
-        pred: Integer[np.ndarray, "*batch height width"],
-        valid: Bool[np.ndarray, "*batch"] | None = None,
-    ) -> None:
+    def add(self, gt: Maps, pred: Maps, valid: Valid | None = None) -> None:
         """Counts a batch of maps (or one).
 
         Args:
@@ -57,6 +57,7 @@ class Confusion:
         gt, pred = gt[annotated], pred[annotated]
         self._check(gt)
         pred = np.where((pred >= 0) & (pred < self.classes), pred, self.classes)
+        # One count per (truth, prediction), with predictions that are no class in the last column.
         flat = np.bincount(gt * (self.classes + 1) + pred, minlength=self._counts.size)
         self._counts += flat.reshape(self._counts.shape)
 
@@ -128,7 +129,7 @@ class Confusion:
 
 
 def is_void(labels: Integer[np.ndarray, "*shape"], classes: int) -> Bool[np.ndarray, "*shape"]:
-    """Marks VOID, and 255 unless so many classes exist that 255 is one."""
+    """Marks VOID, and 255 unless that is a class."""
     void = labels == VOID
     return void | (labels == FILE_VOID) if classes <= FILE_VOID else void
 

@@ -13,15 +13,16 @@ Source: PDM, section 4.1 (mean count difference).
 from __future__ import annotations
 
 import numpy as np
-from jaxtyping import Float, Integer
+from jaxtyping import Float
 
-from jointseg_jax.evaluation.confusion import is_void
+from jointseg_jax.evaluation.confusion import Maps, is_void
+
+Shares = Float[np.ndarray, "*batch categories"]
+"""The part of each map that each class takes, and VOID in the last place."""
 
 
-def shares(
-    labels: Integer[np.ndarray, "*batch height width"], classes: int
-) -> Float[np.ndarray, "*batch categories"]:
-    """The part of each map that each class takes, and VOID in the last place."""
+def shares(labels: Maps, classes: int) -> Shares:
+    """Returns the shares of each map of a batch, or of one."""
     flat = labels.astype(np.int64).reshape(-1, labels.shape[-2] * labels.shape[-1])
     # VOID becomes the last category, and ids that are no class -1: bincount takes none below 0
     flat = np.where(is_void(flat, classes), classes, np.where(_is_class(flat, classes), flat, -1))
@@ -31,25 +32,16 @@ def shares(
 
 
 def share_difference(
-    truth: Float[np.ndarray, "*batch categories"],
-    prediction: Float[np.ndarray, "*batch categories"],
-    *,
-    void: bool = True,
+    truth: Shares, prediction: Shares, *, void: bool = True
 ) -> Float[np.ndarray, "*batch"]:
-    """The summed absolute difference of shares, per map."""
+    """Returns the summed absolute difference of shares, per map."""
     # (2) sum_c |share_c(truth) - share_c(prediction)|
     difference = np.abs(truth - prediction)
     return np.asarray((difference if void else difference[..., :-1]).sum(axis=-1))
 
 
-def mcd(
-    gt: Integer[np.ndarray, "*batch height width"],
-    pred: Integer[np.ndarray, "*batch height width"],
-    classes: int,
-    *,
-    void: bool = True,
-) -> float:
-    """The mean count difference of a batch of maps (or one), with VOID as a category or without."""
+def mcd(gt: Maps, pred: Maps, classes: int, *, void: bool = True) -> float:
+    """Returns the mean count difference, with VOID as a category or without."""
     return float(share_difference(shares(gt, classes), shares(pred, classes), void=void).mean())
 
 

@@ -30,6 +30,10 @@ from jaxtyping import Bool, Float, Int64, Integer
 from jointseg_jax.data.classes import Classes
 from jointseg_jax.data.segments import Parts, parts
 from jointseg_jax.evaluation.alignment import Reconstruction, number
+from jointseg_jax.evaluation.confusion import Valid
+
+PanopticMaps = Integer[np.ndarray, "*batch height width 2"]
+"""(label, segment) per pixel, of a batch of maps or one."""
 
 PerClass = Float[np.ndarray, " classes"]
 
@@ -58,12 +62,7 @@ class PanopticQuality:
             name: np.zeros(len(self.categories), dtype) for name, dtype in types.items()
         }
 
-    def add(
-        self,
-        gt: Integer[np.ndarray, "*batch height width 2"],
-        pred: Integer[np.ndarray, "*batch height width 2"],
-        valid: Bool[np.ndarray, "*batch"] | None = None,
-    ) -> None:
+    def add(self, gt: PanopticMaps, pred: PanopticMaps, valid: Valid | None = None) -> None:
         """Counts a batch of (category, instance) maps, or one.
 
         Args:
@@ -207,12 +206,7 @@ class PanopticReconstruction:
         self.labels = Reconstruction(classes.names)
         self.segments = PanopticQuality(classes.things, classes.stuff)
 
-    def add(
-        self,
-        values: Integer[np.ndarray, "*batch height width 2"],
-        decoded: Integer[np.ndarray, "*batch height width 2"],
-        valid: Bool[np.ndarray, "*batch"] | None = None,
-    ) -> None:
+    def add(self, values: PanopticMaps, decoded: PanopticMaps, valid: Valid | None = None) -> None:
         """Counts a batch of (label, segment) maps and what came back for them."""
         self.labels.add(values[..., 0], decoded[..., 0], valid)
         self.segments.add(values, decoded, valid)

@@ -262,7 +262,7 @@ def _read_settings(path: Path) -> dict[str, Any]:
         saved = None
     if not isinstance(saved, dict):
         raise UserError(
-            f"{path}: damaged; nobody can say with what settings these pairs were made. Put the "
-            "file back from a copy, or choose another --out."
+            f"{path}: damaged; the settings that these pairs were made with cannot be read. Put "
+            "the file back from a copy, or choose another --out."
         )
     return saved
