@@ -10,7 +10,7 @@ import pytest
 from jointseg_jax import build
 from jointseg_jax.config import SystemConfig
 from jointseg_jax.data.classes import Classes
-from jointseg_jax.generation.sampler import pending_batches
+from jointseg_jax.generation.sampler import one_ahead, pending_batches
 from jointseg_jax.rng import row_keys, sample_keys
 
 PDM = Path(__file__).parents[2] / "configs/pdm.py"
@@ -74,3 +74,13 @@ def test_processes_share_out_the_indices(monkeypatch, processes, start):
             assert len(indices) in (0, 4) and len(needed) == len(indices)
             seen += indices[needed].tolist()
     assert sorted(seen) == list(range(start, 50)) and len(counts) == 1
+
+
+def test_a_batch_is_started_before_the_one_before_it_is_written():
+    """The devices make the next one meanwhile."""
+    events = []
+    started = (events.append(f"start {i}") or i for i in range(3))
+    for i in one_ahead(started):
+        events.append(f"write {i}")
+    assert events == ["start 0", "start 1", "write 0", "start 2", "write 1", "write 2"]
+    assert list(one_ahead(())) == []
