@@ -16,7 +16,7 @@ from typing import cast
 import jax
 import jax.numpy as jnp
 
-from jointseg_jax.codecs.codec import AnnotationCodec, TrainableCodec
+from jointseg_jax.codecs.codec import AnnotationCodec, Codec, TrainableCodec
 from jointseg_jax.codecs.pixels import normalise, quantise
 from jointseg_jax.rng import fold
 from jointseg_jax.systems.system import Batch, Pairs
@@ -27,7 +27,7 @@ from jointseg_jax.types import Array, Params
 class Autoencode:
     """A trainable codec and the batch field it codes."""
 
-    codec: TrainableCodec
+    codec: Codec  # trainable; to be measured alone, any
     size: tuple[int, int]  # (height, width) of the training crops in pixels
     field: str = "labels"  # of the batch
     palette: AnnotationCodec | None = None  # its latents are images, for an image codec to learn
@@ -53,7 +53,8 @@ class Autoencode:
     ) -> tuple[Array, dict[str, Array]]:
         """The codec's own loss and metrics."""
         del frozen
-        return self.codec.loss(params, self._values(batch, keys), keys)
+        codec = cast(TrainableCodec, self.codec)
+        return codec.loss(params, self._values(batch, keys), keys)
 
     def _values(self, batch: Batch, keys: Array) -> Array:
         """What the codec is to give back: the batch's field, or in some rows its colours."""
@@ -72,12 +73,12 @@ class Autoencode:
         return SHOWN[self.codec.kind](self.codec, params, latents, batch)
 
 
-def _labels(codec: TrainableCodec, params: Params, latents: Array, batch: Batch) -> Pairs:
+def _labels(codec: Codec, params: Params, latents: Array, batch: Batch) -> Pairs:
     labels, confidence = cast(AnnotationCodec, codec).decode_with_confidence(params, latents)
     return {"image": batch["image"], "labels": labels, "confidence": confidence}
 
 
-def _image(codec: TrainableCodec, params: Params, latents: Array, batch: Batch) -> Pairs:
+def _image(codec: Codec, params: Params, latents: Array, batch: Batch) -> Pairs:
     labels = batch["labels"].astype(jnp.int32)
     image = quantise(codec.decode(params, latents))
     return {"image": image, "labels": labels, "confidence": jnp.ones(labels.shape)}
