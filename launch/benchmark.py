@@ -178,6 +178,8 @@ def _check() -> None:
         found.append(f"--what={what} needs --config=FILE.")
     if not needed and AGAINST.value is not None:
         found.append("--against compares two configs; --config=FILE is missing.")
+    if WORKDIR.value is not None and (REMAT.value or ATTENTION.value):
+        found.append("--remat and --attention change --config; a --workdir is as it was trained.")
     if WORKDIR.value is not None and CONFIG.value is not None:
         found.append("--workdir takes the place of --config; give one of them.")
     if found:
@@ -186,15 +188,19 @@ def _check() -> None:
 
 def _bench_config(flag: str, config: Any) -> Any:
     """What is measured of one config."""
+    from jointseg_jax.config import RunConfig
     from jointseg_jax.perf import abstract
     from jointseg_jax.perf.harness import BenchConfig
 
     name = WORKDIR.value or ("label maps" if config is None else _called(flag))
-    plain = config.to_dict() if config is not None else {}
+    values = config.to_dict() if config is not None else {}
+    changes = {"remat": REMAT.value, "attention": ATTENTION.value}
+    if config is not None and any(changes.values()):
+        values = dict(abstract.with_denoiser(RunConfig.parse(values), **changes).values)
     return BenchConfig(
         what=WHAT.value,
         name=name,
-        config=abstract.with_denoiser(plain, remat=REMAT.value, attention=ATTENTION.value),
+        config=values,
         codec=CODEC.value.to_dict() if CODEC.value is not None else {},
         classes=CLASSES.value or 0,
         batch=BATCH.value or 0,
