@@ -1,11 +1,9 @@
 """A split encoded once by the codecs that a config's system uses, so that training need not.
 
-1. Records are read ahead, in threads or processes, and encoded in whole batches on the devices of
-   this process; meanwhile those before them are written.
-2. A record has a row per view (``views.py``): per crop and, if a flip is drawn in training, one
-   more that is mirrored.
-3. Of several processes each writes every n-th shard; all of them see ``out``. The first one writes
-   texts and index when all shards are there: the same bytes, however many there are.
+Records are read ahead, in threads or processes, and encoded in whole batches on the devices of this
+process. A record has a row per view (``data/cached/views.py``): per crop and, if a flip is drawn in
+training, one more that is mirrored. Process p of n writes shards p, p + n, ...; the first process
+writes texts and index when all shards are there: the same bytes, however many processes there are.
 """
 
 from __future__ import annotations
@@ -15,8 +13,10 @@ import itertools
 import logging
 import shutil
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -36,14 +36,14 @@ def encode(
     config: RunConfig,
     options: EncodeOptions,
     *,
-    progress: Callable[..., Any],
+    progress: Callable[..., AbstractContextManager[_Bar]],
     show: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Encodes a split into ``options.out``, or goes on with it, and returns a summary.
 
     Args:
       progress: makes a bar of this process's records, as ``tqdm`` does.
-      show: is told what will be written before anything is.
+      show: called with what will be written, before anything is.
     """
     start = time.monotonic()
     plan = Plan(config, options)
@@ -66,7 +66,7 @@ def encode(
         "records": made,
         "rows": made * plan.views.count,
         "fields": {f.name: f"{f.dtype}{list(f.shape)}" for f in fields},
-        "texts": index["tables"]["text"]["rows"] if index["tables"] else 0,
+        "texts": index["tables"]["text"].get("rows", 0) if index["tables"] else 0,
         "bytes": sum(entry["bytes"] for entry in [*index["shards"], *index["tables"].values()]),
         "shards": len(index["shards"]),
         "shards_kept": _over_processes(kept),
@@ -74,6 +74,15 @@ def encode(
         "processes": jax.process_count(),
         "seconds": round(seconds, 1),
     }
+
+
+@runtime_checkable
+class _Bar(Protocol):
+    """What ``tqdm`` does with one more record."""
+
+    def update(self, n: int) -> object:
+        """Adds ``n`` records."""
+        ...
 
 
 class _Run:
@@ -86,12 +95,13 @@ class _Run:
         self.replaced = 0
 
     def begin(self) -> bool:
-        """Opens the cache; says whether it was begun before.
+        """Opens the cache; returns True if it was begun before.
 
         Raises:
           UserError: it was made with other settings, or does not fit on the disk.
         """
         out = self.options.out
+        # all look before the first one writes the index, or some would take it for an old one
         begun = index_path(out, self.options.split).exists()
         multihost_utils.sync_global_devices("encoding.look")
         out.mkdir(parents=True, exist_ok=True)
@@ -110,10 +120,11 @@ class _Run:
         """Records in some shards."""
         return sum(len(self.plan.records_of(number)) for number in shards)
 
-    def keep(self, bar: Any) -> int:
-        """Leaves out the shards that are there, whole; says how many."""
+    def keep(self, bar: _Bar) -> int:
+        """Leaves out the shards that are already whole; returns how many."""
         out, split = self.options.out, self.options.split
         whole = texts.is_whole(out, read_index(index_path(out, split)))
+        # once the table of texts is written, the parts of the shards are gone
         part = self.plan.contents.text is not None and not self.plan.contents.words and not whole
         self.todo = []
         for number in self.mine:
@@ -122,7 +133,7 @@ class _Run:
             bar.update(len(self.plan.records_of(number)))
         return len(self.mine) - len(self.todo)
 
-    def write(self, bar: Any) -> None:
+    def write(self, bar: _Bar) -> None:
         """Makes the shards of this process that are not there yet."""
         options = self.options
         records = [record for number in self.todo for record in self.plan.records_of(number)]
@@ -134,7 +145,7 @@ class _Run:
                 count = len(self.plan.records_of(number))
                 self._shard(number, itertools.islice(found, count), count, bar)
 
-    def _shard(self, number: int, records: Iterator[ViewedRecord], count: int, bar: Any) -> None:
+    def _shard(self, number: int, records: Iterator[ViewedRecord], count: int, bar: _Bar) -> None:
         name = shard_name(self.options.split, number, self.plan.shards)
         made = self.plan.contents
         shard = shard_writer.ShardWriter(
@@ -144,14 +155,14 @@ class _Run:
             count * self.plan.views.count,
             None if made.words else made.text,
         )
-        waiting = None
+        # two groups at a time: the devices encode one while the one before it is written
+        launched: deque[tuple[list[ViewedRecord], dict[str, list[jax.Array]]]] = deque()
         for group in self._groups(records):
-            following = group, self._launch(group)
-            if waiting is not None:
-                bar.update(self._keep(shard, *waiting))
-            waiting = following  # the devices encode these while the last are written
-        if waiting is not None:
-            bar.update(self._keep(shard, *waiting))
+            launched.append((group, self._launch(group)))
+            if len(launched) > 1:
+                bar.update(self._keep(shard, *launched.popleft()))
+        while launched:
+            bar.update(self._keep(shard, *launched.popleft()))
         shard.close()
 
     def _groups(self, records: Iterator[ViewedRecord]) -> Iterator[list[ViewedRecord]]:
@@ -174,12 +185,13 @@ class _Run:
         self,
         shard: shard_writer.ShardWriter,
         group: Sequence[ViewedRecord],
-        launched: Mapping[str, Any],
+        launched: Mapping[str, Sequence[jax.Array]],
     ) -> int:
         rows, values, text = len(group) * self.plan.views.count, {}, self.plan.contents.text
         for f in self.plan.contents.fields:
             name = self.plan.contents.source_of(f)
-            if name in launched:
+            if name is not None and name in launched:
+                # waits for the devices; the last batch was filled up beyond `rows`
                 found = np.concatenate([np.asarray(part) for part in launched[name]])[:rows]
             else:
                 found = _stacked(group, f.name)
@@ -188,7 +200,7 @@ class _Run:
         if text is not None and not self.plan.contents.words:
             found = _stacked(group, text.name)[:: self.plan.views.count]  # the same in every view
             texts = self._stored(text, found, group)
-        self._complain(group)
+        self._report_replaced(group)
         shard.add(values, [viewed.note for viewed in group], texts)
         return len(group)
 
@@ -200,19 +212,19 @@ class _Run:
                 f"ERROR [encode] {group[0].note['id']}: {field.name} has shape {values.shape[1:]}; "
                 f"the first record's has {field.shape}. Add a resize to config.data.transforms."
             )
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore"):  # looked for below, with a message
             kept = values.astype(field.kind)
         if field.dtype not in DTYPES or np.isfinite(kept).all():
             return kept
         row = int(np.argmin(np.isfinite(kept).reshape(len(kept), -1).all(1)))
         where = group[row * len(group) // len(values)].note["id"]
         if not np.isfinite(values[row]).all():
-            said = "NaN or infinity. Mend the record."
+            problem = "NaN or infinity. Fix the record."
         else:
-            said = f"too large for {field.dtype}. Run with --dtype=bfloat16 or --dtype=float32."
-        raise UserError(f"ERROR [encode] {where}: {field.name} is {said}")
+            problem = f"too large for {field.dtype}. Run with --dtype=bfloat16 or --dtype=float32."
+        raise UserError(f"ERROR [encode] {where}: {field.name} is {problem}")
 
-    def _complain(self, group: Sequence[ViewedRecord]) -> None:
+    def _report_replaced(self, group: Sequence[ViewedRecord]) -> None:
         for viewed in group:
             for error in viewed.note.get("instead_of", ()):
                 log.warning("%s Replaced by %s.", error, viewed.note["id"])
@@ -220,7 +232,7 @@ class _Run:
         limit = self.plan.config.data.bad_limit
         if self.replaced > limit:
             raise UserError(
-                f"ERROR [encode] {self.replaced} bad records, more than the limit of {limit}. Mend "
+                f"ERROR [encode] {self.replaced} bad records, more than the limit of {limit}. Fix "
                 "them (launch/prepare.py lists all), or raise config.data.bad_limit."
             )
 
@@ -246,7 +258,7 @@ def _stacked(group: Sequence[ViewedRecord], field: str) -> np.ndarray:
 
 
 def _over_processes(count: int) -> int:
-    """The sum of what each process counted."""
+    """The sum of the processes' counts."""
     if jax.process_count() == 1:
         return count
     return int(multihost_utils.process_allgather(np.array(count)).sum())

@@ -2,6 +2,11 @@
 
 Every process decides the same. A trained codec is copied into ``OUT/frozen`` first, its scale
 fitted as a run would; a run from the cache takes it from there.
+
+An input whose codec has parameters (``label_ae``, ``image_tiny``, ...) is kept as latents, in the
+batch field ``latents/NAME``. One whose codec has none (pixels, bits, palette), or draws other
+latents each time, is kept as it is. Text is kept once for all rows that have the same: token ids by
+caption, features by record. Of validation everything is kept as it is.
 """
 
 from __future__ import annotations
@@ -28,40 +33,40 @@ from jointseg_jax.systems.joint import TEXT_STREAM
 from jointseg_jax.systems.system import LATENTS, Encodable, Input
 from jointseg_jax.training import pretrained
 from jointseg_jax.training.workdir import load_codecs
-from jointseg_jax.types import Array, UserError
+from jointseg_jax.types import Array, Params, UserError
+
+Row = Mapping[str, np.ndarray]
+"""The fields of one row of a batch, without the batch axis."""
 
 DTYPES = ("float16", "bfloat16", "float32")
+"""Of latents and features.
+
+| dtype | significant bits | largest | for |
+|---|---|---|---|
+| float16 | 11 | 65504 | the default: three bits more than the bfloat16 that denoisers compute in |
+| bfloat16 | 8 | 3e38 | values that leave the range of float16, in as little space |
+| float32 | 24 | 3e38 | every bit, in twice the space |
+
+The error of float16 is 2^-12 of the value, far below the least noise of a schedule (0.03), and
+latents are of order 1; whatever leaves its range is refused.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncodeOptions:
-    """What to encode, and how it is kept.
+    """What to encode, and how it is kept."""
 
-    Attributes:
-      out: folder of the cache.
-      split: ``train`` or ``val`` of ``config.data``.
-      dtype: of latents and features.
-      latents: names of the inputs to keep as latents; None decides by line 1 of ``contents.py``.
-      keep: further batch fields to keep (``image``, ``labels``).
-      crops: random crops of each record; 0 is the centre's.
-      limit: so many records only, from the first on.
-      batch: rows that a device encodes at a time.
-      shard: bytes of a shard, about.
-      workers: processes that read; 0 reads in threads of this one.
-      threads: that read, in each process.
-    """
-
-    out: Path
-    split: str = "train"
-    dtype: str = "float16"
-    latents: tuple[str, ...] | None = None
-    keep: tuple[str, ...] = ()
-    crops: int = 0
-    limit: int | None = None
-    batch: int = 32
-    shard: int = 256 << 20
-    workers: int = 0
-    threads: int = 4
+    out: Path  # folder of the cache
+    split: str = "train"  # or "val", of config.data
+    dtype: str = "float16"  # of latents and features
+    latents: tuple[str, ...] | None = None  # inputs kept as latents; None: by their codecs
+    keep: tuple[str, ...] = ()  # further batch fields to keep (image, labels)
+    crops: int = 0  # random crops of each record; 0: the centre's
+    limit: int | None = None  # at most this many records, from the first
+    batch: int = 32  # rows that a device encodes at a time
+    shard: int = 256 << 20  # bytes of a shard, about
+    workers: int = 0  # processes that read; 0: threads of this one
+    threads: int = 4  # that read, in each process
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -85,26 +90,15 @@ class EncodeOptions:
             )
 
 
-Row = Mapping[str, np.ndarray]
-
-
 @dataclass(frozen=True, kw_only=True)
 class Contents:
-    """Fields of rows, and where their values come from.
+    """Fields of rows, and where their values come from."""
 
-    Attributes:
-      fields: of each row.
-      latents: names of the inputs among them that are kept as latents.
-      text: the field of the text; None where nothing reads any.
-      words: whether text is token ids of captions, not features of records.
-      plain: names of the inputs whose codec is applied in each step, and their batch fields.
-    """
-
-    fields: tuple[Field, ...]
-    latents: tuple[str, ...] = ()
-    text: Field | None = None
-    words: bool = False
-    plain: tuple[tuple[str, str], ...] = ()
+    fields: tuple[Field, ...]  # of each row
+    latents: tuple[str, ...] = ()  # inputs among them that are kept as latents
+    text: Field | None = None  # None where nothing reads any
+    words: bool = False  # text is token ids of captions, not features of records
+    plain: tuple[tuple[str, str], ...] = ()  # inputs coded in each step, and their batch fields
 
     def source_of(self, field: Field) -> str | None:
         """The input that a field holds the latents of, if it holds any."""
@@ -119,14 +113,14 @@ def contents(
     row: Row,
     length: int | None,
 ) -> Contents:
-    """Decides by the first row of the data.
+    """Decides what to keep by the first row of the data.
 
     Args:
       encoder: of the config's codecs; None for validation.
       length: token ids of a caption, where text is words.
 
     Raises:
-      UserError: a batch field that there is not, or latents that cannot be kept.
+      UserError: a batch field that does not exist, or latents that cannot be kept.
     """
     latents = () if encoder is None else _latents(options, encoder, row)
     inputs = {} if encoder is None else encoder.inputs
@@ -135,9 +129,10 @@ def contents(
     made = [
         Field(name=LATENTS + name, dtype=options.dtype, shape=encoder.shape(name, row))
         for name in latents
+        if encoder is not None
     ]
     text = None
-    for name in dict.fromkeys(wanted):
+    for name in dict.fromkeys(wanted):  # each once, in order: two inputs may read one field
         if name == TEXT_STREAM and length is not None:
             continue
         if name not in row:
@@ -168,10 +163,10 @@ def _latents(options: EncodeOptions, encoder: BatchEncoder, row: Row) -> tuple[s
     """The inputs to keep as latents."""
     given = options.latents
     coded = [name for name, value in encoder.inputs.items() if value.codec is not None]
-    strangers = sorted(set(given or ()) - set(coded))
-    if strangers:
+    unknown = sorted(set(given or ()) - set(coded))
+    if unknown:
         raise UserError(
-            f"ERROR [flags] --latents={','.join(strangers)}: no codec encodes that; one of: "
+            f"ERROR [flags] --latents={','.join(unknown)}: no codec encodes that; one of: "
             f"{', '.join(coded)}."
         )
     wanted = [k for k in coded if encoder.params.get(k)] if given is None else given
@@ -185,24 +180,25 @@ def _latents(options: EncodeOptions, encoder: BatchEncoder, row: Row) -> tuple[s
     return tuple(k for k in wanted if k not in drawn)
 
 
-def _dtype(options: EncodeOptions, info: build.DatasetInfo, name: str, values: Any) -> str:
+def _dtype(options: EncodeOptions, info: build.DatasetInfo, name: str, values: np.ndarray) -> str:
     if np.issubdtype(values.dtype, np.floating):
         return options.dtype
+    # the package's int16 or int32 of labels in a quarter of the space, VOID = -1 included
     small = name == "labels" and len(info.classes) <= np.iinfo(np.int8).max + 1
     return "int8" if small else values.dtype.name
 
 
 class BatchEncoder:
-    """From rows of a batch field to latents.
+    """From rows of a batch field to latents, on the devices of this process.
 
-    Attributes:
+    Args:
       inputs: what the system reads of a batch.
       params: the codecs' parameters by the names of the inputs, ``{}`` or absent without any.
-      batch: rows encoded at a time, over all devices.
+      batch: rows that each device encodes at a time; the attribute counts those of all devices.
     """
 
-    def __init__(self, inputs: Mapping[str, Input], params: Mapping[str, Any], *, batch: int):
-        """Makes one that encodes ``batch`` rows on each device."""
+    def __init__(self, inputs: Mapping[str, Input], params: Mapping[str, Params], *, batch: int):
+        # processes encode different shards: a mesh over all devices would make them wait
         self._mesh = sharding.own_mesh()
         self.inputs, self.batch = dict(inputs), batch * self._mesh.size
         self.params = jax.device_put(dict(params), sharding.replicated(self._mesh))
@@ -225,19 +221,20 @@ class BatchEncoder:
             )
         return BatchEncoder(system.inputs(), params, batch=batch)
 
-    def shape(self, name: str, values: Mapping[str, np.ndarray]) -> tuple[int, ...]:
-        """The shape of one row of latents, of the fields of one row."""
-        one, codec = values[self.inputs[name].field][None], self.inputs[name].codec
+    def shape(self, name: str, row: Row) -> tuple[int, ...]:
+        """The shape of one row of latents."""
+        one, codec = row[self.inputs[name].field][None], self.inputs[name].codec
         return jax.eval_shape(codec.encode, self.params.get(name, {}), one).shape[1:]
 
-    def draws(self, name: str, values: Mapping[str, np.ndarray]) -> bool:
-        """Whether other keys give one row other latents."""
-        rows = np.repeat(values[self.inputs[name].field][None], self.batch, axis=0)
+    def draws(self, name: str, row: Row) -> bool:
+        """Returns True if other keys give this row other latents."""
+        rows = np.repeat(row[self.inputs[name].field][None], self.batch, axis=0)
         one, other = (np.asarray(self._run(name, rows, seed)) for seed in (0, 1))
         return not np.array_equal(one, other, equal_nan=True)
 
     def __call__(self, name: str, values: np.ndarray) -> list[Array]:
-        """Starts to encode rows, in batches of which the last is filled up with its last row."""
+        """Starts to encode rows; the last batch is filled up with its last row."""
+        # one shape only, so that each codec is compiled once
         fill = np.repeat(values[-1:], -len(values) % self.batch, axis=0)
         whole = np.concatenate([values, fill])
         starts = range(0, len(whole), self.batch)
@@ -252,7 +249,7 @@ class BatchEncoder:
             codec, batch = self.inputs[name].codec, self.batch
 
             @jax.jit
-            def encode(params: Any, values: Array, seed: Array) -> Array:
+            def encode(params: Params, values: Array, seed: Array) -> Array:
                 keys = sample_keys(seed, jnp.arange(batch, dtype=jnp.uint32))
                 return codec.encode(params, values, keys=keys).astype(jnp.float32)
 
@@ -264,11 +261,11 @@ class Plan:
     """An encoding before anything is written but the codecs.
 
     Attributes:
-      records: how many.
+      records: their number.
       encoder: of the config's codecs; None for validation.
       contents: what a row holds.
-      shards: how many.
-      bytes: that all of it takes, at most: records may have the same text.
+      shards: their number.
+      bytes: the most that all of it takes; less where records have the same text.
     """
 
     def __init__(self, config: RunConfig, options: EncodeOptions):
@@ -321,7 +318,7 @@ class Plan:
         return BatchEncoder.of(options.out, config, self.info, batch=options.batch)
 
     def _training_batches(self) -> Iterator[dict[str, np.ndarray]]:
-        """Made only when a scale is fitted: the batches that a run of this config begins with."""
+        """Yields the batches that a run of this config begins with, read when a scale is fitted."""
         config = self.config
         with batches(
             self.source,
@@ -334,20 +331,21 @@ class Plan:
             yield from found
 
     def records_of(self, shard: int) -> range:
-        """The records in a shard."""
+        """The numbers of the records in a shard."""
         first = shard * self.per_shard
         return range(first, min(first + self.per_shard, self.records))
 
     def _record_bytes(self) -> int:
+        # token ids are kept once per caption in a table of their own, not with the records
         text = self.contents.text
         size = self.views.count * row_bytes(self.contents.fields)
         return size + (row_bytes([text]) if text and not self.contents.words else 0)
 
     def text(self, *, begun: bool) -> str:
-        """What will be in the cache, for a reader.
+        """What will be in the cache, as text.
 
         Args:
-          begun: whether some of it is there.
+          begun: some of it is there already.
         """
         out, split = self.options.out, self.options.split
         lines = [f"{'going on with' if begun else 'writing'} {out}, split {split}:"]
@@ -381,7 +379,7 @@ class Plan:
         ]
 
     def head(self) -> dict[str, Any]:
-        """What the index says before there are rows."""
+        """The index before there are rows: settings that a later run must agree with, and sizes."""
         digests = {}
         for name in self.config.system.trained_codecs() if self.train else ():
             record = json.loads((self.options.out / "frozen" / f"{name}.json").read_text())
@@ -420,9 +418,10 @@ def _check_validation(config: RunConfig, options: EncodeOptions) -> None:
 
 
 def size_text(count: int) -> str:
-    """Bytes for a reader."""
+    """A number of bytes as text: 1.5 GB."""
+    size = float(count)
     for unit in ("bytes", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.4g} TB"
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.4g} TB"

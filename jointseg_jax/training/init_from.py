@@ -1,20 +1,10 @@
 """Starting from other weights: those of a trained run, or of a reference file.
 
-``config.start``, read before the first checkpoint only; without workdir and file: a fresh start.
-
-| key | meaning |
-|---|---|
-| ``workdir`` | a trained run, whose averaged parameters (and trained words) are taken |
-| ``file`` | reference weights instead (``.safetensors``) |
-| ``architecture`` | of a file: the reference's own config, see ``weights.architectures`` |
-| ``move`` | ``(regex, replacement)`` rules: where each leaf goes; ``None`` drops it |
-| ``copy`` | the same over what was moved: a second place for the leaves that a rule matches |
-| ``init_map_stream`` | "random", or "copy": two streams' ``copy`` rule, ``MAP_STREAM`` |
-
-A leaf's first rule decides (``re.search`` on ``params/denoiser/mid_block/...``, as for
-``trainable``), and its first match is replaced. Every leaf must be matched and must land on a
-parameter of its own shape; whatever nothing lands on keeps its fresh value. Blocks are named as
-in an unrolled network (``in_blocks/0/...``), whether either network scans or not.
+``config.start`` (``config.StartConfig``), read before the first checkpoint only. A leaf's first
+rule of ``move`` decides (``re.search`` on ``params/denoiser/mid_block/...``, as for ``trainable``),
+and its first match is replaced. Every leaf must be matched and must land on a parameter of its own
+shape; what nothing lands on keeps its fresh value. Blocks are named as in an unrolled network
+(``in_blocks/0/...``), whether either network scans or not.
 """
 
 from __future__ import annotations
@@ -26,6 +16,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import PyTree
 
 from jointseg_jax import build, rules
 from jointseg_jax.config import StartConfig
@@ -45,16 +36,17 @@ MAP_STREAM = {
     "copy": ((r"^params/denoiser/image_stream" + BLOCKS, r"params/denoiser/map_stream/\1"),),
 }
 """What the map stream of ``models.two_stream`` takes of the image stream: all blocks, which have
-the same shapes. It has no context, time or norm; its way in, positions and head are those of
+the same shapes. It has no context, time or norm; its embedding, positions and head are those of
 another kind of data and cannot be copied."""
 
-SHOWN = 5
-"""How many leaves an error names."""
+MAX_LISTED = 5
+"""Leaves that an error names at most."""
 
 Leaves = dict[str, Any]
+"""Arrays, or their shapes, by the path of a parameter of the unrolled network."""
 
 
-def load(start: StartConfig, fresh: Any, info: build.DatasetInfo) -> Leaves:
+def load(start: StartConfig, fresh: PyTree, info: build.DatasetInfo) -> Leaves:
     """The leaves to start from, by the path of the parameter they are for; ``{}`` when fresh.
 
     Args:
@@ -67,32 +59,34 @@ def load(start: StartConfig, fresh: Any, info: build.DatasetInfo) -> Leaves:
     """
     if start.is_fresh:
         return {}
-    source, given = _of_run(start, info) if start.workdir else _of_file(start)
+    source, loaded = _of_run(start, info) if start.workdir else _of_file(start)
     wanted = _by_path(jax.eval_shape(unstack_blocks, fresh))
-    found = remap(start, given, wanted)
-    log.info("started from %s: %d of %d parameters", source, len(found), len(wanted))
-    return {p: np.asarray(x, wanted[p].dtype) for p, x in found.items()}
+    leaves = remap(start, loaded, wanted)
+    log.info("started from %s: %d of %d parameters", source, len(leaves), len(wanted))
+    return {p: np.asarray(x, wanted[p].dtype) for p, x in leaves.items()}
 
 
 def remap(start: StartConfig, given: Leaves, wanted: Leaves) -> Leaves:
     """The given leaves by the path of the parameter that each is for; ``wanted`` has the shapes."""
     moved = _placed(given, start.move, wanted, "start.move", dead="allow")
+    # copies are taken of what was moved: their rules speak of the paths in this network
     copies = (*start.copy, *MAP_STREAM[start.init_map_stream])
-    chosen = {p: x for p, x in moved.items() if any(re.search(r, p) for r, _ in copies)}
-    copied = _placed(chosen, copies, wanted, "start.copy", dead="raise")
-    twice = sorted(set(moved) & set(copied))
-    if twice:
+    matched = {p: x for p, x in moved.items() if any(re.search(r, p) for r, _ in copies)}
+    copied = _placed(matched, copies, wanted, "start.copy", dead="raise")
+    duplicates = sorted(set(moved) & set(copied))
+    if duplicates:
         raise UserError(
-            f"config.start.copy: {twice[0]} would be copied over what config.start.move put there; "
-            "drop it from one of the two with (regex, None)."
+            f"config.start.copy: {duplicates[0]} would be copied over what config.start.move put "
+            "there; drop it from one of the two with (regex, None)."
         )
     return moved | copied
 
 
-def insert(fresh: Any, given: Leaves) -> Any:
+def insert(fresh: PyTree, given: Leaves) -> PyTree:
     """Fresh parameters with the given leaves in their places."""
     if not given:
         return fresh
+    # rules name blocks one by one; a scanned network keeps them stacked in one array
     unrolled = unstack_blocks(fresh)
     scanned = jax.tree.structure(unrolled) != jax.tree.structure(fresh)
     leaves = rules.by_path(unrolled) | {p.removeprefix("params/"): x for p, x in given.items()}
@@ -102,6 +96,7 @@ def insert(fresh: Any, given: Leaves) -> Any:
 def _of_run(start: StartConfig, info: build.DatasetInfo) -> tuple[str, Leaves]:
     run = load_run(start.workdir)
     given = _by_path(unstack_blocks(jax.tree.map(np.asarray, run.params)))
+    # row i of the embedding is word i of the run's own list
     words = [p for p in given if p.startswith("params/text/")]
     if words and run.info.vocabulary != info.vocabulary:
         raise UserError(
@@ -113,41 +108,41 @@ def _of_run(start: StartConfig, info: build.DatasetInfo) -> tuple[str, Leaves]:
 
 
 def _of_file(start: StartConfig) -> tuple[str, Leaves]:
-    weights, described = read_safetensors(start.file), dict(start.architecture)
+    weights, described = read_safetensors(start.file), dict(start.architecture or {})
     layout = described.pop("layout", None) or layout_of(weights)
     module = UViT(**uvit_fields(layout, described))
     params = {"denoiser": to_ours(weights, table(layout, module))}
     return f"{start.file} ({layout})", _by_path(params)
 
 
-def _by_path(params: Any) -> Leaves:
+def _by_path(params: PyTree) -> Leaves:
     return {f"params/{p}": x for p, x in rules.by_path(params).items()}
 
 
 def _placed(given: Leaves, moves: rules.Rules, wanted: Leaves, where: str, *, dead: str) -> Leaves:
     """The leaves at their new paths, each of which is a parameter of that shape."""
     placed: Leaves = {}
-    wrong = []
+    errors = []
     for path, to in _targets(given, moves, where, dead).items():
         if to is None:
             continue
         if to not in wanted:
             close = difflib.get_close_matches(to, wanted, n=1)
             hint = f" (did you mean {close[0]}?)" if close else ""
-            wrong.append(f"{path} -> {to}: this network has no such parameter{hint}")
+            errors.append(f"{path} -> {to}: this network has no such parameter{hint}")
         elif np.shape(given[path]) != wanted[to].shape:
             shapes = f"{np.shape(given[path])} does not fit {wanted[to].shape}"
-            wrong.append(f"{path} -> {to}: {shapes}")
+            errors.append(f"{path} -> {to}: {shapes}")
         elif to in placed:
-            wrong.append(f"{path} -> {to}: another leaf goes there too")
+            errors.append(f"{path} -> {to}: another leaf goes there too")
         else:
             placed[to] = given[path]
-    if wrong:
-        shown = [*wrong[:SHOWN], *(["..."] if len(wrong) > SHOWN else [])]
+    if errors:
+        shown = [*errors[:MAX_LISTED], *(["..."] if len(errors) > MAX_LISTED else [])]
         raise UserError(
-            f"config.{where}: {len(wrong)} leaves find no place:\n  "
+            f"config.{where}: {len(errors)} leaves find no place:\n  "
             + "\n  ".join(shown)
-            + "\nMend the rule, make the networks alike (width, depth, patch, size), or drop such "
+            + "\nFix the rule, make the networks alike (width, depth, patch, size), or drop such "
             "leaves with (regex, None)."
         )
     return placed
@@ -155,14 +150,16 @@ def _placed(given: Leaves, moves: rules.Rules, wanted: Leaves, where: str, *, de
 
 def _targets(given: Leaves, moves: rules.Rules, where: str, dead: str) -> dict[str, str | None]:
     """The new path of every leaf; None for those that are dropped."""
+    # the rules' own numbers as values, so that a match also says which pattern to replace
     numbered = [(pattern, i) for i, (pattern, _) in enumerate(moves)]
     found = rules.match(given, numbered, where=where, dead=dead)
     try:
-        return {
-            path: None if moves[i][1] is None else re.sub(*moves[i], path, count=1)
-            for path, i in found.items()
-        }
+        return {path: _replaced(path, *moves[i]) for path, i in found.items()}
     except (re.error, IndexError) as error:
         raise UserError(
             f"config.{where}: a replacement names a group that its regex lacks: {error}."
         ) from error
+
+
+def _replaced(path: str, pattern: str, to: str | None) -> str | None:
+    return None if to is None else re.sub(pattern, to, path, count=1)

@@ -22,11 +22,12 @@ from jax.experimental import multihost_utils
 from safetensors.numpy import load_file, save_file
 
 from jointseg_jax import build, rules
+from jointseg_jax.codecs.codec import Codec
 from jointseg_jax.config import CodecPlace, RunConfig, SystemConfig
 from jointseg_jax.data import files
 from jointseg_jax.settings_diff import classes_apart
 from jointseg_jax.training.workdir import FIT, changed, load_run
-from jointseg_jax.types import UserError
+from jointseg_jax.types import Params, UserError
 
 
 def import_codecs(
@@ -49,13 +50,18 @@ def import_codecs(
         if place.spec.get("scale", trained.get("scale")) == FIT:
             codec = build.codec(spec, info, place.where)
             spec["scale"] = _fit(codec, params, place.field, batches)
-        if jax.process_index() == 0:  # the others would fit the scale to other rows
+        # the first process decides: the others read other rows and would fit another scale
+        if jax.process_index() == 0:
             _write(target, {"codec": spec, "from": place.spec["workdir"]}, params)
     multihost_utils.sync_global_devices("pretrained.import_codecs")
 
 
 def check_unchanged(workdir: Path, system: SystemConfig, info: build.DatasetInfo) -> None:
-    """Refuses (UserError) a copied codec whose own run, if it is still there, went on since."""
+    """Compares copied codecs with their own runs, as far as these are still there.
+
+    Raises:
+      UserError: such a run was trained on since the copy was made.
+    """
     for name, place in system.trained_codecs().items():
         file, run = workdir / "frozen" / f"{name}.safetensors", Path(place.spec["workdir"])
         if not file.exists() or not (run / "config.json").exists():
@@ -83,6 +89,7 @@ def from_cache(workdir: Path, config: RunConfig) -> None:
         if not target.exists() and jax.process_index() == 0:
             target.parent.mkdir(parents=True, exist_ok=True)
             file = made.with_suffix(".safetensors")
+            # the JSON last: where it is, the codec is whole
             files.write(target.with_suffix(".safetensors"), files.read(file))
             files.write(target, files.read(made))
         multihost_utils.sync_global_devices("pretrained.from_cache")
@@ -94,15 +101,15 @@ def from_cache(workdir: Path, config: RunConfig) -> None:
             )
 
 
-def _write(target: Path, record: dict[str, Any], params: Any) -> None:
+def _write(target: Path, record: Mapping[str, object], params: Params) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     file = target.with_suffix(".safetensors")
     save_file({k: np.asarray(v) for k, v in rules.by_path(params).items()}, file)
-    text = json.dumps(record | {"sha256": files.sha256(file)}, indent=1) + "\n"
+    text = json.dumps({**record, "sha256": files.sha256(file)}, indent=1) + "\n"
     files.write(target, text.encode())  # whole or absent: a run may be killed here
 
 
-def load_codec(place: CodecPlace, info: build.DatasetInfo) -> tuple[dict[str, Any], Any]:
+def load_codec(place: CodecPlace, info: build.DatasetInfo) -> tuple[dict[str, Any], Params]:
     """The spec and the parameters of the codec that another run trained.
 
     Raises:
@@ -126,10 +133,16 @@ def load_codec(place: CodecPlace, info: build.DatasetInfo) -> tuple[dict[str, An
     return dict(system.codec), run.params
 
 
-def _fit(codec: Any, params: Any, field: str, batches: Iterable[Any], count: int = 8) -> float:
-    """1 / standard deviation of the unscaled latents over the first batches."""
+def _fit(
+    codec: Codec,
+    params: Params,
+    field: str,
+    batches: Iterable[Mapping[str, np.ndarray]],
+    count: int = 8,
+) -> float:
+    """1 / standard deviation of the unscaled latents over the first ``count`` batches."""
     encode = jax.jit(lambda values: codec.encode(params, values))  # without keys: the mode
-    found = []
+    latents = []
     for _, batch in zip(range(count), batches):
-        found.append(np.asarray(encode(batch[field]), np.float64).ravel())
-    return float(1.0 / np.concatenate(found).std())
+        latents.append(np.asarray(encode(batch[field]), np.float64).ravel())
+    return float(1.0 / np.concatenate(latents).std())

@@ -76,21 +76,18 @@ def sheet(
     Raises:
       UserError: cached latents without their decoder, and no annotation either.
     """
-    made = {k: list(rows) for k, rows in made.items()}
-    if "labels" in made:
-        unseen = [np.zeros((*labels.shape, 3), np.uint8) for labels in made["labels"]]
-        return viz.pair_sheet(
-            made.get("image", unseen),
-            made["labels"],
-            info.classes,
-            segments=made.get("segments"),
-        )
-    if "image" not in made:
+    parts = {k: list(rows) for k, rows in made.items()}
+    if "labels" in parts:
+        # a run from cached latents makes labels alone: their images stay black
+        unseen = [np.zeros((*labels.shape, 3), np.uint8) for labels in parts["labels"]]
+        images, segments = parts.get("image", unseen), parts.get("segments")
+        return viz.pair_sheet(images, parts["labels"], info.classes, segments=segments)
+    if "image" not in parts:
         raise UserError(
             "config.preview: this run makes cached latents alone, which cannot be drawn; set "
             "config.preview.every=0."
         )
-    images = made["image"]
+    images = parts["image"]
     scale = max(1, round(viz.READABLE / len(images[0])))
     rows = [images[i : i + columns] for i in range(0, len(images), columns)]
     return viz.contact_sheet(rows, scale=scale)

@@ -1,4 +1,4 @@
-"""A trained run, read from its workdir alone: config, facts, frozen codecs, averaged parameters."""
+"""A trained run, read from its workdir alone: config, data, frozen codecs, averaged parameters."""
 
 from __future__ import annotations
 
@@ -16,11 +16,10 @@ from jointseg_jax.config import CodecPlace, RunConfig, Spec, SystemConfig, from_
 from jointseg_jax.data import files
 from jointseg_jax.training import state as states
 from jointseg_jax.training.checkpoints import Checkpoints
-from jointseg_jax.types import UserError
+from jointseg_jax.types import Params, UserError
 
 RESERVED_KEYS = ("name", "workdir", "scale")
 """Entries of a ``trained`` spec that are no fields of the codec."""
-
 
 FIT = "fit"
 """Scale of a ``trained`` spec: 1 / std of the latents of the first batches."""
@@ -64,15 +63,15 @@ class Run:
     workdir: Path
     config: RunConfig
     info: build.DatasetInfo
-    system: Any
-    params: Any
-    frozen: dict[str, Any]
+    system: Any  # Joint, Bridge or Autoencode; the caller knows which of them it needs
+    params: Params  # averaged where an average is kept
+    frozen: dict[str, Params]  # parameters of trained codecs, by name
     step: int
-    digest: str
+    digest: str  # of the whole state that the checkpoint holds
 
 
 def load_info(workdir: Path) -> build.DatasetInfo:
-    """What a run knows of its data.
+    """Reads classes and words of a run's data from its workdir.
 
     Raises:
       UserError: the folder is no workdir.
@@ -92,14 +91,16 @@ def load_run(workdir: Path | str) -> Run:
       UserError: the folder is no workdir, or holds no usable checkpoint.
     """
     workdir = Path(workdir)
-    known = load_info(workdir)
+    info = load_info(workdir)
     config = RunConfig.parse(from_plain(json.loads((workdir / "config.json").read_text())))
     specs, frozen = load_codecs(workdir, config.system)
-    system = build.system(config.system, known, specs)
+    system = build.system(config.system, info, specs)
     shapes = jax.eval_shape(system.init, jax.random.key(0))
-    trainable = rules.match(shapes, config.trainable, where="trainable", prefix="params/")
-    chosen, fixed = states.split(shapes, trainable)
-    wanted = {"ema": chosen, "params": fixed}
+    is_trainable = rules.match(shapes, config.trainable, where="trainable", prefix="params/")
+    trainable, fixed = states.split(shapes, is_trainable)
+    # averages of what was trained, and the parameters that were not: neither the optimizer's state
+    # nor the last trained values are read
+    wanted = {"ema": trainable, "params": fixed}
     only = ("ema", *("params/" + path for path in rules.paths(fixed)))
     found = Checkpoints(workdir / "checkpoints", read_only=True).restore_newest(wanted, only=only)
     if found is None:
@@ -109,4 +110,4 @@ def load_run(workdir: Path | str) -> Run:
     restored, meta = found
     params = states.merge(restored["ema"], restored["params"])
     digest = meta["checkpoint"]["digest"]
-    return Run(workdir, config, known, system, params, frozen, meta["step"], digest)
+    return Run(workdir, config, info, system, params, frozen, meta["step"], digest)
