@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from jointseg_jax import build, presets, rules, sharding
-from jointseg_jax.config import RunConfig, StartConfig, SystemConfig, make, plain
+from jointseg_jax.config import RunConfig, SystemConfig, make, plain
 from jointseg_jax.data.classes import Classes
 from jointseg_jax.models.uvit import UViT
 from jointseg_jax.rng import sample_keys
@@ -104,7 +104,8 @@ def spec(folder, **changes):
 
 
 def loaded(given, fresh, known=KNOWN):
-    return init_from.load(StartConfig(**given), fresh, known)
+    start = RunConfig.parse(config("pair") | {"start": given}).start
+    return init_from.load(start, fresh, known)
 
 
 def same(got, want):
