@@ -1,12 +1,21 @@
 """JAX made strict: 8 host devices, no rank promotion, no key reuse, shapes checked.
 
 Programs here are compiled once and run for milliseconds, so they are compiled with little
-optimization.
+optimization, and what one process of a session has compiled, every other reads from a folder.
 """
 
+import atexit
 import logging
 import os
 import re
+import shutil
+import tempfile
+
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # as in a worker of pytest-xdist: it has ours
+    compiled = tempfile.mkdtemp(prefix="jointseg-tests-xla-")
+    atexit.register(shutil.rmtree, compiled, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):

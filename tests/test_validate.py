@@ -231,6 +231,7 @@ def launched(*words):
     return subprocess.run([*COMMAND, *words], cwd=ROOT, **options)
 
 
+@pytest.mark.cli
 def test_a_launch_that_finds_something_leaves_nothing(tmp_path):
     words = ("--config.ema=1.5", "--config.mesh=3,1,1", "--scan=4")
     done = launched(f"--workdir={tmp_path / 'run'}", *words)

@@ -77,6 +77,7 @@ def _private_mounts() -> list[str]:
 class Finished:
     out: str
     error: str
+    workdir: Path | None = None
 
     @property
     def json(self) -> dict:
@@ -90,20 +91,31 @@ class Finished:
         return line.split("digest ")[1].split(",")[0]
 
 
-@pytest.fixture(scope="session")
-def launch(tmp_path_factory):
-    cache = tmp_path_factory.getbasetemp().parent / "xla"
-    settings = {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    }
-    return Launcher(os.environ | settings)
+def pytest_collection_modifyitems(items):
+    """What is here is of the tier `cli`, but for what is slow and one launch of each launcher."""
+    here = Path(__file__).parent
+    for item in items:
+        if item.path.parent != here or item.path.name == "test_each_launcher.py":
+            continue
+        if item.get_closest_marker("slow") is None:
+            item.add_marker(pytest.mark.cli)
 
 
 @pytest.fixture(scope="session")
-def trained(launch, tmp_path_factory):
-    """A workdir of the quickstart's smoke run."""
+def launch():
+    settings = {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    return Launcher(os.environ | settings)  # with the compile cache of all tests
+
+
+@pytest.fixture(scope="session")
+def launched(launch, tmp_path_factory):
+    """The quickstart's smoke run, trained once for all tests of a worker."""
     workdir = tmp_path_factory.mktemp("trained")
-    launch("train", "--config=configs/quickstart.py:smoke", f"--workdir={workdir}")
-    return workdir
+    words = ("--config=configs/quickstart.py:smoke", f"--workdir={workdir}")
+    return dataclasses.replace(launch("train", *words), workdir=workdir)
+
+
+@pytest.fixture(scope="session")
+def trained(launched):
+    """Its workdir."""
+    return launched.workdir

@@ -8,20 +8,7 @@ import time
 
 import pytest
 
-from jointseg_jax.data.cached.reader import Cache
-
 QUICK = ("--config=configs/quickstart.py:smoke", "--latents=mask", "--batch=4")
-
-
-def test_a_split_is_encoded(launch, tmp_path):
-    out = tmp_path / "cache"
-    done = launch("encode", *QUICK, f"--out={out}", "--limit=6")
-    found, source = done.json, Cache(root=str(out), split="train")
-    assert found["records"] == len(source) == 6 and found["out"] == str(out)
-    assert set(found["fields"]) == {"latents/mask", "image", "text"}
-    assert {f.name for f in source.fields} == {"latents/mask", "image"}
-    assert f"writing {out}, split train:\n" in done.out
-    assert f"--config.data.cache={out}" in done.out and "Traceback" not in done.error
 
 
 @pytest.mark.slow

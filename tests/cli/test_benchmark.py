@@ -23,15 +23,6 @@ def launch(*arguments, status=0):
     return done
 
 
-def test_masks():
-    done = launch("--what=masks", "--size=64", "--repetitions=2", "--calls=1", "--warmups=0")
-    *page, last = done.stdout.splitlines()
-    found = json.loads(last)
-    assert found["all_exact"] and found["what"] == "masks" and found["size"] == [64, 64]
-    assert found["times"]["noisy plain"]["repetitions"] == 2
-    assert page[0] == "masks of label maps" and any("times as fast" in line for line in page)
-
-
 def test_flags_that_do_not_belong_together():
     done = launch("--what=data", "--steps=3", status=2)
     assert "ERROR [flags] --steps is for --what=sample." in done.stderr
