@@ -129,7 +129,7 @@ def measure_jax(network: Network) -> Values:
     }
 
 
-def _example(network: Network) -> tuple[dict, dict, jax.Array]:
+def _example(network: Network) -> tuple[dict, dict, np.ndarray]:
     latents, times, text = network.inputs(1)
     return latents, dict.fromkeys(latents, times), text
 

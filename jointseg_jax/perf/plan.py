@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 ERROR_TEXT = 3000
 """Characters of a failed command's output that its record keeps."""
@@ -44,8 +45,8 @@ class Job:
 
     name: str
     parts: Mapping[str, Sequence[str]]  # name -> command; {seconds}: what is left for it
-    estimate: float  # seconds; with less left, the job is skipped
-    limit: float  # seconds after which it is ended
+    estimate: int | float  # seconds; with less left, the job is skipped
+    limit: int | float  # seconds after which it is ended
     # a part that failed is tried once more with these words: first key in its error -> words
     retry: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
@@ -147,7 +148,7 @@ def _environment(cwd: Path) -> dict[str, str]:
     return {**ENVIRONMENT, **os.environ, "PYTHONPATH": path}
 
 
-def _read(stream: tempfile._TemporaryFileWrapper) -> str:
+def _read(stream: IO[bytes]) -> str:
     stream.seek(0)
     return stream.read().decode(errors="replace")
 
