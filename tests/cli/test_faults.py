@@ -143,7 +143,7 @@ from jointseg_jax.training import checkpoints, loop
 where = sys.argv.pop(1)
 owner, name = {
     "restore": (checkpoints.Checkpoints, "restore_newest"),
-    "compile": (loop._Run, "_compile"),
+    "compile": (loop.Session, "compile"),
     "save": (checkpoints.Checkpoints, "save"),
     "evaluation": (evaluation, "evaluate"),
 }[where]

@@ -70,7 +70,8 @@ HANGING = """
     from ml_collections import ConfigDict
     sys.path.insert(0, "configs")
     import quickstart
-    from jointseg_jax import cli, compose
+    from jointseg_jax import build, cli
+    from jointseg_jax.config import RunConfig
     from jointseg_jax.data.sources.scenes import Scenes
     from jointseg_jax.training.loop import train
 
@@ -87,7 +88,7 @@ HANGING = """
         time.sleep(1000)
 
     read = []
-    compose.SOURCES["odd"] = Odd
+    build.SOURCES["odd"] = Odd
     config = quickstart.get_config("smoke").to_dict()
     config["data"]["train"] = {"name": "odd", "size": 16, "count": 64}
     config["system"] |= {"size": (16, 16)}
