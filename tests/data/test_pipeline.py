@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import itertools
 import os
@@ -66,7 +67,9 @@ def read(steps, source=SOURCE, **options):
         "tokenizer": WORDS.encode,
         **options,
     }
-    with batches(source, READ, **options) as stream:
+    names = {f.name for f in dataclasses.fields(ReadConfig)} & options.keys()
+    reading = ReadConfig(**{name: options.pop(name) for name in names})
+    with batches(source, reading, **options) as stream:
         return list(itertools.islice(stream, steps))
 
 
@@ -197,11 +200,13 @@ def test_captions_are_drawn_in_training_and_first_otherwise():
 
 ORPHANS = """
 import os, time
+from jointseg_jax.config import ReadConfig
 from jointseg_jax.data.pipeline import batches
 from jointseg_jax.data.sources.scenes import Scenes
 
 if __name__ == "__main__":
-    stream = batches(Scenes(size=64, count=9), batch=8, seed=0, transforms=(), workers=2)
+    reading = ReadConfig(workers=2)
+    stream = batches(Scenes(size=64, count=9), reading, batch=8, seed=0, transforms=())
     next(stream), next(stream)
     print("ready", flush=True)
     time.sleep(60)
@@ -366,12 +371,12 @@ def test_refused_hosts(options, text):
 @pytest.mark.parametrize(
     "options, text",
     [
-        ({"bad": "skip"}, "bad='skip' given; one of: replace, stop"),
+        ({"bad": "skip"}, "config.data.bad = 'skip': one of: replace, stop."),
         ({"seed": -1}, "seed=-1 given; must be 0 or more"),
-        ({"workers": -1}, "workers=-1, threads=4, prefetch=4 given"),
+        ({"workers": -1}, "config.data.workers = -1: must be a whole number, 0 or more"),
         ({"start_step": -1}, "start_step=-1 given"),
     ],
 )
 def test_refused_options(options, text):
-    with pytest.raises(ValueError, match=re.escape(text)):
+    with pytest.raises((ValueError, UserError), match=re.escape(text)):
         read(1, **options)

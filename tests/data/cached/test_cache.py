@@ -87,9 +87,10 @@ def opened(root):
     return Cache(root=str(root), split="train")
 
 
-def read(root, steps, start=0, **options):
+def read(root, steps, start=0, threads=2, **options):
     options = {"batch": 6, "seed": 3, "transforms": (), "tokenizer": WORDS.encode} | options
-    with batches(opened(root), READ, start_step=start, **options) as found:
+    reading = ReadConfig(threads=threads)
+    with batches(opened(root), reading, start_step=start, **options) as found:
         return [next(found) for _ in range(steps)]
 
 

@@ -290,8 +290,8 @@ def test_workers_change_nothing_not_even_the_reports(disk):
 
 def test_bad_samples_stop_the_run_through_a_worker(disk):
     disk.image("a3").write_bytes(b"")
-    options = {"batch": 6, "seed": 0, "transforms": (Resize(size=12),), "workers": 1}
-    stream = batches(folders(disk), ReadConfig(bad="stop"), **options)
+    options = {"batch": 6, "seed": 0, "transforms": (Resize(size=12),)}
+    stream = batches(folders(disk), ReadConfig(bad="stop", workers=1), **options)
     with stream, pytest.raises(BadSample, match="the file is empty") as caught:
         next(stream)
     assert caught.value.path == str(disk.image("a3"))
