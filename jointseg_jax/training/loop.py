@@ -64,7 +64,7 @@ def train(
         info = session.dataset_info(source)
         host_batches = HostBatches(config, source, info)
         if config.system.trained_codecs():
-            pretrained.from_cache(workdir, config)
+            pretrained.from_cache(workdir, config.system, config.data.cache)
             with host_batches.start(0) as first:
                 pretrained.import_codecs(workdir, config.system, info, first)
         specs, frozen = load_codecs(workdir, config.system)

@@ -23,7 +23,7 @@ from safetensors.numpy import load_file, save_file
 
 from jointseg_jax import build, rules
 from jointseg_jax.codecs.codec import Codec
-from jointseg_jax.config import CodecPlace, RunConfig, SystemConfig
+from jointseg_jax.config import CodecPlace, SystemConfig
 from jointseg_jax.data import files
 from jointseg_jax.settings_diff import classes_apart
 from jointseg_jax.training.workdir import FIT, changed, load_run
@@ -75,14 +75,13 @@ def check_unchanged(workdir: Path, system: SystemConfig, info: build.DatasetInfo
             )
 
 
-def from_cache(workdir: Path, config: RunConfig) -> None:
-    """Copies the codecs that ``config.data.cache`` was encoded with into the workdir, once.
+def from_cache(workdir: Path, system: SystemConfig, cache: str) -> None:
+    """Copies the codecs that a cache was encoded with into the workdir, once.
 
     Raises:
       UserError: the workdir has others; its latents are not those of the cache.
     """
-    cache = config.data.cache
-    for name in config.system.trained_codecs() if cache else ():
+    for name in system.trained_codecs() if cache else ():
         made, target = Path(cache) / "frozen" / f"{name}.json", workdir / "frozen" / f"{name}.json"
         if not made.exists():
             raise UserError(f"{made}: missing; the cache lost its codec. Copy it back.")

@@ -361,8 +361,8 @@ def test_a_run_that_trains_its_codec_is_refused(config, tmp_path):
 def test_the_codec_of_the_cache_is_taken_and_no_other(config, made, tmp_path):
     out = shutil.copytree(made[0], tmp_path / "cache")
     here = cached(config, out)
-    pretrained.from_cache(tmp_path / "run", parsed(here))
-    pretrained.from_cache(tmp_path / "run", parsed(here))
+    pretrained.from_cache(tmp_path / "run", system_config(here), str(out))
+    pretrained.from_cache(tmp_path / "run", system_config(here), str(out))
     for name in ("mask.json", "mask.safetensors"):
         same = [(folder / "frozen" / name).read_bytes() for folder in (out, tmp_path / "run")]
         assert same[0] == same[1]
@@ -370,10 +370,10 @@ def test_the_codec_of_the_cache_is_taken_and_no_other(config, made, tmp_path):
     record["codec"]["scale"] *= 2
     (out / "frozen/mask.json").write_text(json.dumps(record))
     with pytest.raises(UserError, match=r"this workdir has another codec than .*cache was encoded"):
-        pretrained.from_cache(tmp_path / "run", parsed(here))
+        pretrained.from_cache(tmp_path / "run", system_config(here), str(out))
     (out / "frozen/mask.json").unlink()
     with pytest.raises(UserError, match=r"mask.json: missing; the cache lost its codec. Copy it"):
-        pretrained.from_cache(tmp_path / "run", parsed(here))
+        pretrained.from_cache(tmp_path / "run", system_config(here), str(out))
 
 
 @pytest.mark.slow
