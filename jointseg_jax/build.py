@@ -20,6 +20,7 @@ from typing import Any
 
 from jointseg_jax.codecs.bits import Bits, PanopticBits
 from jointseg_jax.codecs.chain import Chain
+from jointseg_jax.codecs.codec import Codec
 from jointseg_jax.codecs.image_tiny import ImageTiny
 from jointseg_jax.codecs.label_ae import LabelAE
 from jointseg_jax.codecs.palette import Palette
@@ -249,12 +250,13 @@ def tokenizer(config: SystemConfig, vocabulary: tuple[str, ...]) -> data_text.Wo
     """The host side of the text encoder; None where text is no words."""
     if not reads_words(config):
         return None
-    return data_text.Words(vocabulary=vocabulary, length=config.text["length"])
+    return data_text.Words(vocabulary=vocabulary, length=needed(config, "text")["length"])
 
 
 def reads_words(config: SystemConfig) -> bool:
     """Returns True if the text encoder reads token ids rather than features made beforehand."""
-    return bool(config.text) and "vocabulary_size" in accepts(TEXTS[config.text["name"]])
+    text = config.text
+    return bool(text) and "vocabulary_size" in accepts(TEXTS[text["name"]])
 
 
 # ------------------------------------------------------------------------------- systems
@@ -277,7 +279,7 @@ def system(
         known = ", ".join(SYSTEMS)
         problems.note(f"config.system.name: {config.name!r} is unknown; one of: {known}.")
         return None
-    size = config.size
+    size = tuple(config.size)
     if len(size) != 2 or any(type(n) is not int or n < 1 for n in size):
         problems.note(f"config.system.size = {size}: give (height, width) in pixels, both above 0.")
         return None
@@ -301,7 +303,7 @@ def _autoencode(
     before, fields = len(problems), config.given
     for part in ("codec", "palette"):
         if spec := fields.get(part):
-            fields[part] = _sized(spec, info, f"system.{part}", config.size, problems)
+            fields[part] = _sized(spec, info, f"system.{part}", tuple(config.size), problems)
     if len(problems) > before:
         return None
     return problems.collect(
@@ -314,27 +316,27 @@ def _bridge(
     config: SystemConfig, info: DatasetInfo, codecs: Mapping[str, Any], problems: Problems
 ) -> Bridge | None:
     """Two ends in the image codec's latents, and a network that fits them."""
-    before, fields = len(problems), config.given
+    before, fields, size = len(problems), config.given, tuple(config.size)
     spec = codecs.get(IMAGE, fields.pop("image"))
-    image = spec and _sized(spec, info, "system.image", config.size, problems)
-    palette = _sized(fields.pop("palette"), info, "system.palette", config.size, problems)
+    image = None if spec is None else _sized(spec, info, "system.image", size, problems)
+    palette = _sized(fields.pop("palette"), info, "system.palette", size, problems)
     fields |= _sampling(config, problems)
-    fields["process"] = problems.collect(lambda: process(config.process, "system"))
+    fields["process"] = problems.collect(lambda: process(needed(config, "process"), "system"))
     if image is None or len(problems) > before:
         _check_denoiser(config.denoiser, problems)
         return None
 
     def make_bridge() -> Bridge:
         mask = Chain(first=palette, second=image)
-        height, width, channels = mask.latent_shape(tuple(config.size))
+        height, width, channels = mask.latent_shape(size)
         tokens = {"kind": "patches", "grid": (height, width), "channels": channels}
         denoiser = make(
             DENOISERS,
-            dict(config.denoiser) | {"time_tokens": (STATE,)},
+            {**needed(config, "denoiser"), "time_tokens": (STATE,)},
             where="system.denoiser",
             streams={STATE: tokens | fields.pop("tokens")},
         )
-        made = fields | {"size": tuple(config.size), "mask": mask, "denoiser": denoiser}
+        made = fields | {"size": size, "mask": mask, "denoiser": denoiser}
         return make({"bridge": Bridge}, _named("bridge", made), where="system")
 
     return problems.collect(make_bridge, "system")
@@ -348,18 +350,20 @@ def _joint(
     text = problems.collect(lambda: text_encoder(config.text, info))
     streams, tokens = {}, {}
     for name, entry in config.streams.items():
-        if name == TEXT_STREAM:  # features of the prompt, denoised like an image
+        if (
+            name == TEXT_STREAM and text is not None
+        ):  # features of the prompt, denoised like an image
             spec = {"name": "latents", "shape": (text.length, text.width)}
         else:
             spec = codecs.get(name, entry["codec"])
-        streams[name], tokens[name] = _stream(name, entry, spec, info, config.size, problems)
+        streams[name], tokens[name] = _stream(name, entry, spec, info, tuple(config.size), problems)
     fields = config.given | _sampling(config, problems) | {"text": text, "streams": streams}
     if None in streams.values() or len(problems) > before:
         _check_denoiser(config.denoiser, problems)
         return None
 
     def make_joint() -> Joint:
-        denoiser = dict(config.denoiser)
+        denoiser = dict(needed(config, "denoiser"))
         if text is not None and TEXT_STREAM not in streams:
             denoiser["context"] = {"kind": "tokens", "count": text.length, "width": text.width}
         network = make(DENOISERS, denoiser, where="system.denoiser", streams=tokens)
@@ -374,12 +378,12 @@ def _stream(
     entry: Mapping[str, Any],
     spec: Spec | None,
     info: DatasetInfo,
-    size: tuple[int, int],
+    size: tuple[int, ...],
     problems: Problems,
 ) -> tuple[Stream | None, Mapping[str, Any] | None]:
     """A stream and how its latents become tokens; None for what cannot be made."""
     where = f"system.streams.{name}"
-    coded = spec and _sized(spec, info, f"{where}.codec", size, problems)
+    coded = None if spec is None else _sized(spec, info, f"{where}.codec", size, problems)
     moving = problems.collect(lambda: process(entry["process"], where), where)
     fields = {k: v for k, v in entry.items() if k not in ("tokens", "codec", "process")}
     # What cannot be made is stood in for, so that the stream's other fields are checked too.
@@ -399,11 +403,11 @@ def _stream(
 
 
 def _sized(
-    spec: Spec, info: DatasetInfo, where: str, size: tuple[int, int], problems: Problems
-) -> Any:
+    spec: Spec, info: DatasetInfo, where: str, size: tuple[int, ...], problems: Problems
+) -> Codec | None:
     """A codec that can code maps of this size; None where it cannot be made or cannot."""
 
-    def make_codec() -> Any:
+    def make_codec() -> Codec:
         made = codec(spec, info, where)
         made.latent_shape(tuple(size))  # refuses sizes that it cannot code
         return made
@@ -413,9 +417,23 @@ def _sized(
 
 def _sampling(config: SystemConfig, problems: Problems) -> dict[str, Any]:
     return {
-        "times": problems.collect(lambda: times(config.times)),
-        "solver": problems.collect(lambda: make(SOLVERS, config.solver, where="system.solver")),
+        "times": problems.collect(lambda: times(needed(config, "times"))),
+        "solver": problems.collect(
+            lambda: make(SOLVERS, needed(config, "solver"), where="system.solver")
+        ),
     }
+
+
+def needed(config: SystemConfig, part: str) -> Spec:
+    """A part that this system cannot do without.
+
+    Raises:
+      UserError: the config has none.
+    """
+    spec = getattr(config, part)
+    if not spec:
+        raise UserError(f"config.system.{part}: missing; a system `{config.name}` needs one.")
+    return spec
 
 
 def _named(name: str, fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -172,7 +172,7 @@ def _system(config: RunConfig, problems: Problems, workdir: str | None) -> None:
 
 def _classes(spec: Spec, problems: Problems) -> Classes:
     """The classes of a source, where they can be known without listing it."""
-    source = SOURCES.get(spec.get("name"))
+    source = SOURCES.get(str(spec.get("name")))
     if source is Scenes:
         made = Problems().collect(lambda: make(SOURCES, spec, where="data.train"))
         return UNKNOWN_CLASSES if made is None else made.classes

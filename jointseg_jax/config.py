@@ -451,16 +451,17 @@ PARTS: Mapping[str, type[Part]] = {
 
 
 def _part(name: str, values: Mapping[str, Any], where: str, problems: Problems) -> Part:
-    fields = {f.name: f for f in dataclasses.fields(PARTS[name])}
+    part: Any = PARTS[name]
+    fields = {f.name: f for f in dataclasses.fields(part)}
     _refuse_unknown(values, fields, where, problems)
     unset = (dataclasses.MISSING, dataclasses.MISSING)
     required = {k for k, f in fields.items() if (f.default, f.default_factory) == unset}
     if missing := sorted(required - set(values)):
         raise UserError(f"{where}: needs {', '.join(missing)}.")
-    return _made(PARTS[name], {k: v for k, v in values.items() if k in fields}, problems)
+    return _made(part, {k: v for k, v in values.items() if k in fields}, problems)
 
 
-HARMLESS = {"steps": 10**9, "batch": 720_720 * 2**12}
+HARMLESS: Mapping[str, Any] = {"steps": 10**9, "batch": 720_720 * 2**12}
 """For numbers that were refused: beyond any warm-up, and even shares for any devices."""
 
 
@@ -472,8 +473,8 @@ def _made(part: type[Any], values: Mapping[str, Any], problems: Problems) -> Any
         for text in error.texts:
             problems.note(text)
         refused = {k for k in values for text in error.texts if re.search(rf"\b{k}\b", text)}
-        needed = HARMLESS if part is RunConfig else {}
-        return part(**(needed | {k: v for k, v in values.items() if k not in refused}))
+        kept = {k: v for k, v in values.items() if k not in refused}
+        return part(**{**(HARMLESS if part is RunConfig else {}), **kept})
 
 
 def _refuse_unknown(

@@ -83,7 +83,7 @@ def config_help(values: Mapping[str, Any], path: str = "") -> str:
     return "\n".join(lines).rstrip()
 
 
-def _classes(path: str, node: Mapping[str, Any]) -> tuple[str, list[type]]:
+def _classes(path: str, node: Mapping[str, Any]) -> tuple[str, list[Any]]:
     """What stands at a path, in words, and the classes that have its fields."""
     for pattern, table in TABLES:
         if re.fullmatch(pattern, path):
@@ -114,7 +114,7 @@ def _default(f: dataclasses.Field[Any] | None) -> str:
     if f is None or (f.default, f.default_factory) == (dataclasses.MISSING,) * 2:
         return "needed"
     if f.default is dataclasses.MISSING:
-        return repr(f.default_factory())
+        return repr(f.default_factory())  # pyright: ignore[reportCallIssue]
     return "see its fields" if dataclasses.is_dataclass(f.default) else repr(f.default)
 
 
@@ -129,7 +129,9 @@ def _meanings(cls: type) -> dict[str, str]:
         for token in tokenize.generate_tokens(iter(source.splitlines(True)).__next__)
         if token.type == tokenize.COMMENT
     }
-    found, body = {}, ast.parse(source).body[0].body
+    found: dict[str, str] = {}
+    (top,) = ast.parse(source).body
+    body = top.body if isinstance(top, ast.ClassDef) else []
     for node, after in zip(body, [*body[1:], None]):
         if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name):
             continue

@@ -264,7 +264,7 @@ def _kind(devices: list[Any]) -> str:
     return f"{len(devices)} x {devices[0].device_kind}"
 
 
-def _fits(made: report.Findings, where: str, findings: Findings) -> None:
+def _fits(made: report.Report, where: str, findings: Findings) -> None:
     data, fsdp, model = made.lowered.mesh
     rows = made.lowered.batch / (data * fsdp)
     findings.add(

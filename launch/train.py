@@ -75,7 +75,7 @@ def main() -> int:
     if HELP.value is not None:
         return explain(HELP.value)
     cli.start(saves=True)
-    values, workdir = CONFIG.value.to_dict(), Path(WORKDIR.value)
+    values, workdir = CONFIG.value.to_dict(), Path(str(WORKDIR.value))
     if VALIDATE.value:
         return validate(values)
     if TOPOLOGY.value is not None:
@@ -114,7 +114,7 @@ def validate(values: dict[str, Any]) -> int:
     from jointseg_jax.validate import validate as validated
 
     findings = validated(
-        values, WORKDIR.value, topology=TOPOLOGY.value, limit=SCAN.value, allow=ALLOW.value
+        values, str(WORKDIR.value), topology=TOPOLOGY.value, limit=SCAN.value, allow=ALLOW.value
     )
     if findings.problems:
         raise UserError(findings.page())

@@ -59,7 +59,9 @@ class InMemory:
 
     def fingerprint(self) -> dict[str, object]:
         """Returns plain values that differ for other rows."""
-        sums = [hashlib.sha256(np.ascontiguousarray(row)).hexdigest() for row in self.rows]
+        sums = [
+            hashlib.sha256(np.ascontiguousarray(row).tobytes()).hexdigest() for row in self.rows
+        ]
         return {"kind": self.kind, "mode": self.mode, "sha256": sums}
 
 

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jointseg_jax import build, sharding
+from jointseg_jax.codecs.codec import Codec
 from jointseg_jax.config import RunConfig, plain
 from jointseg_jax.data.cached.index import Field, row_bytes
 from jointseg_jax.data.cached.views import ViewReader, Views
@@ -223,8 +224,13 @@ class BatchEncoder:
 
     def shape(self, name: str, row: Row) -> tuple[int, ...]:
         """The shape of one row of latents."""
-        one, codec = row[self.inputs[name].field][None], self.inputs[name].codec
+        one, codec = row[self.inputs[name].field][None], self._codec(name)
         return jax.eval_shape(codec.encode, self.params.get(name, {}), one).shape[1:]
+
+    def _codec(self, name: str) -> Codec:
+        codec = self.inputs[name].codec
+        assert codec is not None, f"{name} goes through no codec"
+        return codec
 
     def draws(self, name: str, row: Row) -> bool:
         """Returns True if other keys give this row other latents."""
@@ -246,7 +252,7 @@ class BatchEncoder:
 
     def _program(self, name: str) -> Callable[..., Array]:
         if name not in self._compiled:
-            codec, batch = self.inputs[name].codec, self.batch
+            codec, batch = self._codec(name), self.batch
 
             @jax.jit
             def encode(params: Params, values: Array, seed: Array) -> Array:

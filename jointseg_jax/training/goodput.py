@@ -187,7 +187,7 @@ def summary(workdir: Path) -> Summary:
             began = record["time"] - sum(record["seconds"].values())
             down += max(began - last, 0.0) if launch is not None else 0.0
             before, launch = now, record["launch"]
-        stalled[launch] = record.get("stalled", 0.0)
+        stalled[record["launch"]] = record.get("stalled", 0.0)
         now, last = {p: before[p] + record["seconds"][p] for p in PHASES}, record["time"]
         if "begin" in record and live:
             step = record["begin"]

@@ -106,7 +106,7 @@ def train(
                     step += 1
                     last = step == config.steps
 
-                    if step % config.log.every == 0 or last:
+                    if _due(step, config.log.every, last):
                         back = session.log(step, state, reader, leave=0 if last else 1)
                         if back is not None:  # to the newest checkpoint, after a fault
                             state, step = back, int(back.step)
@@ -115,10 +115,9 @@ def train(
                             session.begin(step)
                             continue
                     checkpoints.check()
-                    if config.preview.every and (step % config.preview.every == 0 or last):
+                    if preview and _due(step, config.preview.every, last):
                         session.draw(preview, step, state, frozen)
-                    due = step % config.checkpoint.every == 0 or last
-                    if due:
+                    if due := _due(step, config.checkpoint.every, last):
                         session.save(step, state, settings, wait=last)
 
                     if session.preemption.requested(step):
@@ -148,7 +147,7 @@ class Session:
         # the files of another process than the first have its number in their names
         self._own = "" if self._first else f".{jax.process_index()}"
         self._faults = Faults(config.nan)
-        self._writers: Writers | None = None
+        self._writers = Writers([])  # until ``begin`` opens those of the run
         self._open = contextlib.ExitStack()
 
     def __enter__(self) -> Session:
@@ -177,8 +176,7 @@ class Session:
 
     def _close(self) -> None:
         self.checkpoints.close()
-        if self._writers is not None:
-            self._writers.close()
+        self._writers.close()
 
     # ------------------------------------------------------------------------ set-up
 
@@ -220,8 +218,7 @@ class Session:
 
     def begin(self, step: int) -> None:
         """Opens the writers at a step; what they hold of later steps no longer counts."""
-        if self._writers is not None:
-            self._writers.close()
+        self._writers.close()
         self._writers = run_writers(self._workdir, total=self._config.steps, step=step)
         self.clock.begin(step)
 
@@ -275,7 +272,10 @@ class Session:
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
         )
-        state, _ = self.checkpoints.restore_newest(abstract)
+        found = self.checkpoints.restore_newest(abstract)
+        if found is None:  # deleted by hand since it was saved
+            raise UserError(f"{self.checkpoints.folder}: the checkpoint to go back to is gone.")
+        state, _ = found
         log.warning("rolled back to step %d, retry %d", int(state.step), retries)
         return state.replace(retries=jnp.full_like(state.retries, retries))
 
@@ -323,6 +323,11 @@ class HostBatches:
             hosts=jax.process_count(),
             instances=build.instances(config),
         )
+
+
+def _due(step: int, every: int, last: bool) -> bool:
+    """Returns True every ``every`` steps and after the last one; never if it is 0."""
+    return every > 0 and (last or step % every == 0)
 
 
 def _next(reader: Iterator[Batch], step: int) -> Batch:

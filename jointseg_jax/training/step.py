@@ -128,7 +128,7 @@ class TrainStep:
     """What a run compiles, with the layout of its state over the mesh."""
 
     params: PyTree  # shapes of the parameters
-    init: Callable[[Array, Mapping[str, object]], TrainState]  # (key, leaves to start from)
+    init: Callable[[Array, init_from.Leaves], TrainState]  # (key, leaves to start from)
     state: TrainState  # shapes of the state, with their shardings
     shardings: TrainState  # the shardings alone
     update: jax.stages.Wrapped  # (state, frozen, batch) -> (state, metrics); uses up the state
@@ -146,7 +146,7 @@ def make_train_step(system: Objective, config: RunConfig, mesh: jax.sharding.Mes
     trainable = rules.match(shapes, config.trainable, where="trainable", prefix="params/")
     transform = optimizer.build(config.steps)
 
-    def init(key: Array, leaves: Mapping[str, object]) -> TrainState:
+    def init(key: Array, leaves: init_from.Leaves) -> TrainState:
         return create(init_from.insert(system.init(key), leaves), trainable, transform)
 
     abstract = jax.eval_shape(init, jax.random.key(0), {})

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import grain
@@ -103,7 +103,9 @@ class ViewReader:
         fields = {name: np.stack([row[name] for row in views]) for name in views[0]}
         return ViewedRecord(fields=fields, note=note)
 
-    def all(self, records: Sequence[int], reading: ReadConfig) -> Iterator[ViewedRecord]:
+    def all(
+        self, records: Sequence[int], reading: ReadConfig
+    ) -> Generator[ViewedRecord, None, None]:
         """Yields the views of ``records`` in that order, read ahead by ``reading``."""
         if not len(records):
             return
