@@ -109,6 +109,20 @@ class Table:
         """True if any row adds noise."""
         return any(np.any(c.noise_coef != 0) for c in self.streams.values())
 
+    def table(self, processes: Mapping[str, Process]) -> Table:
+        """The table itself: what is laid out already can be integrated too."""
+        del processes
+        return self
+
+
+@runtime_checkable
+class Tabulated(Protocol):
+    """What lays its steps out as a table, once it knows the processes."""
+
+    def table(self, processes: Mapping[str, Process]) -> Table:
+        """The method's numbers for these streams."""
+        ...
+
 
 def tabulate(rows: Mapping[str, Sequence[Row]], processes: Mapping[str, Process]) -> Table:
     """Stacks each stream's rows, with the weights of its own process for the readings.
@@ -164,7 +178,7 @@ def _columns(name: str, rows: Sequence[Row], process: Process) -> Columns:
 
 
 def integrate(
-    table: Table,
+    method: Tabulated,
     predict: Predict,
     processes: Mapping[str, Process],
     x: Streams,
@@ -174,8 +188,21 @@ def integrate(
     trajectory: bool = False,
     noise: Noise | None = None,
 ) -> States | tuple[States, States]:
-    """Runs a table from the states ``x``; the arguments and results are those of ``Solver``."""
+    """Runs the table of a method from the states ``x``; arguments and results as in ``Solver``.
+
+    Raises:
+      ValueError: no state, a state without a process, or one that is also in ``condition``.
+    """
     condition = dict(condition or {})
+    missing, both = sorted(set(x) - set(processes)), sorted(set(x) & set(condition))
+    if not x or missing or both:
+        raise ValueError(
+            f"solver: got states {sorted(x)}, processes {sorted(processes)}, condition "
+            f"{sorted(condition)}; every state needs a process (lacking: {missing}) and must not "
+            f"be in the condition too (both: {both})."
+        )
+    processes = {name: processes[name] for name in x}
+    table = method.table(processes)
     draw = (noise or _draws(keys)) if table.noisy else None
     one_stage = bool(np.all(table.is_step_end))
 

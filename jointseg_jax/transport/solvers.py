@@ -16,19 +16,15 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from jointseg_jax.rng import Keys
 from jointseg_jax.transport.integrator import (
-    Noise,
-    Predict,
     Row,
-    States,
     Table,
     integrate,
     tabulate,
 )
 from jointseg_jax.transport.process import Process
 from jointseg_jax.transport.schedules import Schedule
-from jointseg_jax.types import Streams, require_one_of
+from jointseg_jax.types import require_one_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,40 +52,7 @@ class FixedStepSolver(abc.ABC):
             rows = {k: [*r, Row(r[-1].t_next, r[-1].t_next, 0.0, (1.0,))] for k, r in rows.items()}
         return tabulate(rows, processes)
 
-    def __call__(
-        self,
-        predict: Predict,
-        processes: Mapping[str, Process],
-        x: Streams,
-        *,
-        keys: Keys | None = None,
-        condition: Streams | None = None,
-        trajectory: bool = False,
-        noise: Noise | None = None,
-    ) -> States | tuple[States, States]:
-        """Integrates ``x`` over the method's table.
-
-        Raises:
-          ValueError: no state, a state without a process, or one that is also in ``condition``.
-        """
-        missing, both = sorted(set(x) - set(processes)), sorted(set(x) & set(condition or {}))
-        if not x or missing or both:
-            raise ValueError(
-                f"solver: got states {sorted(x)}, processes {sorted(processes)}, condition "
-                f"{sorted(condition or {})}; every state needs a process (lacking: {missing}) and "
-                f"must not be in the condition too (both: {both})."
-            )
-        processes = {name: processes[name] for name in x}
-        return integrate(
-            self.table(processes),
-            predict,
-            processes,
-            x,
-            keys=keys,
-            condition=condition,
-            trajectory=trajectory,
-            noise=noise,
-        )
+    __call__ = integrate  # as a method: ``solver(predict, processes, x, ...)`` runs its table
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
