@@ -162,6 +162,7 @@ def test_noise_reaches_the_decoder_from_a_rows_own_key():
     np.testing.assert_allclose(both, np.mean(alone), rtol=1e-5)  # means of means in float32
 
 
+@pytest.mark.cli
 def test_it_learns_scenes():
     codec, rows = small(noise=0.02), 8
     image, params = images(rows), started(codec)

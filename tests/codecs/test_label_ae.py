@@ -176,6 +176,7 @@ def test_decoding_in_parts_changes_nothing(monkeypatch):
     np.testing.assert_allclose(whole[1], parts[1], rtol=1e-5)  # the same sums, blocked otherwise
 
 
+@pytest.mark.cli
 @pytest.mark.parametrize(
     "fields", [{"latent": "sample", "patch": 2}, {"point_loss": {"points": 32}}]
 )
