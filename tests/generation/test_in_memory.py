@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from jointseg_jax import build
+from jointseg_jax.config import RunConfig
 from jointseg_jax.data.classes import Classes
 from jointseg_jax.generation.filters import Filters
 from jointseg_jax.generation.in_memory import InMemory, sample_pairs, segment
@@ -29,7 +30,8 @@ def untrained(name, workdir):
     if config["system"].get("text"):
         config["system"]["text"] |= {"width": 8, "length": 4}
     info = build.DatasetInfo(CLASSES, ("a", "car"), ("a car",))
-    system = build.system(config, info)
+    config = RunConfig.parse(config)
+    system = build.system(config.system, info)
     params = jax.jit(system.init)(jax.random.key(0))
     return Run(workdir, config, info, system, params, frozen={}, step=0, digest="0")
 
