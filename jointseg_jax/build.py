@@ -350,9 +350,8 @@ def _joint(
     text = problems.collect(lambda: text_encoder(config.text, info))
     streams, tokens = {}, {}
     for name, entry in config.streams.items():
-        if (
-            name == TEXT_STREAM and text is not None
-        ):  # features of the prompt, denoised like an image
+        # features of the prompt, denoised like an image
+        if name == TEXT_STREAM and text is not None:
             spec = {"name": "latents", "shape": (text.length, text.width)}
         else:
             spec = codecs.get(name, entry["codec"])

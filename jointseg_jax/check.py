@@ -69,9 +69,10 @@ def has_checkpoint(workdir: str) -> bool:
 
 def _optimizer(config: RunConfig, problems: Problems) -> None:
     optimizer = problems.collect(lambda: make(OPTIMIZERS, config.optimizer, where="optimizer"))
-    if optimizer is not None:
-        problems.collect(lambda: optimizer.learning_rate(config.steps))
-    warmup = config.optimizer.get("schedule", {}).get("warmup", 0)
+    if optimizer is None:
+        return
+    problems.collect(lambda: optimizer.learning_rate(config.steps))
+    warmup = optimizer.warmup
     if config.steps < warmup:
         problems.note(
             f"config.steps = {config.steps}: the warm-up alone takes {warmup}, so the learning "

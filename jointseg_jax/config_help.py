@@ -42,6 +42,13 @@ TABLES: tuple[tuple[str, Mapping[str, Callable[..., Any]]], ...] = (
 """Config path -> what a ``name`` may stand for there."""
 
 
+INTERNAL = ("values", "options")
+"""Fields that no config file writes: ``config`` fills them."""
+
+KINDS = {"Count": "int >= 1", "CountOrZero": "int >= 0", "PathRules": "(path regex, value) rules"}
+"""Names of types in ``config``, in the words of a user."""
+
+
 class Row(NamedTuple):
     """One field."""
 
@@ -75,7 +82,7 @@ def config_help(values: Mapping[str, Any], path: str = "") -> str:
     head, classes = _classes(path, node)
     lines = [head, ""]
     for cls in classes:
-        lines += [*_paragraph(cls), *_table(list(rows(cls)), node), ""]
+        lines += [*_paragraph(cls), "", *_table(list(rows(cls)), node), ""]
     groups = [name for name, value in node.items() if isinstance(value, Mapping)]
     if groups:
         inner = [f"{path}.{name}" if path else name for name in groups]
@@ -105,8 +112,12 @@ def rows(cls: type) -> Iterator[Row]:
     meanings = {k: v for base in reversed(cls.__mro__) for k, v in _meanings(base).items()}
     defaults = {f.name: f for f in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else {}
     for name in accepts(cls):
+        if name in INTERNAL:
+            continue
         f = defaults.get(name)
         kind = f.type if f is not None and isinstance(f.type, str) else ""
+        for ours, words in KINDS.items():
+            kind = re.sub(rf"\b{ours}\b", words, kind)
         yield Row(name, kind, _default(f), meanings.get(name, ""))
 
 

@@ -14,17 +14,12 @@ from jointseg_jax.data.transforms import BOXES, Resize, resize_image, resize_lab
 from jointseg_jax.generation.sample import (
     Inputs,
     SampleOptions,
-    check_condition,
     cleaned,
-    first_captions,
+    host_pairs,
     prompt_rows,
+    resolved,
 )
-from jointseg_jax.generation.sampler import (
-    make_sampler,
-    one_ahead,
-    pending_batches,
-    with_options,
-)
+from jointseg_jax.generation.sampler import make_sampler, pending_batches
 from jointseg_jax.training.workdir import Run
 
 
@@ -76,10 +71,8 @@ def sample_pairs(run: Run, options: SampleOptions) -> dict[str, np.ndarray]:
     Raises:
       UserError: the run cannot do what the options ask for.
     """
-    system = with_options(run.system, steps=options.steps, guidance=options.guidance)
-    check_condition(system, options.condition)
-    prompts = options.prompts or first_captions(options.condition) or run.info.captions or ("",)
-    inputs = Inputs(prompt_rows(run, prompts, options.features), options.condition)
+    system, options = resolved(run, options)
+    inputs = Inputs(prompt_rows(run, options.prompts, options.features), options.condition)
     sampler = make_sampler(run, system, per_device=options.per_device)
     clean = functools.partial(
         cleaned,
@@ -88,16 +81,13 @@ def sample_pairs(run: Run, options: SampleOptions) -> dict[str, np.ndarray]:
         min_instance=options.min_instance,
     )
 
-    started = (  # the sampler returns while the devices work
-        (batch, sampler(options.seed, batch.indices, *inputs.rows(batch.indices, system.size)))
-        for batch in pending_batches(0, options.count, sampler.batch_size)
-    )
+    pending = pending_batches(0, options.count, sampler.batch_size)
     pairs = []
-    for batch, made in one_ahead(started):
-        for row in np.flatnonzero(batch.needed):
-            pair = clean({k: np.asarray(rows[row]) for k, rows in made.items()})
+    for indices, made in host_pairs(sampler, inputs, options.seed, system.size, pending):
+        for row, index in enumerate(indices):
+            pair = clean({k: rows[row] for k, rows in made.items()})
             if not options.filters.reason(pair):
-                pairs.append({"index": np.int64(batch.indices[row]), **pair})
+                pairs.append({"index": np.int64(index), **pair})
     return {k: np.stack([pair[k] for pair in pairs]) for k in (pairs[0] if pairs else ())}
 
 

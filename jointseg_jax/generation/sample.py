@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -30,6 +30,8 @@ from jointseg_jax.generation.rounds import RoundWriter
 from jointseg_jax.generation.sampler import (
     PER_DEVICE,
     Fields,
+    PendingBatch,
+    Sampler,
     Text,
     make_sampler,
     one_ahead,
@@ -110,10 +112,7 @@ def sample(run: Run, out: Path, options: SampleOptions) -> dict[str, Any]:
       UserError: the run cannot do what the options ask for, or the folder has other settings.
     """
     # ---------------------------------------------------------------- system and options
-    system = with_options(run.system, steps=options.steps, guidance=options.guidance)
-    check_condition(system, options.condition)
-    prompts = options.prompts or first_captions(options.condition) or run.info.captions or ("",)
-    options = dataclasses.replace(options, prompts=tuple(prompts))
+    system, options = resolved(run, options)
 
     # ------------------------------------------- folder first: it knows which pairs are missing
     writer = RoundWriter(out, run.info.classes, settings_of(run, system, options))
@@ -122,14 +121,9 @@ def sample(run: Run, out: Path, options: SampleOptions) -> dict[str, Any]:
 
     # ---------------------------------------------------------------- one batch after the other
     pending = pending_batches(writer.start, options.count, sampler.batch_size, writer.needed)
-    started = (  # the sampler returns while the devices work
-        (batch, sampler(options.seed, batch.indices, *inputs.rows(batch.indices, system.size)))
-        for batch in pending
-    )
     with _progress_bar(writer.start, options.count) as bar:
-        for batch, made in one_ahead(started):
-            pairs = {k: np.asarray(rows)[batch.needed] for k, rows in made.items()}
-            for row, index in enumerate(batch.indices[batch.needed].tolist()):
+        for indices, pairs in host_pairs(sampler, inputs, options.seed, system.size, pending):
+            for row, index in enumerate(indices.tolist()):
                 pair = {k: rows[row] for k, rows in pairs.items()}
                 bar.update(write_pair(writer, index, pair, options))
             # Also after an empty batch: the first process waits for the lines of every other one.
@@ -137,6 +131,38 @@ def sample(run: Run, out: Path, options: SampleOptions) -> dict[str, Any]:
 
     # ---------------------------------------------------------------- report
     return json.loads(distributed.from_first(functools.partial(_finish, writer, out, options)))
+
+
+def resolved(run: Run, options: SampleOptions) -> tuple[Generator, SampleOptions]:
+    """The system that the options ask for, and the options with the prompts that hold by default.
+
+    Raises:
+      UserError: the run cannot do what the options ask for.
+    """
+    system = with_options(run.system, steps=options.steps, guidance=options.guidance)
+    check_condition(system, options.condition)
+    prompts = options.prompts or first_captions(options.condition) or run.info.captions or ("",)
+    return system, dataclasses.replace(options, prompts=tuple(prompts))
+
+
+def host_pairs(
+    sampler: Sampler,
+    inputs: Inputs,
+    seed: int,
+    size: tuple[int, int],
+    pending: Iterable[PendingBatch],
+) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
+    """Yields the needed indices of each batch and their pairs, one batch made ahead."""
+    started = (  # the sampler returns while the devices work
+        (batch, sampler(seed, batch.indices, *inputs.rows(batch.indices, size)))
+        for batch in pending
+    )
+    for batch, made in one_ahead(started):
+        yield (
+            batch.indices[batch.needed],
+            # whole arrays come to the host: a slice of one on the device is a program of its own
+            {k: np.asarray(rows)[batch.needed] for k, rows in made.items()},
+        )
 
 
 def check_condition(system: Generator, condition: Condition | None) -> None:

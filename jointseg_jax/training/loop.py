@@ -120,12 +120,12 @@ def train(
                     if due := _due(step, config.checkpoint.every, last):
                         session.save(step, state, settings, wait=last)
 
-                    if session.preemption.requested(step):
+                    # asked on every process and at every step: they agree on where to stop
+                    if session.preemption.requested(step) and not last:
                         if not due:
                             session.save(step, state, settings, wait=True)
                         log.info("stopped on request at step %d; the same command goes on", step)
-                        if not last:
-                            return STOPPED
+                        return STOPPED
             finally:
                 reader.close()
             log.info("done: step %d, digest %s, in %s", step, state_digest(state), workdir)

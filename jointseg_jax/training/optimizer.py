@@ -84,9 +84,16 @@ class AdamW:
                 f"weight_decay {self.weight_decay} and clip {self.clip} must be >= 0, "
                 f"eps {self.eps} > 0."
             )
-        lr, warmup = self.schedule.get("lr", 0.0), self.schedule.get("warmup", 0)
-        if lr <= 0 or warmup < 0:
-            raise ValueError(f"schedule.lr {lr} must be > 0 and schedule.warmup {warmup} >= 0.")
+        lr = self.schedule.get("lr", 0.0)
+        if lr <= 0 or self.warmup < 0:
+            raise ValueError(
+                f"schedule.lr {lr} must be > 0 and schedule.warmup {self.warmup} >= 0."
+            )
+
+    @property
+    def warmup(self) -> int:
+        """Steps until the learning rate is reached."""
+        return self.schedule.get("warmup", 0)
 
     def learning_rate(self, steps: int) -> optax.Schedule:
         """The learning rate as a function of the step."""
