@@ -34,6 +34,7 @@ from jointseg_jax.config import (
     SystemConfig,
     accepts,
     check_spec,
+    construct,
     make,
     plain,
 )
@@ -307,8 +308,7 @@ def _autoencode(
     if len(problems) > before:
         return None
     return problems.collect(
-        lambda: make({"autoencode": Autoencode}, _named("autoencode", fields), where="system"),
-        "system",
+        lambda: construct(Autoencode, fields, where="system", name="autoencode"), "system"
     )
 
 
@@ -337,7 +337,7 @@ def _bridge(
             streams={STATE: tokens | fields.pop("tokens")},
         )
         made = fields | {"size": size, "mask": mask, "denoiser": denoiser}
-        return make({"bridge": Bridge}, _named("bridge", made), where="system")
+        return construct(Bridge, made, where="system", name="bridge")
 
     return problems.collect(make_bridge, "system")
 
@@ -367,7 +367,7 @@ def _joint(
             denoiser["context"] = {"kind": "tokens", "count": text.length, "width": text.width}
         network = make(DENOISERS, denoiser, where="system.denoiser", streams=tokens)
         made = fields | {"size": tuple(config.size), "denoiser": network}
-        return make({"joint": Joint}, _named("joint", made), where="system")
+        return construct(Joint, made, where="system", name="joint")
 
     return problems.collect(make_joint, "system")
 
@@ -388,7 +388,7 @@ def _stream(
     # What cannot be made is stood in for, so that the stream's other fields are checked too.
     parts = {"codec": coded or Pixels(), "process": moving or STANDING}
     stream = problems.collect(
-        lambda: make({"stream": Stream}, _named("stream", fields), where=where, **parts), where
+        lambda: construct(Stream, fields, where=where, name="stream", **parts), where
     )
     if coded is None:
         return None, None
@@ -435,10 +435,6 @@ def needed(config: SystemConfig, part: str) -> Spec:
     return spec
 
 
-def _named(name: str, fields: Mapping[str, Any]) -> dict[str, Any]:
-    return {"name": name, **fields}
-
-
 def _check_denoiser(spec: Spec | None, problems: Problems) -> None:
     """A network whose streams are not known: what can be said of its other fields."""
     if spec is None:
@@ -457,8 +453,8 @@ def _check_denoiser(spec: Spec | None, problems: Problems) -> None:
 def process(spec: Spec, where: str) -> Process:
     """One process and its schedule."""
     schedule = make(SCHEDULES, spec["schedule"], where=where + ".process.schedule")
-    fields = dict(spec) | {"name": "process", "schedule": schedule}
-    return make({"process": Process}, fields, where=where + ".process")
+    fields = {**spec, "schedule": schedule}
+    return construct(Process, fields, where=where + ".process", name="process")
 
 
 def times(spec: Spec) -> Any:

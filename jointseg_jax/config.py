@@ -107,6 +107,10 @@ class Part:
 
     PATH: ClassVar[str] = ""
 
+    def __init_subclass__(cls, path: str = "", **rest: Any) -> None:
+        super().__init_subclass__(**rest)
+        cls.PATH = path or cls.PATH
+
     def __post_init__(self) -> None:
         texts = self._whole_numbers() + self.errors()
         if texts:
@@ -128,10 +132,8 @@ class Part:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReadConfig(Part):
+class ReadConfig(Part, path="data."):
     """How records are read; none of it changes what a batch holds."""
-
-    PATH: ClassVar[str] = "data."
 
     workers: CountOrZero = 0  # reader processes; 0 reads in threads of this one
     threads: Count = 2  # in each of these processes
@@ -227,10 +229,8 @@ class SystemConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StartConfig(Part):
+class StartConfig(Part, path="start."):
     """Other weights to begin with, read before the first checkpoint only (``init_from``)."""
-
-    PATH: ClassVar[str] = "start."
 
     workdir: str = ""  # a trained run, whose averaged parameters (and words) are taken
     file: str = ""  # or reference weights (.safetensors)
@@ -265,39 +265,31 @@ class StartConfig(Part):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LogConfig(Part):
+class LogConfig(Part, path="log."):
     """How often scalars are written."""
-
-    PATH: ClassVar[str] = "log."
 
     every: Count = 50  # steps
 
 
 @dataclass(frozen=True, kw_only=True)
-class PreviewConfig(Part):
+class PreviewConfig(Part, path="preview."):
     """Fixed samples drawn while the model trains."""
-
-    PATH: ClassVar[str] = "preview."
 
     every: CountOrZero = 1000  # steps; 0: never
     count: Count = 8  # pairs
 
 
 @dataclass(frozen=True, kw_only=True)
-class CheckpointConfig(Part):
+class CheckpointConfig(Part, path="checkpoint."):
     """How often the state is saved."""
-
-    PATH: ClassVar[str] = "checkpoint."
 
     every: Count = 1000  # steps
     keep: Count = 3  # newest checkpoints; older ones are deleted
 
 
 @dataclass(frozen=True, kw_only=True)
-class NanConfig(Part):
+class NanConfig(Part, path="nan."):
     """What is done about losses that are not finite, or leap (``faults``)."""
-
-    PATH: ClassVar[str] = "nan."
 
     policy: str = "skip"  # the update, or `stop`, or `rollback` to the newest checkpoint
     limit: int = 10  # refused updates in a row, and returns to one checkpoint
@@ -323,10 +315,8 @@ class NanConfig(Part):
 
 
 @dataclass(frozen=True, kw_only=True)
-class WatchdogConfig(Part):
+class WatchdogConfig(Part, path="watchdog."):
     """When a run that stands still says so."""
-
-    PATH: ClassVar[str] = "watchdog."
 
     seconds: float | int = 1800  # without a step, before stacks are written; 0: off
     abort: bool = False  # also end the process then; the same command goes on
@@ -338,29 +328,23 @@ class WatchdogConfig(Part):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProfileConfig(Part):
+class ProfileConfig(Part, path="profile."):
     """Which steps are traced for XProf, into WORKDIR/profile."""
-
-    PATH: ClassVar[str] = "profile."
 
     start: int = -1  # first traced step
     steps: CountOrZero = 0  # how many; 0: none
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinishConfig(Part):
+class FinishConfig(Part, path="finish."):
     """What is done after the last step."""
-
-    PATH: ClassVar[str] = "finish."
 
     num: CountOrZero = 0  # pairs generated and judged; 0: none
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(Part):
+class EvaluateConfig(Part, path="evaluate."):
     """How generated pairs are judged."""
-
-    PATH: ClassVar[str] = "evaluate."
 
     judge: str = ""  # `oracle` where the data knows its own labels; empty: none
     transforms: Mapping[str, Spec] = field(default_factory=dict)  # empty: those of training
@@ -502,20 +486,28 @@ def make(table: Mapping[str, Callable[..., Any]], spec: Spec, *, where: str, **e
     Raises:
       UserError: unknown name, unknown or missing argument, or the constructor's own ``ValueError``.
     """
-    constructor = check_spec(table, spec, where=where, given=extra)
-    arguments = {k: v for k, v in spec.items() if k != "name"}
+    fields = {k: v for k, v in spec.items() if k != "name"}
+    named = find(table, spec, where=where)
+    return construct(named, fields, where=where, name=spec["name"], **extra)
+
+
+def construct(
+    constructor: Callable[..., T], fields: Mapping[str, Any], *, where: str, name: str, **extra: Any
+) -> T:
+    """Returns ``constructor(**fields, **extra)``; its refusal names the config path.
+
+    Raises:
+      UserError: a field that it does not know or needs, or its own ``ValueError``.
+    """
+    check_fields(constructor, fields, where=where, name=name, given=extra)
     try:
-        return constructor(**arguments, **extra)
+        return constructor(**fields, **extra)
     except (TypeError, ValueError) as error:
-        raise UserError(f"config.{where}: {spec['name']}: {error}") from error
+        raise UserError(f"config.{where}: {name}: {error}") from error
 
 
 def check_spec(
-    table: Mapping[str, Callable[..., Any]],
-    spec: Spec,
-    *,
-    where: str,
-    given: Collection[str] = (),
+    table: Mapping[str, Callable[..., Any]], spec: Spec, *, where: str, given: Collection[str] = ()
 ) -> Callable[..., Any]:
     """Returns the constructor that a spec names, without calling it.
 
@@ -525,24 +517,44 @@ def check_spec(
     Raises:
       UserError: unknown name, or unknown argument.
     """
-    arguments = dict(spec)
-    if "name" not in arguments:
+    constructor = find(table, spec, where=where)
+    fields = [k for k in spec if k != "name"]
+    check_fields(constructor, fields, where=where, name=spec["name"], given=given)
+    return constructor
+
+
+def find(table: Mapping[str, T], spec: Spec, *, where: str) -> T:
+    """What a spec's name stands for in a table.
+
+    Raises:
+      UserError: it has none, or an unknown one.
+    """
+    if "name" not in spec:
         raise UserError(f"config.{where}: needs a `name`, one of: {', '.join(sorted(table))}.")
-    name = arguments.pop("name")
+    name = spec["name"]
     if name not in table:
         raise UserError(
             f"config.{where}.name: {name!r} is unknown{_closest(name, table)}; "
             f"one of: {', '.join(sorted(table))}."
         )
-    constructor = table[name]
+    return table[name]
+
+
+def check_fields(
+    constructor: Callable[..., Any],
+    fields: Collection[str],
+    *,
+    where: str,
+    name: str,
+    given: Collection[str] = (),
+) -> None:
+    """Refuses (UserError) fields that a constructor does not take, or that the caller supplies."""
     accepted = [n for n in accepts(constructor) if n not in given]
-    unknown = sorted(set(arguments) - set(accepted))
-    if unknown:
+    if unknown := sorted(set(fields) - set(accepted)):
         raise UserError(
             f"config.{where}: {name} has no field {', '.join(map(repr, unknown))}"
             f"{_closest(unknown[0], accepted)}; its fields: {', '.join(accepted)}."
         )
-    return constructor
 
 
 def accepts(constructor: Callable[..., Any]) -> list[str]:
