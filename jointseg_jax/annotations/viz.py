@@ -18,6 +18,8 @@ from jointseg_jax.types import FILE_VOID, VOID
 Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
 Picture = UInt8[np.ndarray, "_ _ 3"]
 Labels = Integer[np.ndarray, "_ _"]
+Pictures = Sequence[Picture] | UInt8[np.ndarray, "_ _ _ 3"]
+LabelMaps = Sequence[Labels] | Integer[np.ndarray, "_ _ _"]
 
 PAPER = (255, 255, 255)
 INK = (60, 60, 60)
@@ -88,15 +90,15 @@ def triplet(
 
 
 def pair_sheet(
-    images: Sequence[Picture],
-    labels: Sequence[Labels],
+    images: Pictures,
+    labels: LabelMaps,
     classes: Classes,
     *,
     captions: Sequence[str] = (),
     columns: int = 4,
     scale: int | None = None,
     title: str = "",
-    segments: Sequence[Labels] | None = None,
+    segments: LabelMaps | None = None,
 ) -> Picture:
     """Lays out pairs as captioned triplets in columns, with a legend of the classes present.
 
