@@ -25,7 +25,7 @@ from jaxtyping import Int16
 
 from jointseg_jax.data import files
 from jointseg_jax.data.classes import Classes
-from jointseg_jax.data.records import BadSample
+from jointseg_jax.data.records import BadSample, Record, check_record
 from jointseg_jax.data.tokenizer import split
 
 LONGEST = 4096
@@ -72,9 +72,8 @@ def read_coco(path: Path) -> tuple[Captions, list[BadSample]]:
     try:
         pairs = [(str(a["image_id"]), a["caption"]) for a in content["annotations"]]
     except (TypeError, KeyError) as error:
-        raise BadSample(
-            str(path), f"no {error} in it", "a COCO caption file", "Replace the file."
-        ) from None
+        found = f"no {error} in it"
+        raise BadSample(str(path), found, "a COCO caption file", "Replace the file.") from None
     return gather((key, text, f"{path}: image {key}") for key, text in pairs)
 
 
@@ -82,19 +81,18 @@ def gather(
     entries: Iterable[tuple[str, object, str] | BadSample],
 ) -> tuple[Captions, list[BadSample]]:
     """Returns captions by id, and the problems, of entries (id, caption, location)."""
-    captions: dict[str, list[str]] = {}
+    captions: Captions = {}
     problems = []
     for entry in entries:
         try:
             if isinstance(entry, BadSample):
                 raise entry
             key, text, where = entry
-            # Cleaned first: an id whose captions are all bad must not be there without any.
-            cleaned = clean(text, where)
-            captions.setdefault(key, []).append(cleaned)
+            # ``clean`` raises first: an id whose captions are all bad must not be there at all.
+            captions[key] = (*captions.get(key, ()), clean(text, where))
         except BadSample as error:
             problems.append(error)
-    return {key: tuple(texts) for key, texts in captions.items()}, problems
+    return captions, problems
 
 
 def _line(path: Path, number: int, data: bytes) -> tuple[str, object, str] | BadSample:
@@ -118,6 +116,16 @@ def describe(labels: Int16[np.ndarray, "height width"], classes: Classes) -> str
     # Stable: of equal areas the smaller class index comes first.
     present = [c for c in np.argsort(-areas, kind="stable") if areas[c]]
     return f"{PREFIX} {', '.join(classes.names[c] for c in present) or 'nothing'}"
+
+
+def completed(record: Record, segments: np.ndarray | None, classes: Classes, where: str) -> Record:
+    """Returns a checked record with its segments, if any, and a caption where it has none."""
+    if not record["captions"]:
+        record["captions"] = (describe(record["labels"], classes),)
+    if segments is not None:
+        record["segments"] = segments
+    check_record(record, classes, where)
+    return record
 
 
 def words_of(captions: Iterable[str]) -> set[str]:

@@ -24,18 +24,19 @@ class Classes:
 
     def __post_init__(self) -> None:
         _check_names(self.names, self.void)
-        # Filled in here, so that lists with and without the defaults are equal.
-        count = len(self.names)
-        for field, default in (("isthing", (False,) * count), ("palette", _plain_palette(count))):
+        # Filled in here, so that lists with and without the defaults are equal. The 256 colours of
+        # VOC are repeated where a list is longer than 8-bit files can hold.
+        count, colours = len(self.names), voc_palette(256)
+        plain = tuple(colours[i % 256] for i in range(count))
+        for field, default in (("isthing", (False,) * count), ("palette", plain)):
             value = getattr(self, field) or default
             object.__setattr__(self, field, value)
-            if len(value) != len(self.names):
+            if len(value) != count:
                 raise ValueError(
-                    f"Classes.{field} has {len(value)} entries for {len(self.names)} names; "
-                    f"give one per name, or leave {field} out"
+                    f"Classes.{field} has {len(value)} entries for {count} names; give one per "
+                    f"name, or leave {field} out"
                 )
-        _check_colours(self.palette)
-        _check_swaps(self.swaps, len(self.names))
+        _check_numbers(self.palette, self.swaps, count)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -43,9 +44,8 @@ class Classes:
     def index(self, name: str) -> int:
         """Returns the index of a class by its name."""
         if name not in self.names:
-            raise KeyError(
-                f"no class {name!r}; the {len(self)} classes are {', '.join(self.names)}"
-            )
+            known = ", ".join(self.names)
+            raise KeyError(f"no class {name!r}; the {len(self)} classes are {known}")
         return self.names.index(name)
 
     @property
@@ -89,29 +89,21 @@ def voc_palette(n: int) -> tuple[Colour, ...]:
     return tuple((r, g, b) for r, g, b in colours.tolist())
 
 
-def _plain_palette(n: int) -> tuple[Colour, ...]:
-    """Repeats the 256 VOC colours where a list is longer than 8-bit files can hold."""
-    colours = voc_palette(256)
-    return tuple(colours[i % 256] for i in range(n))
-
-
 def _check_names(names: tuple[str, ...], void: str) -> None:
     if not names:
         raise ValueError("Classes.names is empty; give at least one class name")
-    duplicates = sorted(name for name, count in Counter(names).items() if count > 1)
-    if duplicates:
+    if duplicates := sorted(name for name, count in Counter(names).items() if count > 1):
         raise ValueError(f"Classes.names holds {', '.join(duplicates)} twice; names must differ")
     if void in names:
         raise ValueError(f"Classes.void {void!r} is also a class name; choose another void name")
 
 
-def _check_colours(palette: tuple[tuple[int, ...], ...]) -> None:
+def _check_numbers(
+    palette: tuple[tuple[int, ...], ...], swaps: tuple[tuple[int, ...], ...], n: int
+) -> None:
     for i, colour in enumerate(palette):
         if len(colour) != 3 or not all(0 <= c <= 255 for c in colour):
             raise ValueError(f"Classes.palette[{i}] is {colour}; give three integers in 0..255")
-
-
-def _check_swaps(swaps: tuple[tuple[int, ...], ...], n: int) -> None:
     flat = [i for pair in swaps for i in pair]
     disjoint = all(len(pair) == 2 for pair in swaps) and len(set(flat)) == len(flat)
     if not disjoint or any(not 0 <= i < n for i in flat):

@@ -59,26 +59,19 @@ class Files:
         path = inside(root, SUMS)
         return cls(root, read_sums(path) if path.exists() else {})
 
-    def path(self, name: str) -> Path:
-        """Returns the path of a file, which need not exist."""
-        return inside(self.root, name)
-
     def read(self, name: str) -> tuple[Path, bytes]:
         """Returns the path and the bytes of a file.
 
         Raises:
           BadSample: it cannot be read, or is not what the list says.
         """
-        path = self.path(name)
+        path = inside(self.root, name)
         data = read(path)
         wanted = self.sums.get(name)
         if wanted is not None and (actual := hashlib.sha256(data).hexdigest()) != wanted:
-            raise BadSample(
-                str(path),
-                f"the contents have changed (SHA-256 {actual[:12]}...)",
-                f"{SUMS} says {wanted[:12]}...",
-                f"Copy the file again from its source, or fix its line in {SUMS}.",
-            )
+            found = f"the contents have changed (SHA-256 {actual[:12]}...)"
+            remedy = f"Copy the file again from its source, or fix its line in {SUMS}."
+            raise BadSample(str(path), found, f"{SUMS} says {wanted[:12]}...", remedy)
         return path, data
 
 
@@ -90,12 +83,10 @@ def read_sums(path: Path) -> dict[str, str]:
             continue
         match = LINE.fullmatch(line)
         if match is None:
-            raise BadSample(
-                f"{path}:{number}",
-                f"{line[:60]!r} is no sum of a file",
-                "lines are 64 hexadecimal digits, two spaces and a name",
-                "Write the list again with sha256sum, or remove it.",
-            )
+            rule = "lines are 64 hexadecimal digits, two spaces and a name"
+            remedy = "Write the list again with sha256sum, or remove it."
+            found = f"{line[:60]!r} is no sum of a file"
+            raise BadSample(f"{path}:{number}", found, rule, remedy)
         sums[match[2]] = match[1].lower()
     return sums
 
@@ -103,12 +94,8 @@ def read_sums(path: Path) -> dict[str, str]:
 def check_name(root: Path, name: str) -> None:
     """Raises BadSample for a name that is absolute or climbs out of ``root``."""
     if not name or name.startswith("/") or ".." in name.split("/") or "\0" in name:
-        raise BadSample(
-            f"{root}: {name!r}",
-            "the name leaves the data set folder",
-            "names are relative, without '..'",
-            "Fix the list or manifest that holds it.",
-        )
+        found, rule = "the name leaves the data set folder", "names are relative, without '..'"
+        raise BadSample(f"{root}: {name!r}", found, rule, "Fix the list or manifest that holds it.")
 
 
 def inside(root: Path, name: str) -> Path:
@@ -122,12 +109,8 @@ def inside(root: Path, name: str) -> Path:
     # Links are followed to their end: a link within the folder is fine, one out of it is not.
     real = os.path.realpath(path)
     if real != _real(root) and not real.startswith(_real(root) + os.sep):
-        raise BadSample(
-            path,
-            f"a link to {real}",
-            f"files lie inside {root}",
-            "Copy the file into the folder, or make the root the folder that holds both.",
-        )
+        remedy = "Copy the file into the folder, or make the root the folder that holds both."
+        raise BadSample(path, f"a link to {real}", f"files lie inside {root}", remedy)
     return Path(path)
 
 
@@ -139,29 +122,24 @@ def _real(root: Path) -> str:
 def require_sizes(
     root: Path, written: Iterable[tuple[Path, int]], *, what: str, remedy: str
 ) -> None:
-    """Refuses to start while files are missing or of another size than was written.
+    """Refuses files that are missing or of another size than was written, all of them at once.
 
     Args:
       written: files and their bytes.
       what: the plural noun for them in the message.
       remedy: what the user can do, as the last sentences of the message.
-
-    Raises:
-      UserError: all of them, in one block.
     """
-    problems, count = [], 0
-    for path, wanted in written:
-        count += 1
-        size = path.stat().st_size if path.is_file() else None
-        if size != wanted:
-            actual = "missing" if size is None else f"{size} bytes"
-            problems.append(f"ERROR [data] {path}: {actual}; {wanted} bytes were written.")
+    written = list(written)
+    sizes = [path.stat().st_size if path.is_file() else None for path, _ in written]
+    problems = [
+        f"ERROR [data] {path}: {'missing' if size is None else f'{size} bytes'}; {wanted} bytes "
+        "were written."
+        for (path, wanted), size in zip(written, sizes)
+        if size != wanted
+    ]
     if problems:
-        listed = "\n".join(problems)
-        raise UserError(
-            f"{listed}\nERROR [data] {root}: {len(problems)} of {count} {what} are not as "
-            f"written. {remedy}"
-        )
+        head = f"ERROR [data] {root}: {len(problems)} of {len(written)} {what} are not as written."
+        raise UserError("\n".join([*problems, f"{head} {remedy}"]))
 
 
 def sha256(path: Path) -> str:
@@ -174,9 +152,8 @@ def read(path: Path) -> bytes:
     """Returns the bytes of a regular file, or raises BadSample."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
-            raise BadSample(
-                str(path), "not a regular file", "a file that can be read", "Remove or replace it."
-            )
+            rule, remedy = "a file that can be read", "Remove or replace it."
+            raise BadSample(str(path), "not a regular file", rule, remedy)
         # Non-blocking, in case a FIFO has taken the place of the file since.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         with os.fdopen(descriptor, "rb") as file:
@@ -184,9 +161,8 @@ def read(path: Path) -> bytes:
     except FileNotFoundError:
         raise missing(path) from None
     except OSError as error:
-        raise BadSample(
-            str(path), f"cannot be read ({error.strerror})", "a readable file", "Check the disk."
-        ) from error
+        found = f"cannot be read ({error.strerror})"
+        raise BadSample(str(path), found, "a readable file", "Check the disk.") from error
 
 
 def unreadable(path: str, *, file: bool = False) -> str:
@@ -211,12 +187,9 @@ def unreadable(path: str, *, file: bool = False) -> str:
 
 def missing(path: Path, what: str = "file") -> BadSample:
     """Returns the problem that ``path`` does not exist."""
-    return BadSample(
-        str(path),
-        f"the {what} is missing",
-        "every id needs its image and its labels",
-        "Restore the file, or take its id out of the split.",
-    )
+    rule = "every id needs its image and its labels"
+    remedy = "Restore the file, or take its id out of the split."
+    return BadSample(str(path), f"the {what} is missing", rule, remedy)
 
 
 def read_text(path: Path) -> str:
@@ -225,12 +198,10 @@ def read_text(path: Path) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
+        line = data.count(b"\n", 0, error.start) + 1
+        found = f"byte 0x{data[error.start]:02x} is not UTF-8"
         raise BadSample(
-            f"{path}:{line}",
-            f"byte 0x{data[error.start]:02x} is not UTF-8",
-            "text files are UTF-8",
-            "Save the file as UTF-8.",
+            f"{path}:{line}", found, "text files are UTF-8", "Save the file as UTF-8."
         ) from None
 
 
@@ -239,9 +210,8 @@ def read_json(path: Path) -> object:
     try:
         return json.loads(read_text(path))
     except json.JSONDecodeError as error:
-        raise BadSample(
-            f"{path}:{error.lineno}", f"not JSON ({error.msg})", "a JSON file", "Fix the line."
-        ) from None
+        where, found = f"{path}:{error.lineno}", f"not JSON ({error.msg})"
+        raise BadSample(where, found, "a JSON file", "Fix the line.") from None
 
 
 def temporary(path: Path) -> Path:
@@ -255,7 +225,16 @@ def publish(path: Path) -> None:
     with open(temporary(path), "rb") as file:
         os.fsync(file.fileno())
     os.replace(temporary(path), path)
-    sync_folder(path.parent)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the name itself
+    finally:
+        os.close(folder)
+
+
+def short_sum(text: str) -> str:
+    """Returns the first 16 hexadecimal digits of the SHA-256 of a text, for fingerprints."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def size_and_sum(path: Path) -> SizeAndSum:
@@ -272,12 +251,3 @@ def write(path: Path, data: bytes) -> None:
 def write_json(path: Path, content: Mapping[str, object]) -> None:
     """Writes JSON as people read it."""
     write(path, json.dumps(content, indent=1, ensure_ascii=False).encode())
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes the names in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

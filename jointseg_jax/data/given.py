@@ -101,13 +101,8 @@ class Given:
 
     def fingerprint(self) -> dict[str, object]:
         """Returns the plain values that must match when an interrupted run goes on."""
-        return {
-            "kind": self.kind,
-            "layout": self.layout,
-            "mode": self.mode,
-            "count": len(self),
-            "sha256": self.digest,
-        }
+        place = {"kind": self.kind, "layout": self.layout, "mode": self.mode}
+        return {**place, "count": len(self), "sha256": self.digest}
 
     def examine(self, index: int) -> str | BadSample:
         """Checks the headers of one item; returns the digest of its files, or what is wrong."""
@@ -147,7 +142,7 @@ def given_labels(
     Raises:
       UserError: files that cannot be used, all of them at once, or labels of other classes.
     """
-    listing = listing_of(Path(folder), layout, split, "labels", stored_rule(len(classes)))
+    listing = listing_of(Path(folder), layout, split, stored_rule(len(classes)))
     if listing.classes is not None:  # None: plain PNG files of the model's own indices
         check_names(listing.classes, classes, folder)
     return checked(listing, Path(folder), classes, layout, mode)
@@ -161,18 +156,16 @@ def given_images(
     Raises:
       UserError: files that cannot be used, all of them at once.
     """
-    listing = listing_of(Path(folder), layout, split, "images", None)
+    listing = listing_of(Path(folder), layout, split, None)
     return checked(listing._replace(rule=None), Path(folder), None, layout, mode)
 
 
-def listing_of(
-    root: Path, layout: str, split: str, kind: str, rule: LabelRule | None
-) -> SplitIndex:
-    """Lists a folder in its layout; ``rule`` is that of plain labels."""
-    if layout not in (PLAIN, *LAYOUTS):
+def listing_of(root: Path, layout: str, split: str, rule: LabelRule | None) -> SplitIndex:
+    """Lists a folder in its layout; ``rule`` is that of plain labels, None for images."""
+    known = (PLAIN, *LAYOUTS)
+    if layout not in known:
         raise UserError(
-            f"ERROR [given] layout {layout!r} of {root} is unknown; one of: "
-            f"{', '.join((PLAIN, *LAYOUTS))}."
+            f"ERROR [given] layout {layout!r} of {root} is unknown; one of: {', '.join(known)}."
         )
     if bool(split) != (layout != PLAIN):
         raise UserError(
@@ -180,34 +173,31 @@ def listing_of(
             "is one folder without splits, every other one needs the name of a split."
         )
     try:
-        if layout == PLAIN:
-            return list_plain(root, kind, rule)
-        return list_split(root, split, layout)
+        return list_plain(root, rule) if layout == PLAIN else list_split(root, split, layout)
     except (UserError, BadSample) as problem:
+        kind = "images" if rule is None else "labels"
         raise UserError(
             f"{problem}\nERROR [given] {root}: no {kind} can be listed in the layout {layout!r}. "
             "Fix the folder, or give another folder, layout or split."
         ) from None
 
 
-def list_plain(root: Path, kind: str, rule: LabelRule | None) -> SplitIndex:
+def list_plain(root: Path, rule: LabelRule | None) -> SplitIndex:
     """Lists every picture under a folder."""
     if not root.is_dir():
         raise UserError(f"ERROR [given] {root}: {'not a' if root.exists() else 'no such'} folder.")
     pictures = find(root, ".", ".png")
-    classes = None
-    if kind == "labels" and files.inside(root, "classes.json").exists():
-        classes, rule = read_classes(root / "classes.json")
+    classes, sides, kind = None, (pictures, None), f"images in it ({', '.join(files.PICTURES)})"
+    if rule is not None:
+        sides, kind = (None, pictures), "labels in it (.png)"
+        if files.inside(root, "classes.json").exists():
+            classes, rule = read_classes(root / "classes.json")
     texts, problems = optional(files.inside(root, "captions.jsonl"), captions.read_lines)
-    sides = (None, pictures) if kind == "labels" else (pictures, None)
     entries = pair(root, pictures.names, *sides, texts)
     if not entries:
-        ending = ".png" if kind == "labels" else ", ".join(files.PICTURES)
         here = sorted({path.suffix or path.name for path in root.iterdir()})
-        raise UserError(
-            f"ERROR [given] {root}: no {kind} in it ({ending}); there are: "
-            f"{', '.join(here[:20]) or 'no files'}."
-        )
+        there = ", ".join(here[:20]) or "no files"
+        raise UserError(f"ERROR [given] {root}: no {kind}; there are: {there}.")
     return SplitIndex(entries, problems, classes, rule)
 
 
@@ -216,13 +206,9 @@ def checked(
 ) -> Given:
     """Reads all headers; refuses the folder if anything is wrong, with everything that is."""
     problems = [*listing.problems, *(e.problem for e in listing.entries if e.problem)]
+    entries = tuple(entry for entry in listing.entries if not entry.problem)
     given = Given(
-        root=root,
-        entries=tuple(entry for entry in listing.entries if not entry.problem),
-        classes=classes,
-        rule=listing.rule,
-        layout=layout,
-        mode=mode,
+        root=root, entries=entries, classes=classes, rule=listing.rule, layout=layout, mode=mode
     )
     seen = list(in_order(given.examine, range(len(given)), THREADS))
     problems += [finding for finding in seen if isinstance(finding, BadSample)]

@@ -39,6 +39,7 @@ from PIL import (
     WebPImagePlugin,
 )
 
+from jointseg_jax.data.classes import Colour
 from jointseg_jax.data.records import BadSample
 from jointseg_jax.types import UserError
 
@@ -49,7 +50,9 @@ LOSSY = {"JPEG", "MPO", "WEBP"}
 ORIENTATIONS = ("refuse", "apply", "ignore")
 PIXEL_LIMIT = 64_000_000
 PILLOW_LIMIT = 89_478_485  # beyond it Pillow itself warns, and at twice that it refuses
-Colour = tuple[int, int, int]
+
+WHOLE = ("a whole file", "Copy it again from its source.")
+"""What damaged files should be, and the remedy."""
 
 PLACES = np.array([1, 256, 65536], np.int32)
 """What red, green and blue count in a segment id."""
@@ -67,20 +70,17 @@ def keep_freed_memory() -> bool:
     """
     # By default arrays of a megabyte go back to the system as soon as they are freed, and it clears
     # every page of the next one: a quarter of the time of reading a pair of 640 x 480.
-    if any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
-        return False
     library = ctypes.CDLL(None)
-    if not hasattr(library, "gnu_get_libc_version"):
+    chosen = any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ)
+    if chosen or not hasattr(library, "gnu_get_libc_version"):
         return False
-    accepted = (library.mallopt(MMAP_THRESHOLD, LARGEST), library.mallopt(TRIM_THRESHOLD, KEPT))
-    return all(accepted)
+    return all([library.mallopt(MMAP_THRESHOLD, LARGEST), library.mallopt(TRIM_THRESHOLD, KEPT)])
 
 
 # Pillow does the same with the memory of every picture: a fifth of the time of reading a pair.
 # (PILLOW_BLOCKS_MAX says otherwise.)
-BLOCKS = 8
 if not Image.core.get_blocks_max():
-    Image.core.set_blocks_max(BLOCKS)
+    Image.core.set_blocks_max(8)
 keep_freed_memory()
 
 
@@ -95,15 +95,12 @@ class Decoding:
     matte: Colour = (255, 255, 255)  # the colour that shows through transparent pixels
 
     def __post_init__(self) -> None:
-        if not 0 < self.pixel_limit <= PILLOW_LIMIT:
-            raise ValueError(
-                f"Decoding: pixel_limit={self.pixel_limit} given; must lie in 1..{PILLOW_LIMIT}."
-            )
-        if self.orientation not in ORIENTATIONS:
-            raise ValueError(
-                f"Decoding: orientation={self.orientation!r} given; "
-                f"one of: {', '.join(ORIENTATIONS)}."
-            )
+        limit, orientation = self.pixel_limit, self.orientation
+        if not 0 < limit <= PILLOW_LIMIT:
+            raise ValueError(f"Decoding: pixel_limit={limit} given; must lie in 1..{PILLOW_LIMIT}.")
+        if orientation not in ORIENTATIONS:
+            known = ", ".join(ORIENTATIONS)
+            raise ValueError(f"Decoding: orientation={orientation!r} given; one of: {known}.")
 
 
 def decode_image(
@@ -113,12 +110,8 @@ def decode_image(
     picture = orient(open_picture(data, path, rules.pixel_limit), path, rules.orientation)
     load(picture, path)
     if picture.mode not in CONVERSIONS:
-        raise BadSample(
-            path,
-            f"an image of mode {picture.mode}",
-            f"modes that have a rule are {', '.join(CONVERSIONS)}",
-            "Convert it to 8-bit RGB.",
-        )
+        rule = f"modes that have a rule are {', '.join(CONVERSIONS)}"
+        raise BadSample(path, f"an image of mode {picture.mode}", rule, "Convert it to 8-bit RGB.")
     return CONVERSIONS[picture.mode](picture, rules.matte)
 
 
@@ -151,12 +144,9 @@ def decode_segment_ids(
     """Decodes an RGB file of segment ids, R + 256 G + 65536 B."""
     picture = open_labels(data, path, pixel_limit)
     if picture.mode not in ("RGB", "RGBA"):
-        raise BadSample(
-            path,
-            f"a PNG of mode {picture.mode}",
-            "segment ids are stored in RGB as R + 256 G + 65536 B",
-            "Give the panoptic PNG, not the semantic one.",
-        )
+        rule = "segment ids are stored in RGB as R + 256 G + 65536 B"
+        remedy = "Give the panoptic PNG, not the semantic one."
+        raise BadSample(path, f"a PNG of mode {picture.mode}", rule, remedy)
     return opaque_rgb(picture, path).astype(np.int32) @ PLACES
 
 
@@ -184,9 +174,8 @@ def open_picture(data: bytes, path: str, pixel_limit: int) -> Image.Image:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise _too_large(path, str(error), pixel_limit) from None
     except UnidentifiedImageError as error:
-        raise BadSample(
-            path, "not an image", f"files are {', '.join(FORMATS)}", "Replace the file."
-        ) from error
+        rule = f"files are {', '.join(FORMATS)}"
+        raise BadSample(path, "not an image", rule, "Replace the file.") from error
     except Exception as error:  # plugins raise whatever a damaged header makes them raise
         raise truncated(path, str(error)) from error
     if picture.width * picture.height > pixel_limit:
@@ -198,9 +187,8 @@ def open_picture(data: bytes, path: str, pixel_limit: int) -> Image.Image:
 
 
 def _too_large(path: str, size: str, limit: int) -> BadSample:
-    return BadSample(
-        path, size, f"the limit is {limit} pixels", "Make it smaller, or raise pixel_limit."
-    )
+    remedy = "Make it smaller, or raise pixel_limit."
+    return BadSample(path, size, f"the limit is {limit} pixels", remedy)
 
 
 def check_chunks(data: bytes, path: str) -> None:
@@ -213,19 +201,14 @@ def check_chunks(data: bytes, path: str) -> None:
         if len(data) < end + 4:
             raise truncated(path)
         if zlib.crc32(data[start + 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
-            raise BadSample(
-                path,
-                f"a checksum of the PNG does not match (chunk {kind.decode('latin1')!r})",
-                "a whole file",
-                "Copy it again from its source.",
-            )
+            found = f"a checksum of the PNG does not match (chunk {kind.decode('latin1')!r})"
+            raise BadSample(path, found, *WHOLE)
         start = end + 4
 
 
 def truncated(path: str, why: str = "") -> BadSample:
     """Returns the problem that the file ends too early."""
-    found = f"the file is truncated or damaged{f' ({why})' if why else ''}"
-    return BadSample(path, found, "a whole file", "Copy it again from its source.")
+    return BadSample(path, f"the file is truncated or damaged{f' ({why})' if why else ''}", *WHOLE)
 
 
 def load(picture: Image.Image, path: str) -> None:
@@ -254,12 +237,9 @@ def orient(picture: Image.Image, path: str, rule: str) -> Image.Image:
     if rule == "apply":
         load(picture, path)
         return ImageOps.exif_transpose(picture)
-    raise BadSample(
-        path,
-        f"EXIF orientation {turn}: viewers turn this picture, its labels may not be turned",
-        "orientation 1 where there are labels",
-        "Turn the pixels and drop the tag, or set orientation to 'apply' or 'ignore'.",
-    )
+    found = f"EXIF orientation {turn}: viewers turn this picture, its labels may not be turned"
+    remedy = "Turn the pixels and drop the tag, or set orientation to 'apply' or 'ignore'."
+    raise BadSample(path, found, "orientation 1 where there are labels", remedy)
 
 
 def open_labels(data: bytes, path: str, pixel_limit: int) -> Image.Image:
@@ -267,17 +247,12 @@ def open_labels(data: bytes, path: str, pixel_limit: int) -> Image.Image:
     picture = open_picture(data, path, pixel_limit)
     if picture.format != "PNG":  # lossless others exist, but no data set keeps labels in them
         lossy = " (lossy: it changes values)" if picture.format in LOSSY else ""
-        raise BadSample(
-            path,
-            f"labels stored as {picture.format}{lossy}",
-            "labels are PNG",
-            "Export the labels again from their source as PNG.",
-        )
+        remedy = "Export the labels again from their source as PNG."
+        raise BadSample(path, f"labels stored as {picture.format}{lossy}", "labels are PNG", remedy)
     load(picture, path)
     if picture.mode not in ("1", "L", "P", "I;16", "I", "LA", "RGB", "RGBA"):
-        raise BadSample(
-            path, f"labels of mode {picture.mode}", "palette or grey PNG", "Export them again."
-        )
+        found = f"labels of mode {picture.mode}"
+        raise BadSample(path, found, "palette or grey PNG", "Export them again.")
     return picture
 
 
@@ -298,11 +273,9 @@ def opaque_rgb(picture: Image.Image, path: str) -> np.ndarray:
 
 def refuse_transparency(alpha: np.ndarray, path: str) -> None:
     """Raises BadSample where label pixels are not opaque."""
-    count = int((alpha != 255).sum())
-    if count:
-        raise BadSample(
-            path, f"{count} label pixels are transparent", "labels are opaque", "Fill them in."
-        )
+    if count := int((alpha != 255).sum()):
+        found = f"{count} label pixels are transparent"
+        raise BadSample(path, found, "labels are opaque", "Fill them in.")
 
 
 def paint_to_values(
@@ -315,21 +288,15 @@ def paint_to_values(
     )
     names = [(int(r), int(g), int(b)) for r, g, b in pixels.reshape(-1, 3)[first]]
     if colours is None:
-        raise BadSample(
-            path,
-            f"labels painted in RGB (different colours: {len(names)}, such as {names[0]})",
-            "labels are palette or grey PNG of indices",
-            "Save indices, or give a colour map (colours=...).",
-        )
+        found = f"labels painted in RGB (different colours: {len(names)}, such as {names[0]})"
+        rule = "labels are palette or grey PNG of indices"
+        raise BadSample(path, found, rule, "Save indices, or give a colour map (colours=...).")
     unknown = [f"{name} ({n} px)" for name, n in zip(names, counts) if name not in colours]
     if unknown:
         more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
-        raise BadSample(
-            path,
-            f"colours {', '.join(unknown[:5])}{more} are not in the colour map",
-            f"the map has {len(colours)} colours",
-            "Fix the labels, or add the colours to the map.",
-        )
+        found = f"colours {', '.join(unknown[:5])}{more} are not in the colour map"
+        remedy = "Fix the labels, or add the colours to the map."
+        raise BadSample(path, found, f"the map has {len(colours)} colours", remedy)
     values = np.array([colours[name] for name in names], np.int32)
     return values[inverse].reshape(codes.shape)
 

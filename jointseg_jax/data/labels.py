@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import TypedDict, cast
 
 import numpy as np
-from jaxtyping import Int16, Int32
+from jaxtyping import Int16
 
 from jointseg_jax.data import files
 from jointseg_jax.data.class_lists import CLASS_LISTS
@@ -64,37 +64,25 @@ class LabelRule:
     def read(
         self, data: bytes, path: str, classes: Classes, *, pixel_limit: int = PIXEL_LIMIT
     ) -> Int16[np.ndarray, "height width"]:
-        """Decodes a label file to class indices."""
+        """Decodes a label file to class indices; refuses values that stand for nothing."""
         colours = dict(self.colours) or None
         values = decode_labels(data, path, colours=colours, pixel_limit=pixel_limit)
-        return self.classes_of(values, path, classes)
-
-    def classes_of(
-        self, values: Int32[np.ndarray, "height width"], path: str, classes: Classes
-    ) -> Int16[np.ndarray, "height width"]:
-        """Returns the classes of file values; refuses values that stand for nothing."""
         # One gather per map: the table of all 16-bit values is made once for a rule.
         labels = lookup(self, len(classes)).take(values)
         outside = labels == _OUTSIDE
         if outside.any():
-            raise self.out_of_range(values[outside], path, classes)
+            raise self._out_of_range(values[outside], path, classes)
         return labels
 
-    def out_of_range(self, values: np.ndarray, path: str, classes: Classes) -> BadSample:
-        """Returns the problem that names the values which stand for no class."""
-        void = ", ".join(map(str, self.void)) or "none"
-        return BadSample(
-            path,
-            f"labels {counted(values)} out of range",
-            f"there are {len(classes)} classes (file values {self._range(len(classes))}) "
-            f"and void {void}",
-            "Fix the mask, or change the class list or the label map of this source.",
-        )
-
-    def _range(self, count: int) -> str:
+    def _out_of_range(self, values: np.ndarray, path: str, classes: Classes) -> BadSample:
+        count, void = len(classes), ", ".join(map(str, self.void)) or "none"
+        known = f"{self.shift}-{self.shift + count - 1}"
         if self.table:
-            return f"of the label map, {len(self.table)} in number"
-        return f"{self.shift}-{self.shift + count - 1}"
+            known = f"of the label map, {len(self.table)} in number"
+        found = f"labels {counted(values)} out of range"
+        rule = f"there are {count} classes (file values {known}) and void {void}"
+        remedy = "Fix the mask, or change the class list or the label map of this source."
+        return BadSample(path, found, rule, remedy)
 
 
 @functools.cache
@@ -155,8 +143,7 @@ def parse(content: object) -> tuple[Classes, LabelRule]:
     """Returns classes and label rule of the contents of a ``classes.json``."""
     if not isinstance(content, dict) or "classes" not in content:
         raise ValueError("no 'classes' in it")
-    unknown = sorted(set(content) - set(KEYS))
-    if unknown:
+    if unknown := sorted(set(content) - set(KEYS)):
         raise ValueError(f"unknown keys {', '.join(unknown)}; known: {', '.join(KEYS)}")
     classes = class_list(content["classes"], content.get("swaps", ()))
     return classes, label_rule(content, classes)
@@ -170,7 +157,6 @@ def class_list(entries: Sequence[object], swaps: Iterable[Sequence[str]] = ()) -
     """
     full: list[dict] = [e if isinstance(e, dict) else {"name": e} for e in entries]
     names = tuple(str(e["name"]) for e in full)
-    # One class without a colour leaves the whole list to the default palette.
     coloured = full if all("colour" in e for e in full) else []
     return Classes(
         names=names,

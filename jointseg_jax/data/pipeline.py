@@ -51,7 +51,7 @@ class Rows:
     batch: int  # rows of the global batch
     train: bool
     bad: str  # ``replace`` by the next good record, or ``stop``
-    mark: bool  # adds ``valid``, true where the record read is the one at its own position
+    mark: bool = False  # adds ``valid``, true where the record read is that of its own position
     instances: int = 0  # the highest instance number of the field ``panoptic``; 0: no such field
 
     def __post_init__(self) -> None:
@@ -152,21 +152,28 @@ def stack(rows: Sequence[Row]) -> Row:
 class Batches(HostBatches):
     """Batches read by Grain; ``drain`` reports the bad samples met."""
 
-    def __init__(self, block: HostBlock, *, step: int, limit: int, reading: ReadConfig):
-        super().__init__(step)
-        self._limit = limit
+    def __init__(
+        self,
+        rows: grain.MapDataset,
+        reading: ReadConfig,
+        *,
+        batch: int,
+        host: int,
+        hosts: int,
+        step: int = 0,
+    ):
+        block = HostBlock(rows, batch=batch, host=host, hosts=hosts, start=step)
+        super().__init__(step, iter(read_ahead(block.batch(block.local, batch_fn=stack), reading)))
+        self._limit = reading.bad_limit
         self._seen: set[int] = set()
         self._reports: list[BadReport] = []
-        self._iterator = iter(read_ahead(block.batch(block.local, batch_fn=stack), reading))
 
-    def __next__(self) -> Batch:
-        if self._iterator is None:
-            raise ValueError("these batches are closed; make new ones with start_step=step.")
+    def received(self, batch: Row) -> Batch:
+        """Takes the reports out of a batch, and its arrays out of the memory of workers."""
         # Reports ride beside the arrays as JSON: Grain's workers hand over arrays and strings only.
-        batch = dict(next(self._iterator))
-        self._count(json.loads(batch.pop("bad")))
-        self.step += 1
-        return {name: private(array) for name, array in batch.items()}
+        arrays = dict(batch)
+        self._count(json.loads(arrays.pop("bad")))
+        return {name: private(array) for name, array in arrays.items()}
 
     def _count(self, rows: list[list[BadReport]]) -> None:
         self.replaced += len(rows)
@@ -186,13 +193,6 @@ class Batches(HostBatches):
         """Returns the bad samples first met since the last call."""
         reports, self._reports = self._reports, []
         return reports
-
-    def close(self) -> None:
-        """Ends threads and workers and frees their shared memory."""
-        # Dropped as well: Grain complains about iterators that live on when the interpreter ends.
-        iterator, self._iterator = self._iterator, None
-        if iterator is not None:
-            iterator.close()
 
 
 def batches(
@@ -225,30 +225,16 @@ def batches(
     check_hosts(batch, host, hosts)
     if start_step < 0:
         raise ValueError(f"data: start_step={start_step} given; must be 0 or more.")
+    place = {"batch": batch, "host": host, "hosts": hosts, "step": start_step}
     if isinstance(source, CachedSource):
         source.check_tokenizer(tokenizer)
-        place = {"step": start_step, "host": host, "hosts": hosts}
-        return CachedBatches(
-            source, batch=batch, seed=seed, train=train, threads=reading.threads, **place
-        )
-    rows = make_rows(
-        source,
-        transforms,
-        tokenizer=tokenizer,
-        seed=seed,
-        batch=batch,
-        train=train,
-        bad=reading.bad,
-        mark=False,
-        instances=instances,
-    )
+        return CachedBatches(source, seed=seed, train=train, threads=reading.threads, **place)
+    options = {"tokenizer": tokenizer, "bad": reading.bad, "instances": instances}
+    rows = make_rows(source, transforms, seed=seed, batch=batch, train=train, **options)
     # Grain shuffles epoch e with seed + e; hashing first keeps neighbouring seeds apart.
     mixed = int(np.random.SeedSequence(seed).generate_state(1)[0])
     order = grain.MapDataset.range(len(source)).shuffle(mixed).repeat()
-    block = HostBlock(
-        order.map_with_index(rows), batch=batch, host=host, hosts=hosts, start=start_step
-    )
-    return Batches(block, step=start_step, limit=reading.bad_limit, reading=reading)
+    return Batches(order.map_with_index(rows), reading, **place)
 
 
 def evaluation_batches(
@@ -277,23 +263,13 @@ def evaluation_batches(
         raise UserError(f"ERROR [data] limit={limit} given; evaluate at least 1 record.")
     if isinstance(source, CachedSource):  # its views were made when it was encoded
         transforms, instances = (), 0
-    rows = make_rows(
-        source,
-        transforms,
-        tokenizer=tokenizer,
-        seed=0,
-        batch=batch,
-        train=False,
-        bad=reading.bad,
-        mark=True,
-        instances=instances,
-    )
+    options = {"tokenizer": tokenizer, "bad": reading.bad, "instances": instances}
+    rows = make_rows(source, transforms, seed=0, batch=batch, train=False, mark=True, **options)
     count = len(source) if limit is None else min(limit, len(source))
     # Whole batches: the last record is repeated, and ``valid`` is false there.
     padded = -(-count // batch) * batch
     order = grain.MapDataset.range(padded).map(lambda position: min(position, count - 1))
-    block = HostBlock(order.map_with_index(rows), batch=batch, host=host, hosts=hosts, start=0)
-    return Batches(block, step=0, limit=reading.bad_limit, reading=reading)
+    return Batches(order.map_with_index(rows), reading, batch=batch, host=host, hosts=hosts)
 
 
 def make_rows(source: Source, transforms: Sequence[Transform], **fields: Any) -> Rows:

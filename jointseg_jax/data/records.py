@@ -27,28 +27,28 @@ class Source(Protocol):
     @property
     def name(self) -> str:
         """Names the source in messages and manifests."""
-        ...
 
     @property
     def classes(self) -> Classes:
         """Says what the label values mean."""
-        ...
 
     def __len__(self) -> int:
         """Counts the records."""
-        ...
 
     def __getitem__(self, index: int) -> Record:
         """Returns one record, or raises BadSample."""
-        ...
 
     def words(self) -> tuple[str, ...]:
         """Lists every word its captions can contain, sorted."""
-        ...
 
     def fingerprint(self) -> dict[str, object]:
         """Returns the plain values that must match when a run resumes."""
-        ...
+
+
+def derive(frozen: object, **values: object) -> None:
+    """Sets fields of a frozen dataclass that follow from its other fields."""
+    for name, value in values.items():
+        object.__setattr__(frozen, name, value)
 
 
 class BadReport(TypedDict):
@@ -66,10 +66,7 @@ class BadSample(Exception):
     def __init__(self, path: str, found: str, expected: str, remedy: str):
         # All four go to Exception.args, which is what pickle rebuilds an exception from.
         super().__init__(path, found, expected, remedy)
-        self.path = path
-        self.found = found
-        self.expected = expected
-        self.remedy = remedy
+        self.path, self.found, self.expected, self.remedy = path, found, expected, remedy
 
     def __str__(self) -> str:
         return f"ERROR [data] {self.path}: {self.found}; {self.expected}. {self.remedy}"
@@ -91,26 +88,22 @@ def check_record(record: Mapping[str, object], classes: Classes, where: str | No
     image = _array(record, "image", np.uint8, 3, where)
     labels = _array(record, "labels", np.int16, 2, where)
     if image.shape[2] != 3:
-        raise BadSample(
-            where, f"image of shape {image.shape}", "images have 3 channels", "Convert it to RGB."
-        )
+        found = f"image of shape {image.shape}"
+        raise BadSample(where, found, "images have 3 channels", "Convert it to RGB.")
     maps = {"labels": labels}
     if "segments" in record:
         maps["segments"] = _array(record, "segments", np.int32, 2, where)
     for key, value in maps.items():
         if value.shape != image.shape[:2]:
-            raise BadSample(
-                where,
-                f"{key} is {value.shape[1]}x{value.shape[0]} (width x height)",
-                f"its image is {image.shape[1]}x{image.shape[0]}",
-                "Give both files the same size; sizes are never changed silently.",
-            )
+            found = f"{key} is {value.shape[1]}x{value.shape[0]} (width x height)"
+            rule = f"its image is {image.shape[1]}x{image.shape[0]}"
+            remedy = "Give both files the same size; sizes are never changed silently."
+            raise BadSample(where, found, rule, remedy)
     check_labels(labels, classes, where)
     captions = record.get("captions")
     if not isinstance(captions, tuple) or not all(isinstance(text, str) for text in captions):
-        raise BadSample(
-            where, f"captions {captions!r}", "captions are a tuple of str", "Fix the source."
-        )
+        found = f"captions {captions!r}"
+        raise BadSample(where, found, "captions are a tuple of str", "Fix the source.")
 
 
 def check_labels(labels: np.ndarray, classes: Classes, where: str) -> None:
@@ -119,12 +112,10 @@ def check_labels(labels: np.ndarray, classes: Classes, where: str) -> None:
     if labels.size == 0 or (labels.min() >= VOID and labels.max() < len(classes)):
         return
     bad = (labels != VOID) & ((labels < 0) | (labels >= len(classes)))
-    raise BadSample(
-        where,
-        f"labels {counted(labels[bad])} out of range",
-        f"there are {len(classes)} classes (0-{len(classes) - 1}) and void {VOID}",
-        "Fix the mask, or change the class list or label map of this source.",
-    )
+    found = f"labels {counted(labels[bad])} out of range"
+    rule = f"there are {len(classes)} classes (0-{len(classes) - 1}) and void {VOID}"
+    remedy = "Fix the mask, or change the class list or label map of this source."
+    raise BadSample(where, found, rule, remedy)
 
 
 def counted(values: np.ndarray) -> str:

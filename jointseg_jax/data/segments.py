@@ -100,32 +100,26 @@ def listed(
         )
     # id = 65536 (class + 1) + number, and 0 where nothing is annotated
     ids = np.where(table.labels == VOID, 0, (table.labels + 1) << 16 | table.segments)
-    top, left, bottom, right = _boxes(table)
-    rows = []
-    for i in np.flatnonzero(ids):
-        category = int(table.labels[i])
-        isthing = classes.isthing[category]
-        box = (left[i], top[i], right[i] - left[i] + 1, bottom[i] - top[i] + 1)
-        row: dict[str, object] = {
-            "id": int(ids[i]),
-            "category_id": category,
-            "isthing": int(isthing),
-        }
-        # A thing without a number cannot be told from its neighbours: COCO calls that a crowd.
-        row |= {"iscrowd": int(isthing and table.segments[i] == 0)}
-        rows.append(row | {"area": int(table.areas[i]), "bbox": [int(n) for n in box]})
+    isthing = countable(table.labels, classes.isthing)
+    columns = {"id": ids, "category_id": table.labels, "isthing": isthing}
+    # A thing without a number cannot be told from its neighbours: COCO calls that a crowd.
+    columns |= {"iscrowd": isthing & (table.segments == 0), "area": table.areas}
+    boxes = _boxes(table).tolist()
+    rows: list[dict[str, object]] = [
+        {**{name: int(column[i]) for name, column in columns.items()}, "bbox": boxes[i]}
+        for i in np.flatnonzero(ids)
+    ]
     return ids[table.codes].astype(np.int32), rows
 
 
-def _boxes(table: Parts) -> tuple[np.ndarray, ...]:
-    """First row, first column, last row and last column of every pair."""
-    ends = []
-    for extreme, start in ((np.minimum, max(table.codes.shape)), (np.maximum, -1)):
-        for axis in np.indices(table.codes.shape):  # the row, then the column, of every pixel
-            end = np.full(len(table.areas), start)
-            extreme.at(end, table.codes, axis)
-            ends.append(end)
-    return tuple(ends)
+def _boxes(table: Parts) -> Integer[np.ndarray, "pairs 4"]:
+    """Returns left, top, width and height of every pair."""
+    low = np.full((2, len(table.areas)), max(table.codes.shape))
+    high = np.full_like(low, -1)
+    for axis, place in enumerate(np.indices(table.codes.shape)[::-1]):  # columns, then rows
+        np.minimum.at(low[axis], table.codes, place)
+        np.maximum.at(high[axis], table.codes, place)
+    return np.concatenate([low, high - low + 1]).T
 
 
 def labels_of_segments(
@@ -134,28 +128,21 @@ def labels_of_segments(
     """Returns class and segment id per pixel; refuses a PNG and a JSON that disagree."""
     present, inverse, areas = np.unique(ids, return_inverse=True, return_counts=True)
     rows = {int(row[0]): row for row in segments}
-    problems = [*_unlisted(present, areas, rows), *_disagreeing(present, areas, rows)]
-    if problems:
-        raise BadSample(
-            path,
-            "; ".join(problems[:5]) + (f" and {len(problems) - 5} more" if problems[5:] else ""),
-            "the PNG and the segments_info of the JSON agree",
-            "Take both from the same release.",
-        )
+    if problems := _disagreeing(dict(zip(present.tolist(), areas.tolist())), rows):
+        more = f" and {len(problems) - 5} more" if problems[5:] else ""
+        rule = "the PNG and the segments_info of the JSON agree"
+        found = "; ".join(problems[:5]) + more
+        raise BadSample(path, found, rule, "Take both from the same release.")
     # Id 0 is void; a crowd keeps its class and loses its id, for it is not one instance.
     kinds = np.array([VOID if i == 0 else rows[int(i)][1] for i in present], np.int16)
     kept = np.array([i if i and not rows[int(i)][2] else 0 for i in present], np.int32)
     return kinds[inverse].reshape(ids.shape), kept[inverse].reshape(ids.shape)
 
 
-def _unlisted(present: np.ndarray, areas: np.ndarray, rows: dict[int, np.ndarray]) -> list[str]:
-    pairs = zip(present.tolist(), areas.tolist())
-    return [f"segment {i} ({n} px) is not in the JSON" for i, n in pairs if i and i not in rows]
-
-
-def _disagreeing(present: np.ndarray, areas: np.ndarray, rows: dict[int, np.ndarray]) -> list[str]:
-    area = dict(zip(present.tolist(), areas.tolist()))
-    problems = []
+def _disagreeing(area: dict[int, int], rows: dict[int, np.ndarray]) -> list[str]:
+    """Returns what is wrong between the areas of a PNG's ids and the rows of its JSON."""
+    unlisted = {i: n for i, n in area.items() if i and i not in rows}
+    problems = [f"segment {i} ({n} px) is not in the JSON" for i, n in unlisted.items()]
     for key, row in rows.items():
         if key not in area:
             problems.append(f"segment {key} of the JSON has no pixels")

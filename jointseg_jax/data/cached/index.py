@@ -98,11 +98,7 @@ def index_path(root: str | Path, split: str) -> Path:
 
 
 def read_index(path: Path) -> CacheIndex:
-    """Reads an index of this version, finished or not.
-
-    Raises:
-      UserError: no index of this version is there.
-    """
+    """Reads an index of this version, finished or not; raises UserError for any other file."""
     made = "Caches are made by launch/encode.py; check config.data.cache."
     try:
         index = files.read_json(path)
@@ -138,6 +134,12 @@ def check_files(root: Path, entries: Iterable[ShardEntry | TableEntry]) -> None:
     """Refuses files that are missing or have another size than was written."""
     written = ((files.inside(root, entry["file"]), entry["bytes"]) for entry in entries)
     files.require_sizes(root, written, what="files of the cache", remedy=AGAIN)
+
+
+def damaged(path: Path, kind: str, what: str) -> BadSample:
+    """Returns the problem of a shard or table that holds something else than was written."""
+    found = f"the {kind} is damaged ({what} in it has another sum than was written)"
+    return BadSample(str(path), found, f"a whole {kind}", AGAIN)
 
 
 def dump(content: Mapping[str, object]) -> bytes:

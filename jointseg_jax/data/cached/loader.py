@@ -16,6 +16,7 @@ import itertools
 from collections.abc import Callable, Generator
 from typing import Protocol, runtime_checkable
 
+import grain
 import numpy as np
 
 from jointseg_jax.data.records import BadReport, BadSample
@@ -34,33 +35,38 @@ class CachedSource(Protocol):
 
     def __len__(self) -> int:
         """Counts the records."""
-        ...
 
     def check_tokenizer(self, tokenizer: Tokenizer | None) -> None:
         """Refuses a tokenizer other than the one its text was made with."""
-        ...
 
     def gather(self, records: np.ndarray, random: np.ndarray | None = None) -> Batch:
         """Returns the batch fields of ``records``; ``random`` [DRAWS, records] chooses variants."""
-        ...
 
     def damage(self) -> list[BadSample]:
         """Reads every file; returns what is wrong with them."""
-        ...
 
 
 class HostBatches:
     """An iterator over host batches whose state is ``step``; close it, or use ``with``."""
 
-    def __init__(self, step: int):
+    def __init__(self, step: int, ahead: Generator[Batch, None, None] | grain.DatasetIterator):
         self.step = step  # the global step of the next batch
         self.replaced = 0  # rows so far that hold another record instead of a bad sample
+        self._ahead: Generator[Batch, None, None] | grain.DatasetIterator | None = ahead
 
     def __iter__(self) -> HostBatches:
         return self
 
     def __next__(self) -> Batch:
-        raise NotImplementedError
+        if self._ahead is None:
+            raise ValueError("these batches are closed; make new ones with start_step=step.")
+        batch = self.received(next(self._ahead))
+        self.step += 1
+        return batch
+
+    def received(self, batch: Batch) -> Batch:
+        """Returns a batch as it is handed out."""
+        return batch
 
     def drain(self) -> list[BadReport]:
         """Returns the bad samples first met since the last call."""
@@ -68,6 +74,10 @@ class HostBatches:
 
     def close(self) -> None:
         """Ends threads and workers and frees their memory."""
+        # Dropped as well: Grain complains about iterators that live on when the interpreter ends.
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None:
+            ahead.close()
 
     def __enter__(self) -> HostBatches:
         return self
@@ -91,14 +101,12 @@ class CachedBatches(HostBatches):
         train: bool,
         threads: int,
     ):
-        super().__init__(step)
+        super().__init__(step, in_order(self._make, map(self.plan, itertools.count(step)), threads))
         self._source, self._batch, self._seed, self._train = source, batch, seed, train
         local = batch // hosts
         self._own = np.arange(host * local, (host + 1) * local)
         # The order of the last epoch asked for: a batch may lie in two, and n may be millions.
         self._epoch: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
-        plans = map(self.plan, itertools.count(step))
-        self._ahead: Generator[Batch, None, None] | None = in_order(self._make, plans, threads)
 
     def plan(self, step: int) -> tuple[np.ndarray, np.ndarray | None]:
         """Returns the records [rows] and random numbers [DRAWS, rows] of this host in a step."""
@@ -123,16 +131,3 @@ class CachedBatches(HostBatches):
     def _make(self, plan: tuple[np.ndarray, np.ndarray | None]) -> Batch:
         records, random = plan
         return {**self._source.gather(records, random), "index": records}
-
-    def __next__(self) -> Batch:
-        if self._ahead is None:
-            raise ValueError("these batches are closed; make new ones with start_step=step.")
-        batch = next(self._ahead)
-        self.step += 1
-        return batch
-
-    def close(self) -> None:
-        """Ends the threads."""
-        ahead, self._ahead = self._ahead, None
-        if ahead is not None:
-            ahead.close()

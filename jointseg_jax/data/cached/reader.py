@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import bisect
 import functools
-import hashlib
 import itertools
 import threading
 from collections.abc import Callable
@@ -34,6 +33,7 @@ from jointseg_jax.data.cached.index import (
     Note,
     check_files,
     classes_of,
+    damaged,
     fields_of,
     index_path,
     opened,
@@ -42,9 +42,9 @@ from jointseg_jax.data.cached.index import (
     row_sums,
     text_of,
 )
-from jointseg_jax.data.cached.texts import Texts
+from jointseg_jax.data.cached.texts import PIECE, Texts
 from jointseg_jax.data.classes import Classes
-from jointseg_jax.data.records import BadSample, Record
+from jointseg_jax.data.records import BadSample, Record, derive
 from jointseg_jax.types import UserError
 
 Shard = tuple[list[np.ndarray], np.ndarray]
@@ -93,14 +93,10 @@ class Cache:
         for entry in shards:
             if entry["bytes"] != entry["records"] * index["variants"] * row_bytes(fields):
                 raise ValueError(f"{entry['file']}: {entry['records']} records of other fields")
-        for name, value in {
-            "index": index,
-            "classes": classes_of(index),
-            "fields": fields,
-            "texts": Texts(root, tables, text) if text else None,
-            "_starts": list(itertools.accumulate((s["records"] for s in shards), initial=0)),
-        }.items():
-            object.__setattr__(self, name, value)
+        starts = list(itertools.accumulate((s["records"] for s in shards), initial=0))
+        texts = Texts(root, tables, text) if text else None
+        classes = classes_of(index)
+        derive(self, index=index, classes=classes, fields=fields, texts=texts, _starts=starts)
 
     def __reduce__(self) -> tuple[Callable[[], Cache], tuple[()]]:
         # A copy in a worker opens the files itself: locks and maps do not travel.
@@ -125,12 +121,11 @@ class Cache:
 
     def fingerprint(self) -> dict[str, object]:
         """Returns the plain values that must match when a run resumes."""
-        digests = "".join(shard["sha256"] for shard in self.index["shards"])
         return {
             "name": "cache",
             "count": len(self),
             "classes": list(self.classes.names),
-            "sha256": hashlib.sha256(digests.encode()).hexdigest()[:16],
+            "sha256": files.short_sum("".join(s["sha256"] for s in self.index["shards"])),
             "source": self.index["settings"]["source"],
         }
 
@@ -172,19 +167,17 @@ class Cache:
 
     def damage(self) -> list[BadSample]:
         """Reads every row; returns what is wrong with each file that is not as it was written."""
+        edges = (start * self.index["variants"] for start in self._starts)
+        spans = [(self._rows, first, end) for first, end in itertools.pairwise(edges)]
+        if self.texts is not None:
+            spans.append((self.texts.rows, 0, len(self.texts)))
         problems = []
-        for first, end in itertools.pairwise(self._starts):
-            rows = np.arange(first * self.index["variants"], end * self.index["variants"])
+        for read, first, end in spans:
             try:
-                for part in np.array_split(rows, -(-len(rows) // 256) or 1):
-                    self._rows(part)
+                for start in range(first, end, PIECE):
+                    read(np.arange(start, min(start + PIECE, end)))
             except BadSample as problem:
                 problems.append(problem)
-        try:
-            if self.texts is not None:
-                self.texts.check()
-        except BadSample as problem:
-            problems.append(problem)
         return problems
 
     def gather(
@@ -238,16 +231,10 @@ class Cache:
     def _check(self, good: np.ndarray, rows: np.ndarray, name: str) -> None:
         if good.all():
             return
-        row = int(rows[np.argmin(good)])
-        record = row // self.index["variants"]
+        record = int(rows[np.argmin(good)]) // self.index["variants"]
         shard = bisect.bisect_right(self._starts, record) - 1
-        raise BadSample(
-            str(Path(self.root) / self.index["shards"][shard]["file"]),
-            f"the shard is damaged ({name!r} of record {record - self._starts[shard]} in it has "
-            "another sum than was written)",
-            "a whole shard",
-            AGAIN,
-        )
+        what = f"{name!r} of record {record - self._starts[shard]}"
+        raise damaged(Path(self.root) / self.index["shards"][shard]["file"], "shard", what)
 
     def _shard(self, number: int) -> Shard:
         with self._lock:

@@ -162,7 +162,7 @@ def _texts(
         names = [record["captions"] for record in records]
         encode = functools.partial(texts.tokenized, field=field, tokenizer=tokenizer)
         return texts.write(root, split, field, names, encode, keep=keep)
-    paths = [*(root / f"{name}{texts.PART}" for name in shards), texts.table_path(root, split)]
+    paths = [*(root / f"{name}{texts.PART}" for name in shards), root / f"{split}{texts.PART}"]
     names = [[record.get("text", "")] for record in records]
     return texts.write(
         root, split, field, names, lambda _: texts.collected(paths, field), keep=keep

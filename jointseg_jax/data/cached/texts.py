@@ -28,18 +28,18 @@ from jointseg_jax.data.cached.index import (
     Field,
     RowFile,
     TableEntry,
+    damaged,
     opened,
     row_bytes,
     row_sums,
 )
-from jointseg_jax.data.records import BadSample
 from jointseg_jax.types import UserError
 
 PIECE = 256
 """Rows moved at a time."""
 
 PART = ".text.bin"
-"""Ending of the texts of one shard."""
+"""Ending of the table of a split, and of the texts of one shard."""
 
 NamedRows = Iterator[tuple[Sequence[str], np.ndarray]]
 """Names of some texts and their 64-bit words, a row each."""
@@ -71,38 +71,23 @@ class Texts:
         if random is not None:
             first = first + (random * count).astype(np.int64)
         if count.all():
-            return self._rows(self._which[first])
+            return self.rows(self._which[first])
         # ``first`` of a record without texts is the next record's: it must not be read.
         texts = np.zeros((len(records), *self.field.shape), self.field.kind)
-        texts[count > 0] = self._rows(self._which[first[count > 0]])
+        texts[count > 0] = self.rows(self._which[first[count > 0]])
         return texts
 
     def of_record(self, record: int) -> np.ndarray:
         """Returns all texts of one record."""
-        return self._rows(self._which[self._starts[record] : self._starts[record + 1]])
+        return self.rows(self._which[self._starts[record] : self._starts[record + 1]])
 
-    def check(self) -> None:
-        """Reads every row; raises BadSample for one that is not as it was written."""
-        for piece in pieces(len(self)):
-            self._rows(np.arange(piece.start, piece.stop))
-
-    def _rows(self, rows: np.ndarray) -> np.ndarray:
+    def rows(self, rows: np.ndarray) -> np.ndarray:
+        """Returns rows of the table; raises BadSample for one that is not as it was written."""
         words = self._words.take(rows, axis=0)
         good = row_sums(words) == self._sums[rows, 0]
         if not good.all():
-            raise BadSample(
-                str(self._path),
-                f"the table is damaged (text {int(rows[np.argmin(good)])} in it has another sum "
-                "than was written)",
-                "a whole table",
-                AGAIN,
-            )
+            raise damaged(self._path, "table", f"text {int(rows[np.argmin(good)])}")
         return self.field.values(words)
-
-
-def table_path(root: Path, split: str) -> Path:
-    """Returns the path of the table of a split."""
-    return root / f"{split}.text.bin"
 
 
 def is_whole(root: Path, index: CacheIndex) -> bool:
@@ -180,7 +165,7 @@ def write(
         starts.append(len(which))
     of = hashlib.sha256(json.dumps([*row_of]).encode()).hexdigest()
     if keep is None or keep.get("of") != of:
-        keep = _table(table_path(root, split), field, row_of, rows(row_of), of)
+        keep = _table(root / f"{split}{PART}", field, row_of, rows(row_of), of)
     return {
         "captions": _saved(root / f"{split}.captions.npy", np.array(starts, np.int64)),
         "texts": _saved(root / f"{split}.texts.npy", np.array(which, np.int32)),

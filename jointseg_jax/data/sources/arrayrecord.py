@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import bisect
 import functools
-import hashlib
 import itertools
 import json
 import threading
@@ -43,7 +42,7 @@ from jointseg_jax.data.labels import (
     stored_rule,
     to_content,
 )
-from jointseg_jax.data.records import BadSample, Record
+from jointseg_jax.data.records import BadSample, Record, derive
 from jointseg_jax.types import UserError
 
 MAGIC = b"JSR1"
@@ -96,11 +95,8 @@ def pack(record: Record, count: int, original: bytes | None = None) -> bytes:
     }
     if "segments" in record:
         parts["segments"] = encode_segment_ids(record["segments"])
-    header = {
-        "id": record["id"],
-        "captions": list(record["captions"]),
-        "parts": {name: len(data) for name, data in parts.items()},
-    }
+    lengths = {name: len(data) for name, data in parts.items()}
+    header = {"id": record["id"], "captions": list(record["captions"]), "parts": lengths}
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     return b"".join([MAGIC, len(text).to_bytes(4, "little"), text, *parts.values()])
 
@@ -123,16 +119,15 @@ def unpack(data: bytes, classes: Classes, where: str) -> Record:
     ends = itertools.accumulate(header["parts"].values(), initial=end)
     spans = dict(zip(header["parts"], itertools.pairwise(ends)))
     parts = {name: data[start:stop] for name, (start, stop) in spans.items()}
+    rule, limit = stored_rule(len(classes)), PILLOW_LIMIT
     record = Record(
         id=header["id"],
         image=decode_image(parts["image"], where, STORED),
-        labels=stored_rule(len(classes)).read(
-            parts["labels"], where, classes, pixel_limit=PILLOW_LIMIT
-        ),
+        labels=rule.read(parts["labels"], where, classes, pixel_limit=limit),
         captions=tuple(header["captions"]),
     )
     if "segments" in parts:
-        record["segments"] = decode_segment_ids(parts["segments"], where, pixel_limit=PILLOW_LIMIT)
+        record["segments"] = decode_segment_ids(parts["segments"], where, pixel_limit=limit)
     return record
 
 
@@ -178,7 +173,10 @@ def write_shards(
     }
     # Last: shards that the manifest does not name do not exist.
     files.write_json(folder / MANIFEST, manifest)
-    remove_strays(folder, split, {shard["file"] for shard in written})
+    kept = {shard["file"] for shard in written}
+    for path in [*folder.glob(f"{split}-*-of-*.arrayrecord*")]:
+        if path.name not in kept:
+            path.unlink()  # left by an earlier or a killed run
     return manifest["splits"][split]
 
 
@@ -233,13 +231,6 @@ def write_shard(packed: Iterable[bytes], path: Path) -> ShardContent:
     return ShardContent(file=path.name, count=count, **files.size_and_sum(path))
 
 
-def remove_strays(folder: Path, split: str, kept: set[str]) -> None:
-    """Removes the shards of this split that an earlier or a killed run left."""
-    for path in [*folder.glob(f"{split}-*-of-*.arrayrecord*")]:
-        if path.name not in kept:
-            path.unlink()
-
-
 @dataclass(frozen=True, kw_only=True)
 class ArrayRecords:
     """A split of a folder of our shards, as a source of records."""
@@ -248,11 +239,10 @@ class ArrayRecords:
     split: str
     classes: Classes = field(init=False, repr=False)
     shards: tuple[tuple[str, int], ...] = field(init=False, repr=False)  # file, number of records
+    _split: SplitContent = field(init=False, repr=False, compare=False)
     _starts: list[int] = field(init=False, repr=False, compare=False)  # first record of each shard
-    _words: tuple[str, ...] = field(init=False, repr=False, compare=False)
-    _digest: str = field(init=False, repr=False, compare=False)
     # Readers are opened when first needed, by whichever thread comes first.
-    _readers: dict[int, Any] = field(init=False, repr=False, compare=False, default_factory=dict)
+    _readers: dict[str, Any] = field(init=False, repr=False, compare=False, default_factory=dict)
     _lock: AbstractContextManager[bool] = field(
         init=False, repr=False, compare=False, default_factory=threading.Lock
     )
@@ -273,15 +263,9 @@ class ArrayRecords:
             remedy="Copy them again from their source, or run launch/prepare.py again.",
         )
         shards = tuple((shard["file"], shard["count"]) for shard in split["shards"])
-        digests = "".join(shard["sha256"] for shard in split["shards"])
-        for name, value in {
-            "classes": class_list(content["classes"], content["swaps"]),
-            "shards": shards,
-            "_starts": list(itertools.accumulate((n for _, n in shards), initial=0)),
-            "_words": tuple(split["words"]),
-            "_digest": hashlib.sha256(digests.encode()).hexdigest()[:16],
-        }.items():
-            object.__setattr__(self, name, value)
+        starts = list(itertools.accumulate((n for _, n in shards), initial=0))
+        derive(self, classes=class_list(content["classes"], content["swaps"]))
+        derive(self, shards=shards, _split=split, _starts=starts)
 
     def __reduce__(self) -> tuple[Callable[[], ArrayRecords], tuple[()]]:
         # A copy in a worker opens the shards itself: locks and readers do not travel.
@@ -301,29 +285,27 @@ class ArrayRecords:
             raise IndexError(f"record {index} of {len(self)}")
         shard = bisect.bisect_right(self._starts, index) - 1
         position = index - self._starts[shard]
-        where = f"{Path(self.folder) / self.shards[shard][0]}: record {position}"
-        return unpack(self._read(shard, position, where), self.classes, where)
-
-    def _read(self, shard: int, position: int, where: str) -> bytes:
+        path = str(Path(self.folder) / self.shards[shard][0])
+        where = f"{path}: record {position}"
         try:
-            return self._reader(shard).read([position])[0]
+            data = self._reader(path).read([position])[0]
         except (RuntimeError, IndexError, ValueError) as error:
             with self._lock:  # a reader that failed once fails for good
-                self._readers.pop(shard, None)
+                self._readers.pop(path, None)
             raise damaged(where, str(error)) from None
+        return unpack(data, self.classes, where)
 
-    def _reader(self, shard: int) -> Any:
+    def _reader(self, path: str) -> Any:
         with self._lock:
-            if shard not in self._readers:
-                path = str(Path(self.folder) / self.shards[shard][0])
+            if path not in self._readers:
                 # Reading ahead would fetch megabytes around every record of a shuffled epoch.
                 reader = array_record_module.ArrayRecordReader(path, "readahead_buffer_size:0")
-                self._readers[shard] = reader
-            return self._readers[shard]
+                self._readers[path] = reader
+            return self._readers[path]
 
     def words(self) -> tuple[str, ...]:
         """Lists every word its captions can contain, sorted."""
-        return self._words
+        return tuple(self._split["words"])
 
     def fingerprint(self) -> dict[str, object]:
         """Returns the plain values that must match when a run resumes."""
@@ -332,5 +314,5 @@ class ArrayRecords:
             "split": self.split,
             "count": len(self),
             "classes": list(self.classes.names),
-            "sha256": self._digest,
+            "sha256": files.short_sum("".join(s["sha256"] for s in self._split["shards"])),
         }

@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -23,7 +22,7 @@ from jaxtyping import Int16, Int32, UInt8
 from jointseg_jax.data import captions
 from jointseg_jax.data.class_lists import CLASS_LISTS
 from jointseg_jax.data.classes import Classes, Colour
-from jointseg_jax.data.files import Files
+from jointseg_jax.data.files import Files, inside, short_sum
 from jointseg_jax.data.images import (
     PIXEL_LIMIT,
     Decoding,
@@ -32,7 +31,7 @@ from jointseg_jax.data.images import (
     decode_segment_ids,
 )
 from jointseg_jax.data.labels import LabelRule, named_classes
-from jointseg_jax.data.records import BadSample, Record, check_record, problem_lines
+from jointseg_jax.data.records import BadSample, Record, derive, problem_lines
 from jointseg_jax.data.segments import labels_of_segments
 from jointseg_jax.data.sources.layouts import LAYOUTS, Entry, SplitIndex
 from jointseg_jax.types import UserError
@@ -66,22 +65,17 @@ class Folders:
     def __post_init__(self) -> None:
         if self.layout not in LAYOUTS:
             raise ValueError(f"layout={self.layout!r} given; one of: {', '.join(LAYOUTS)}.")
-        self._set("decoding", Decoding(orientation=self.orientation, pixel_limit=self.pixel_limit))
-        self._set("files", Files.of(Path(self.root)))
+        decoding = Decoding(orientation=self.orientation, pixel_limit=self.pixel_limit)
+        derive(self, decoding=decoding, files=Files.of(Path(self.root)))
         listing = list_split(Path(self.root), self.split, self.layout)
-        self._set("classes", self._classes(listing))
-        self._set("rule", self._rule(listing))
-        self._set("entries", listing.entries)
-        self._set("problems", listing.problems)
+        derive(self, classes=self._classes(listing), rule=self._rule(listing))
+        derive(self, entries=listing.entries, problems=listing.problems)
         if self.strict:
             refuse([*self.problems, *(e.problem for e in self.entries if e.problem)], self.name)
 
     @property
     def _known(self) -> Classes:
         return cast(Classes, self.classes)  # a name, path or None only until ``__post_init__``
-
-    def _set(self, name: str, value: object) -> None:
-        object.__setattr__(self, name, value)  # frozen, but what follows from the fields is kept
 
     def _classes(self, listing: SplitIndex) -> Classes:
         if self.classes is not None:
@@ -121,26 +115,17 @@ class Folders:
         if entry.problem is not None:
             raise entry.problem
         image = read_image(self.files, entry, self.decoding)
-        labels, segments = read_labels(
-            self.files, entry, self.rule, self._known, pixel_limit=self.pixel_limit
-        )
+        limit = self.pixel_limit
+        labels, segments = read_labels(self.files, entry, self.rule, self._known, limit)
         if entry.parts:  # CelebAMask-HQ draws the parts at half the size of its images
             labels = enlarge(labels, image.shape[:2])
         record = Record(id=entry.id, image=image, labels=labels, captions=entry.captions)
-        if not entry.captions:
-            record["captions"] = (captions.describe(labels, self._known),)
-        if segments is not None:
-            record["segments"] = segments
-        check_record(record, self._known, str(self.path(entry.labels)))
-        return record
+        where = str(inside(self.files.root, entry.labels))
+        return captions.completed(record, segments, self._known, where)
 
     def original(self, index: int) -> bytes:
         """Returns the image file of a record as it is on disk."""
         return self.files.read(self.entries[index].image)[1]
-
-    def path(self, name: str) -> Path:
-        """Returns the path of a file of the listing."""
-        return self.files.path(name)
 
     def words(self) -> tuple[str, ...]:
         """Lists every word its captions can contain, sorted."""
@@ -155,15 +140,14 @@ class Folders:
         rows = [
             (e.id, e.image, e.labels, e.captions, e.problem is None, *e.parts) for e in self.entries
         ]
-        rules = repr((self.rule, self.orientation))
         return {
             "name": "folders",
             "layout": self.layout,
             "split": self.split,
             "count": len(self),
             "classes": list(self._known.names),
-            "rules": hashlib.sha256(rules.encode()).hexdigest()[:16],
-            "listing": hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16],
+            "rules": short_sum(repr((self.rule, self.orientation))),
+            "listing": short_sum(json.dumps(rows)),
         }
 
 
@@ -213,7 +197,6 @@ def read_labels(
     entry: Entry,
     rule: LabelRule | None,
     classes: Classes,
-    *,
     pixel_limit: int = PIXEL_LIMIT,
 ) -> tuple[Labels, Int32[np.ndarray, "height width"] | None]:
     """Decodes the labels of an entry, and its segments if it has them.
@@ -239,14 +222,11 @@ def paint(files: Files, parts: Iterable[tuple[int, str]], pixel_limit: int = PIX
         mask = decode_labels(data, str(path), colours=GREYS, pixel_limit=pixel_limit)
         if not first:
             canvas, first = np.zeros(mask.shape, np.int16), name
-        size, wanted = tuple(mask.shape), tuple(canvas.shape)
-        if size != wanted:
-            raise BadSample(
-                str(path),
-                f"a mask of {size[1]}x{size[0]} (width x height)",
-                f"{first} is {wanted[1]}x{wanted[0]}, and all parts have one size",
-                "Take both from the same release.",
-            )
+        (height, width), (tall, wide) = mask.shape, canvas.shape
+        if (height, width) != (tall, wide):
+            found = f"a mask of {width}x{height} (width x height)"
+            rule = f"{first} is {wide}x{tall}, and all parts have one size"
+            raise BadSample(str(path), found, rule, "Take both from the same release.")
         canvas[mask > 0] = label  # over earlier parts: hair over ears, hats over hair
     return canvas
 

@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import functools
 import os
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple, cast
@@ -70,10 +69,6 @@ class FoundFiles(NamedTuple):
     suffix: str  # of file names, ending included
     names: dict[str, list[str]]
 
-    def expected(self, key: str) -> str:
-        """Returns the name that the file of an id should have."""
-        return f"{self.prefix}{key}{self.suffix}"
-
 
 def find(
     root: Path, folder: str, ending: str, *, suffix: str = "", needed: bool = True
@@ -93,8 +88,7 @@ def find(
             f"ERROR [data] {top}: no such folder; the layout keeps files there{others}. "
             "Check config.data.*.root, config.data.*.split and config.data.*.layout."
         )
-    prefix = "" if folder == "." else f"{folder}/"
-    by_id: dict[str, list[str]] = {}
+    found = FoundFiles("" if folder == "." else f"{folder}/", suffix + ending, {})
     for where, below, names in os.walk(top):
         # In place, which is how ``os.walk`` is told not to enter hidden folders.
         below[:] = [name for name in below if not name.startswith(".")]
@@ -102,8 +96,9 @@ def find(
             stem, kind = os.path.splitext(os.path.relpath(os.path.join(where, name), top))
             picture = kind.lower() in files.PICTURES and not name.startswith(".")
             if picture and stem.endswith(suffix):
-                by_id.setdefault(stem.removesuffix(suffix), []).append(f"{prefix}{stem}{kind}")
-    return FoundFiles(prefix, suffix + ending, by_id)
+                same_id = found.names.setdefault(stem.removesuffix(suffix), [])
+                same_id.append(f"{found.prefix}{stem}{kind}")
+    return found
 
 
 def lines_of(root: Path, name: str, remedy: str = "") -> list[str]:
@@ -134,9 +129,8 @@ def optional(
         return None, ()
     texts, problems = reader(path)
     # Caption files of some data sets are keyed by the names of the images.
-    named = {k for k in texts if k.lower().endswith(files.PICTURES)}
-    texts = {k.rsplit(".", 1)[0] if k in named else k: v for k, v in texts.items()}
-    return texts, tuple(problems)
+    ids = {k: k.rsplit(".", 1)[0] if k.lower().endswith(files.PICTURES) else k for k in texts}
+    return {ids[k]: lines for k, lines in texts.items()}, tuple(problems)
 
 
 def pair(
@@ -144,7 +138,7 @@ def pair(
     ids: Iterable[str],
     images: FoundFiles | None,
     labels: FoundFiles | None,
-    texts: Captions | None,
+    texts: Captions | None = None,
 ) -> tuple[Entry, ...]:
     """Joins images, labels and captions by id; what does not fit becomes the entry's problem.
 
@@ -153,52 +147,43 @@ def pair(
     """
     ids = sorted(ids)
     # Case-folded: ids that differ by case only are one file on macOS and Windows.
-    same = Counter(key.casefold() for key in ids)
+    same: dict[str, list[str]] = {}
+    for key in ids:
+        same.setdefault(key.casefold(), []).append(key)
     entries = []
     for key in dict.fromkeys(ids):
         try:
-            if same[key.casefold()] > 1:
-                equal = [k for k in ids if k.casefold() == key.casefold()]
+            if len(equal := same[key.casefold()]) > 1:
                 raise id_collision(root, equal, labels if images is None else images)
-            entries.append(entry_of(root, key, images, labels, texts))
+            files.check_name(root, key)
+            image = single_file(root, images, key, "image")
+            mask = single_file(root, labels, key, "label file")
+            if texts is not None and not texts.get(key):
+                raise without_caption(root / (image or mask))
+            entries.append(Entry(key, image, mask, (texts or {}).get(key, ())))
         except BadSample as problem:
             entries.append(Entry(key, problem=problem))
     return tuple(entries)
 
 
-def entry_of(
-    root: Path,
-    key: str,
-    images: FoundFiles | None,
-    labels: FoundFiles | None,
-    texts: Captions | None,
-) -> Entry:
-    """Returns the entry of an id, or raises what is wrong with it."""
-    files.check_name(root, key)
-    image = "" if images is None else single_file(root, images, key, "image")
-    mask = "" if labels is None else single_file(root, labels, key, "label file")
-    if texts is not None and not texts.get(key):
-        raise BadSample(
-            str(root / (image or mask)),
-            "has no caption",
-            "where there is a caption file it has every id",
-            "Add its caption, or remove the caption file to have captions made from the labels.",
-        )
-    return Entry(key, image, mask, (texts or {}).get(key, ()))
+def without_caption(path: Path) -> BadSample:
+    """Returns the problem of an id that a caption file leaves out."""
+    rule = "where there is a caption file it has every id"
+    remedy = "Add its caption, or remove the caption file to have captions made from the labels."
+    return BadSample(str(path), "has no caption", rule, remedy)
 
 
-def single_file(root: Path, side: FoundFiles, key: str, what: str) -> str:
+def single_file(root: Path, side: FoundFiles | None, key: str, what: str) -> str:
     """Returns the one file of an id, refusing none, several, and links out of the root."""
+    if side is None:
+        return ""
     names = side.names.get(key, [])
     if not names:
-        raise files.missing(root / side.expected(key), f"{what} of id {key!r}")
+        raise files.missing(root / f"{side.prefix}{key}{side.suffix}", f"{what} of id {key!r}")
     if len(names) > 1:
-        raise BadSample(
-            str(root / names[0]),
-            f"id {key!r} has {len(names)} files: {', '.join(sorted(names))}",
-            f"one {what} per id",
-            "Remove or rename all but one.",
-        )
+        found = f"id {key!r} has {len(names)} files: {', '.join(sorted(names))}"
+        remedy = "Remove or rename all but one."
+        raise BadSample(str(root / names[0]), found, f"one {what} per id", remedy)
     files.inside(root, names[0])
     return names[0]
 
@@ -207,16 +192,10 @@ def id_collision(root: Path, keys: list[str], side: FoundFiles | None) -> BadSam
     """Returns the problem of ids that are equal, or equal but for case."""
     names = {} if side is None else side.names
     paths = [name for key in dict.fromkeys(keys) for name in names.get(key, [key])]
-    return BadSample(
-        str(root / paths[0]),
-        f"ids {', '.join(map(repr, keys))} are the same or differ by case only "
-        f"({', '.join(paths)})",
-        "ids differ on every file system",
-        "Rename or remove all but one.",
-    )
-
-
-Layout = Callable[[Path, str], SplitIndex]
+    ids, places = ", ".join(map(repr, keys)), ", ".join(paths)
+    found = f"ids {ids} are the same or differ by case only ({places})"
+    rule, remedy = "ids differ on every file system", "Rename or remove all but one."
+    return BadSample(str(root / paths[0]), found, rule, remedy)
 
 
 def list_folders(root: Path, split: str, *, images: str, labels: str) -> SplitIndex:
@@ -288,7 +267,10 @@ def list_coco_panoptic(root: Path, split: str) -> SplitIndex:
         entry._replace(segments=segments[entry.id])
         for entry in pair(root, [key for key, _, _ in rows], pictures, masks, texts)
     )
-    return SplitIndex(entries, problems, class_list(coco_names(categories)), None)
+    # In the spelling of ``classes.json``.
+    keys = {"name": "name", "isthing": "isthing", "color": "colour"}
+    classes = class_list([{keys[k]: c[k] for k in keys if k in c} for c in categories])
+    return SplitIndex(entries, problems, classes, None)
 
 
 def segment_rows(annotation: dict, order: dict[int, int]) -> np.ndarray:
@@ -298,12 +280,6 @@ def segment_rows(annotation: dict, order: dict[int, int]) -> np.ndarray:
         for s in annotation["segments_info"]
     ]
     return np.array(rows, np.int32).reshape(-1, 4)
-
-
-def coco_names(categories: list[dict]) -> list[dict]:
-    """Returns COCO categories in the spelling of ``classes.json``."""
-    spelling = {"name": "name", "isthing": "isthing", "color": "colour"}
-    return [{spelling[k]: c[k] for k in spelling if k in c} for c in categories]
 
 
 def list_coco_stuff(root: Path, split: str) -> SplitIndex:
@@ -338,7 +314,7 @@ def list_cityscapes(root: Path, split: str) -> SplitIndex:
         table = tuple(zip(CITYSCAPES_IDS, range(len(CITYSCAPES_IDS))))
         rule = LabelRule(void=(FILE_VOID, *unused), table=table)
     ids = listed(root, (f"metas/{split}.txt",), pictures, masks)
-    return SplitIndex(pair(root, ids, pictures, masks, None), (), CLASS_LISTS["cityscapes"], rule)
+    return SplitIndex(pair(root, ids, pictures, masks), (), CLASS_LISTS["cityscapes"], rule)
 
 
 FACE_LISTS = (
@@ -350,8 +326,7 @@ def list_celebamask_hq(root: Path, split: str) -> SplitIndex:
     """Lists CelebAMask-HQ with merged masks, 0..18."""
     ids = lines_of(root, f"metas/{split}.txt", FACE_LISTS)
     pictures = find(root, "CelebA-512-img", ".jpg")
-    masks = find(root, "CelebAMask-HQ-mergemask", ".png")
-    entries = pair(root, ids, pictures, masks, None)
+    entries = pair(root, ids, pictures, find(root, "CelebAMask-HQ-mergemask", ".png"))
     # No void: a 255 is the sign of a part mask (0 and 255) in place of a merged one.
     return SplitIndex(entries, (), CLASS_LISTS["celeba_mask"], LabelRule(void=()))
 
@@ -369,8 +344,7 @@ def list_celebamask_hq_parts(root: Path, split: str) -> SplitIndex:
     parts = parts_by_face(painted)
     # Any one part stands for the labels of a face, so that a face without any is noticed.
     firsts = {key: [named[0][1]] for key, named in parts.items()}
-    masks = FoundFiles(painted.prefix, "_PART.png", firsts)
-    entries = pair(root, ids, pictures, masks, None)
+    entries = pair(root, ids, pictures, FoundFiles(painted.prefix, "_PART.png", firsts))
     entries = tuple(e if e.problem else with_parts(root, e, parts[e.id]) for e in entries)
     return SplitIndex(entries, (), CLASS_LISTS["celeba_mask"], None)
 
@@ -392,17 +366,14 @@ def with_parts(root: Path, entry: Entry, named: list[tuple[str, str]]) -> Entry:
     errors = {part for part in kinds if part not in known[1:] or kinds.count(part) > 1}
     if errors:
         names = ", ".join(name for part, name in named if part in errors)
-        problem = BadSample(
-            str(root / named[0][1]),
-            f"id {entry.id!r} has part files that are unknown or double: {names}",
-            f"one file for each of {', '.join(known[1:])}",
-            "Remove or rename them.",
-        )
+        found = f"id {entry.id!r} has part files that are unknown or double: {names}"
+        rule = f"one file for each of {', '.join(known[1:])}"
+        problem = BadSample(str(root / named[0][1]), found, rule, "Remove or rename them.")
         return entry._replace(problem=problem)
     return entry._replace(parts=tuple(sorted((known.index(part), name) for part, name in named)))
 
 
-LAYOUTS: dict[str, Layout] = {
+LAYOUTS: dict[str, Callable[[Path, str], SplitIndex]] = {
     "folders": functools.partial(list_folders, images="images", labels="annotations"),
     "mmseg": functools.partial(list_folders, images="img_dir", labels="ann_dir"),
     "voc": list_voc,
@@ -415,19 +386,11 @@ LAYOUTS: dict[str, Layout] = {
     "celebamask_hq_parts": list_celebamask_hq_parts,
 }
 
-LAYOUT_CLASSES = {
-    "voc": "voc",
-    "ade20k": "ade20k",
-    "coco_panoptic": "coco_panoptic",
-    "coco_stuff": "coco_stuff",
-    "cityscapes": "cityscapes",
-    "celebamask_hq": "celeba_mask",
-    "celebamask_hq_parts": "celeba_mask",
-}
-"""Layouts whose classes are always those of one list."""
+CLASSES_OF = dict.fromkeys(("celebamask_hq", "celebamask_hq_parts"), "celeba_mask")
+"""The class list of a layout, where it goes by another name than the layout."""
 
 
 def published_classes(spec: Mapping[str, object]) -> Classes | None:
     """The classes that a source's spec names by their list or by its layout; None for others."""
-    named = spec.get("classes") or LAYOUT_CLASSES.get(str(spec.get("layout")))
-    return CLASS_LISTS.get(str(named))
+    layout = str(spec.get("layout"))
+    return CLASS_LISTS.get(str(spec.get("classes") or CLASSES_OF.get(layout, layout)))

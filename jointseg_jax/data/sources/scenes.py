@@ -11,6 +11,7 @@
 
 import dataclasses
 import operator
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -22,27 +23,19 @@ from jointseg_jax.data.classes import Classes, Colour
 from jointseg_jax.data.records import Record
 from jointseg_jax.data.sources import scene_drawing
 
-HUES = {
-    "sky": 210.0,
-    "hills": 270.0,
-    "water": 180.0,
-    "grass": 120.0,
-    "sand": 30.0,
-    "ball": 0.0,
-    "star": 60.0,
-    "triangle": 90.0,
-    "cross": 150.0,
-    "box": 240.0,
-    "ring": 300.0,
-    "heart": 330.0,
+_STUFF_HUES = {"sky": 210.0, "hills": 270.0, "water": 180.0, "grass": 120.0, "sand": 30.0}
+_THING_HUES = {
+    **{"ball": 0.0, "star": 60.0, "triangle": 90.0, "cross": 150.0, "box": 240.0},
+    **{"ring": 300.0, "heart": 330.0},
 }
+HUES = _STUFF_HUES | _THING_HUES
 """Hue centre of each category in degrees: stuff first, then things."""
 
 HUE_JITTER = 5.0
 """Largest deviation of a region's hue from its centre; the oracle decides at 15 degrees."""
 
-STUFF = ("sky", "hills", "water", "grass", "sand")
-THINGS = tuple(name for name in HUES if name not in STUFF)
+STUFF = tuple(_STUFF_HUES)
+THINGS = tuple(_THING_HUES)
 PLURALS = {name: name + ("es" if name.endswith(("x", "ss")) else "s") for name in THINGS}
 NUMBERS = ("no", "a", "two", "three", "four", "five", "six", "seven", "eight")
 TEMPLATES = (
@@ -111,15 +104,15 @@ class Scenes:
             raise IndexError(f"scene {index} of {self.count}: indices are 0..{self.count - 1}")
         plan = self.plan(index)
         image, layers = scene_drawing.draw(plan.regions, plan.things, self.shape, self.texture)
-        labels = self._layer_labels(plan)[layers]
-        # Layers count the regions first, then the things: those become instances 1, 2, ...
-        segments = np.maximum(layers.astype(np.int32) - len(plan.regions) + 1, 0)
+        kinds = [part.kind for part in (*plan.regions, *plan.things)]  # of each layer
+        names = STUFF + self.things
         return Record(
             id=f"{self.split}-{self.seed}-{index:07d}",
             image=image,
-            labels=labels,
-            captions=(self._caption(plan, layers),),
-            segments=segments,
+            labels=np.array([names.index(kind) for kind in kinds], np.int16)[layers],
+            captions=(_caption(kinds, layers, TEMPLATES[plan.template]),),
+            # Layers count the regions first, then the things: those become instances 1, 2, ...
+            segments=np.maximum(layers.astype(np.int32) - len(plan.regions) + 1, 0),
         )
 
     def plan(self, index: int) -> Plan:
@@ -201,28 +194,6 @@ class Scenes:
             chosen.append(thing)
         return tuple(chosen)
 
-    def _layer_labels(self, plan: Plan) -> np.ndarray:
-        names = STUFF + self.things
-        return np.array([names.index(p.kind) for p in (*plan.regions, *plan.things)], np.int16)
-
-    def _caption(self, plan: Plan, layers: Int8[np.ndarray, "height width"]) -> str:
-        """Names everything that has at least one pixel, the largest first."""
-        # Counted in the picture, not in the plan: what lies behind another thing is not there.
-        kinds = [part.kind for part in (*plan.regions, *plan.things)]
-        pixels = np.bincount(layers.ravel(), minlength=len(kinds))
-        area: dict[str, int] = {}
-        number: dict[str, int] = {}
-        for kind, n in zip(kinds, pixels.tolist()):
-            if n:
-                area[kind] = area.get(kind, 0) + n
-                number[kind] = number.get(kind, 0) + 1
-        ordered = sorted(area, key=lambda kind: (-area[kind], kind))
-        things = [_counted(kind, number[kind]) for kind in ordered if kind in THINGS]
-        ground = [kind for kind in ordered if kind in STUFF and kind != "sky"]
-        return TEMPLATES[plan.template].format(
-            things=_listed(things), ground=_listed(ground), sky="a sky"
-        )
-
 
 def oracle_labels(
     image: Num[np.ndarray, "*batch height width 3"], names: tuple[str, ...] = tuple(HUES)
@@ -258,8 +229,22 @@ def _emptiest(
     return float(x[best]), float(y[best])
 
 
-def _counted(kind: str, n: int) -> str:
-    return f"{NUMBERS[n]} {kind if n == 1 else PLURALS[kind]}"
+def _caption(kinds: list[str], layers: Int8[np.ndarray, "height width"], template: str) -> str:
+    """Names the kinds of the layers that have at least one pixel, the largest first."""
+    area, number = Counter(), Counter()
+    # Counted in the picture, not in the plan: what lies behind another thing is not there.
+    for kind, n in zip(kinds, np.bincount(layers.ravel(), minlength=len(kinds)).tolist()):
+        if n:
+            area[kind] += n
+            number[kind] += 1
+    ordered = sorted(area, key=lambda kind: (-area[kind], kind))
+    things = [
+        f"{NUMBERS[number[kind]]} {kind if number[kind] == 1 else PLURALS[kind]}"
+        for kind in ordered
+        if kind in THINGS
+    ]
+    ground = [kind for kind in ordered if kind in STUFF and kind != "sky"]
+    return template.format(things=_listed(things), ground=_listed(ground), sky="a sky")
 
 
 def _listed(phrases: list[str]) -> str:
@@ -268,30 +253,24 @@ def _listed(phrases: list[str]) -> str:
 
 def _check(scenes: Scenes) -> None:
     """Raises ValueError when the knobs cannot give scenes."""
-    if min(scenes.shape) < 8 or len(scenes.shape) != 2:
-        raise ValueError(f"Scenes.size is {scenes.size}; give a side, or (height, width), >= 8")
-    if scenes.split not in SPLITS:
-        raise ValueError(f"Scenes.split is {scenes.split!r}; choose one of {', '.join(SPLITS)}")
-    if not 0 <= scenes.seed < 2**62 or not 1 <= scenes.count <= 2**62:
-        raise ValueError(
-            f"Scenes.seed is {scenes.seed} and count {scenes.count}; "
-            "give a seed in 0..2^62 and a count of at least 1"
-        )
-    unknown = [name for name in scenes.things if name not in THINGS]
-    if unknown or not scenes.things or len(set(scenes.things)) != len(scenes.things):
-        raise ValueError(
-            f"Scenes.things is {scenes.things}; give different names out of {', '.join(THINGS)}"
-        )
-    if not 1 <= scenes.max_things < len(NUMBERS):
-        raise ValueError(f"Scenes.max_things is {scenes.max_things}; give 1 to {len(NUMBERS) - 1}")
-    low, high = scenes.thing_size
-    if not 0.1 <= low <= high <= 0.6 or scenes.texture < 0:
-        raise ValueError(
-            f"Scenes.thing_size is {scenes.thing_size} and texture {scenes.texture}; "
-            "sizes need 0.1 <= smallest <= largest <= 0.6, texture must not be negative"
-        )
-    if low * min(scenes.shape) < 4:
-        raise ValueError(
-            f"Scenes.size is {scenes.size} and the smallest thing {low} of it; "
-            "a thing needs at least 4 pixels: enlarge the picture or the thing_size"
-        )
+    (low, high), things, side = scenes.thing_size, scenes.things, min(scenes.shape)
+    if side < 8:
+        wrong = f"size is {scenes.size}; give a side, or (height, width), >= 8"
+    elif scenes.split not in SPLITS:
+        wrong = f"split is {scenes.split!r}; choose one of {', '.join(SPLITS)}"
+    elif not 0 <= scenes.seed < 2**62 or not 1 <= scenes.count <= 2**62:
+        ranges = "give a seed in 0..2^62 and a count of at least 1"
+        wrong = f"seed is {scenes.seed} and count {scenes.count}; {ranges}"
+    elif not set(things) <= set(THINGS) or not len(set(things)) == len(things) > 0:
+        wrong = f"things is {things}; give different names out of {', '.join(THINGS)}"
+    elif not 1 <= scenes.max_things < len(NUMBERS):
+        wrong = f"max_things is {scenes.max_things}; give 1 to {len(NUMBERS) - 1}"
+    elif not 0.1 <= low <= high <= 0.6 or scenes.texture < 0:
+        ranges = "sizes need 0.1 <= smallest <= largest <= 0.6, texture must not be negative"
+        wrong = f"thing_size is {scenes.thing_size} and texture {scenes.texture}; {ranges}"
+    elif low * side < 4:
+        remedy = "a thing needs at least 4 pixels: enlarge the picture or the thing_size"
+        wrong = f"size is {scenes.size} and the smallest thing {low} of it; {remedy}"
+    else:
+        return
+    raise ValueError(f"Scenes.{wrong}")

@@ -7,8 +7,9 @@ decoded here, because TFDS turns palette masks into colours where OpenCV is inst
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-import hashlib
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,10 +18,11 @@ from typing import Any, cast
 import numpy as np
 
 from jointseg_jax.data import captions as texts
+from jointseg_jax.data import files
 from jointseg_jax.data.classes import Classes, Colour
 from jointseg_jax.data.images import PIXEL_LIMIT, Decoding, decode_image, decode_segment_ids
 from jointseg_jax.data.labels import LabelRule, named_classes
-from jointseg_jax.data.records import BadSample, Record, check_record
+from jointseg_jax.data.records import BadSample, Record, derive
 from jointseg_jax.data.segments import labels_of_segments
 from jointseg_jax.types import UserError
 
@@ -58,7 +60,6 @@ class TFDS:
     version: str | None = None  # refuses any other version of the data set
     rule: LabelRule = field(init=False, repr=False)
     decoding: Decoding = field(init=False, repr=False)
-    _given: Classes | str = field(init=False, repr=False, compare=False)  # ``classes``, for copies
     _records: Any = field(init=False, repr=False, compare=False)  # of the data source of TFDS
     _identity: tuple[str, str] = field(init=False, repr=False, compare=False)  # name and version
 
@@ -69,20 +70,18 @@ class TFDS:
         rule = LabelRule(
             void=self.void, shift=self.first_label, table=self.label_map, colours=self.colour_map
         )
-        for name, value in {
-            "rule": rule,
-            "decoding": Decoding(orientation=self.orientation, pixel_limit=self.pixel_limit),
-            "_given": self.classes,
-            "_records": builder.as_data_source(self.split, decoders=undecoded(builder)),
-            "_identity": (builder.name, str(builder.version)),
-            "classes": named_classes(self.classes),
-        }.items():
-            object.__setattr__(self, name, value)
+        derive(
+            self,
+            rule=rule,
+            decoding=Decoding(orientation=self.orientation, pixel_limit=self.pixel_limit),
+            _records=builder.as_data_source(self.split, decoders=undecoded(builder)),
+            _identity=(builder.name, str(builder.version)),
+            classes=named_classes(self.classes),
+        )
 
     def __reduce__(self) -> tuple[Callable[[], TFDS], tuple[()]]:
         # A copy in a worker opens the folder itself: readers do not travel.
-        names = [f.name for f in self.__dataclass_fields__.values() if f.init]
-        fields = {name: getattr(self, name) for name in names} | {"classes": self._given}
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}
         return functools.partial(TFDS, **fields), ()
 
     @property
@@ -107,12 +106,7 @@ class TFDS:
         image = decode_image(pick(features, self.image), where, self.decoding)
         labels, segments = self._labels(features, where)
         record = Record(id=key, image=image, labels=labels, captions=self._captions(features))
-        if not record["captions"]:
-            record["captions"] = (texts.describe(labels, self._known),)
-        if segments is not None:
-            record["segments"] = segments
-        check_record(record, self._known, where)
-        return record
+        return texts.completed(record, segments, self._known, where)
 
     def original(self, index: int) -> bytes:
         """Returns the image file of a record as it was stored."""
@@ -122,12 +116,10 @@ class TFDS:
         try:
             return self._records[index]
         except (RuntimeError, ValueError, IndexError) as error:
-            raise BadSample(
-                f"{self.folder}: {self.split} record {index}",
-                f"the shard is damaged ({error})",
-                "a whole shard",
-                "Copy the folder again from its source, or prepare it again.",
-            ) from None
+            where = f"{self.folder}: {self.split} record {index}"
+            found = f"the shard is damaged ({error})"
+            remedy = "Copy the folder again from its source, or prepare it again."
+            raise BadSample(where, found, "a whole shard", remedy) from None
 
     def _labels(self, features: Features, where: str) -> tuple[np.ndarray, np.ndarray | None]:
         data, limit = pick(features, self.labels), self.pixel_limit
@@ -154,8 +146,7 @@ class TFDS:
 
     def fingerprint(self) -> dict[str, object]:
         """Returns the plain values that must match when a run resumes."""
-        info = (Path(self.folder) / "dataset_info.json").read_bytes()
-        rules = repr((self.rule, self.orientation, self.image, self.labels, self.captions))
+        rules = (self.rule, self.orientation, self.image, self.labels, self.captions)
         return {
             "name": "tfds",
             "dataset": self._identity[0],
@@ -163,8 +154,8 @@ class TFDS:
             "split": self.split,
             "count": len(self),
             "classes": list(self._known.names),
-            "info": hashlib.sha256(info).hexdigest()[:16],
-            "rules": hashlib.sha256(rules.encode()).hexdigest()[:16],
+            "info": files.sha256(Path(self.folder) / "dataset_info.json")[:16],
+            "rules": files.short_sum(repr(rules)),
         }
 
 
@@ -223,10 +214,7 @@ def undecoded(builder: Any) -> dict[str, object]:
 
 def pick(features: Features, name: str) -> Any:
     """Returns the feature at a path such as ``captions/text``."""
-    value: Any = features
-    for part in name.split("/"):
-        value = value[part]
-    return value
+    return functools.reduce(operator.getitem, name.split("/"), features)
 
 
 def plain(value: object) -> str:
