@@ -3,19 +3,11 @@
 ``system(config.system, info, codecs, problems)`` makes every part by its own constructor. With a
 ``Problems`` it goes on after a part that cannot be made, so that all mistakes are reported at once;
 without one (``RAISE``) it stops at the first.
-
-What a model must know of its data (``DatasetInfo``: class names, vocabulary, a few captions) is
-read from the data at training time and kept in the workdir, so that sampling and evaluation need
-the workdir alone.
 """
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import json
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from jointseg_jax.codecs.bits import Bits, PanopticBits
@@ -41,8 +33,7 @@ from jointseg_jax.config import (
 from jointseg_jax.data import tokenizer as data_text
 from jointseg_jax.data.cached.index import index_path
 from jointseg_jax.data.cached.reader import Cache
-from jointseg_jax.data.classes import Classes
-from jointseg_jax.data.records import BadSample, Source
+from jointseg_jax.data.records import DatasetInfo, Source
 from jointseg_jax.data.sources.arrayrecord import ArrayRecords
 from jointseg_jax.data.sources.features import WithFeatures
 from jointseg_jax.data.sources.folders import Folders
@@ -97,42 +88,6 @@ SOLVERS = {
     "dopri5": Dopri5,
 }
 DENOISERS = {"uvit": UViT, "two_stream": TwoStream}
-
-
-@dataclasses.dataclass(frozen=True)
-class DatasetInfo:
-    """What a model must know of the data it was trained on."""
-
-    classes: Classes
-    vocabulary: tuple[str, ...]
-    captions: tuple[str, ...]
-
-    def dump(self) -> str:
-        """The info as JSON text."""
-        return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
-
-    @staticmethod
-    def load(path: Path) -> DatasetInfo:
-        """Reads what ``dump`` gave."""
-        values = json.loads(path.read_text())
-        c = values["classes"]
-        classes = Classes(
-            names=tuple(c["names"]),
-            isthing=tuple(c["isthing"]),
-            palette=tuple(map(tuple, c["palette"])),
-            swaps=tuple(map(tuple, c["swaps"])),
-            void=c["void"],
-        )
-        return DatasetInfo(classes, tuple(values["vocabulary"]), tuple(values["captions"]))
-
-
-def dataset_info(source: Source, *, captions: int = 512) -> DatasetInfo:
-    """What a model must know of a source; its first captions are the default prompts."""
-    found = []
-    for i in range(min(captions, len(source))):
-        with contextlib.suppress(BadSample):  # the pipeline reports it, by policy
-            found += source[i]["captions"][:1]
-    return DatasetInfo(source.classes, tuple(source.words()), tuple(found))
 
 
 def source(config: RunConfig, split: str) -> Source:

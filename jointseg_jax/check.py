@@ -29,6 +29,7 @@ from jointseg_jax.config import (
 from jointseg_jax.data import files
 from jointseg_jax.data.classes import Classes
 from jointseg_jax.data.labels import read_classes
+from jointseg_jax.data.records import DatasetInfo
 from jointseg_jax.data.sources.layouts import LAYOUTS, published_classes
 from jointseg_jax.data.sources.scenes import Scenes
 from jointseg_jax.training.optimizer import OPTIMIZERS
@@ -166,7 +167,7 @@ def _workdir(workdir: str, problems: Problems) -> None:
 
 
 def _system(config: RunConfig, problems: Problems, workdir: str | None) -> None:
-    info = build.DatasetInfo(_classes(config.data.train, problems), ("a",), ())
+    info = DatasetInfo(_classes(config.data.train, problems), ("a",), ())
     codecs = _trained(config.system, workdir, problems)
     build.system(config.system, info, codecs, problems)
 

@@ -25,7 +25,7 @@ from jointseg_jax.config import Problems, ReadConfig, RunConfig, SystemConfig
 from jointseg_jax.data.audit import Report, scan
 from jointseg_jax.data.cached.loader import CachedSource
 from jointseg_jax.data.pipeline import batches
-from jointseg_jax.data.records import BadSample, Source
+from jointseg_jax.data.records import BadSample, DatasetInfo, Source
 from jointseg_jax.perf import programs, report
 from jointseg_jax.training import init_from, pretrained, resume, snapshot
 from jointseg_jax.training.checkpoints import Checkpoints, read_meta
@@ -118,7 +118,7 @@ def validate(
             "not looked at", "memory, which takes a config, data and a mesh that go together"
         )
         return findings
-    info = build.dataset_info(source, captions=0)
+    info = DatasetInfo.of(source, captions=0)
     _batch(config, source, info, findings)
     _codecs(config, path, info, findings)
     state = _memory(config, path, devices, topology, findings)
@@ -197,7 +197,7 @@ def described(looked: Report, total: int) -> str:
     return "; ".join(parts) + "."
 
 
-def _batch(config: RunConfig, source: Source, info: build.DatasetInfo, findings: Findings) -> None:
+def _batch(config: RunConfig, source: Source, info: DatasetInfo, findings: Findings) -> None:
     """One small batch, made as training makes it."""
     tokenizer = build.tokenizer(config.system, info.vocabulary)
 
@@ -312,7 +312,7 @@ def _gathered(config: RunConfig, workdir: Path) -> SystemConfig | None:
     return None
 
 
-def _codecs(config: RunConfig, workdir: Path, info: build.DatasetInfo, findings: Findings) -> None:
+def _codecs(config: RunConfig, workdir: Path, info: DatasetInfo, findings: Findings) -> None:
     cache = config.data.cache
     for name, place in config.system.trained_codecs().items():
         if cache and copied_spec(workdir, name) is None:
@@ -330,7 +330,7 @@ def _checkpoint(
 ) -> dict[str, Any] | None:
     """The meta of the newest checkpoint, whose settings and classes must be this config's."""
     if (workdir / "facts.json").exists():
-        known = build.dataset_info(source, captions=0)
+        known = DatasetInfo.of(source, captions=0)
         findings.attempt(lambda: resume.require_info(known, workdir / "facts.json"))
     folder = workdir / "checkpoints"
     steps = Checkpoints(folder, read_only=True).steps() if folder.is_dir() else []
@@ -363,7 +363,7 @@ def _arrays(saved: dict[str, Any] | None, state: Any, workdir: Path, findings: F
 
 
 def _start(
-    config: RunConfig, workdir: Path, state: Any, info: build.DatasetInfo, findings: Findings
+    config: RunConfig, workdir: Path, state: Any, info: DatasetInfo, findings: Findings
 ) -> None:
     start = config.start
     if start.is_fresh or check.has_checkpoint(str(workdir)):

@@ -23,10 +23,11 @@ from ml_collections import ConfigDict
 from safetensors.flax import save_file as save_flax
 from safetensors.numpy import save_file
 
-from jointseg_jax import build, overrides, sharding
+from jointseg_jax import overrides, sharding
 from jointseg_jax.check import checked
 from jointseg_jax.config import Problems, RunConfig
 from jointseg_jax.data.classes import Classes
+from jointseg_jax.data.records import DatasetInfo
 from jointseg_jax.training import resume
 from jointseg_jax.training.step import check_batch
 from jointseg_jax.types import UserError
@@ -342,13 +343,13 @@ def test_other_classes_than_the_workdir_was_trained_on(tmp_path, names, said):
     else:
         saved = ("sky", "road")
     path = tmp_path / "facts.json"
-    path.write_text(build.DatasetInfo(Classes(names=saved), ("a",), ()).dump())
-    resume.require_info(build.DatasetInfo(Classes(names=saved), ("a",), ("another",)), path)
+    path.write_text(DatasetInfo(Classes(names=saved), ("a",), ()).dump())
+    resume.require_info(DatasetInfo(Classes(names=saved), ("a",), ("another",)), path)
     with pytest.raises(UserError) as error:
-        resume.require_info(build.DatasetInfo(Classes(names=names), ("a",), ()), path)
+        resume.require_info(DatasetInfo(Classes(names=names), ("a",), ()), path)
     assert said in str(error.value) and str(path) in str(error.value)
     with pytest.raises(UserError, match="gives now: 1 words, the data has 2"):
-        resume.require_info(build.DatasetInfo(Classes(names=saved), ("a", "b"), ()), path)
+        resume.require_info(DatasetInfo(Classes(names=saved), ("a", "b"), ()), path)
 
 
 # ------------------------------------------------------- C11: pickles; C12: what a file holds

@@ -6,6 +6,7 @@ from jointseg_jax import build
 from jointseg_jax.codecs.bits import PanopticBits
 from jointseg_jax.config import RunConfig
 from jointseg_jax.data.classes import Classes
+from jointseg_jax.data.records import DatasetInfo
 from jointseg_jax.types import UserError
 
 
@@ -40,7 +41,7 @@ def test_a_panoptic_codec_needs_its_field(wrong):
 
 
 def test_panoptic_codecs_are_told_the_classes():
-    facts = build.DatasetInfo(Classes(names=("sky", "ball")), (), ())
+    facts = DatasetInfo(Classes(names=("sky", "ball")), (), ())
     spec = {"name": "panoptic_bits", "instance_bits": 4}
     assert build.codec(spec, facts, "here") == PanopticBits(classes=2, instance_bits=4)
     with pytest.raises(UserError, match=r"config\.here: panoptic_bits: .*instance_bits = 16"):

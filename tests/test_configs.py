@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 from jointseg_jax import build, rules, sharding
 from jointseg_jax.config import RunConfig, SystemConfig, from_plain, make, plain
 from jointseg_jax.data.classes import Classes
+from jointseg_jax.data.records import DatasetInfo
 from jointseg_jax.models.uvit import UViT
 from jointseg_jax.training import init_from
 from jointseg_jax.training import state as states
@@ -77,13 +78,13 @@ def config(name, argument=""):
 
 def facts(classes):
     names = tuple(f"class {i}" for i in range(classes))
-    return build.DatasetInfo(Classes(names=names), ("a", "bus", "in", "rain"), ("a bus in rain",))
+    return DatasetInfo(Classes(names=names), ("a", "bus", "in", "rain"), ("a bus in rain",))
 
 
 def facts_of(given, argument):
     """The facts of data that need no files; else made-up ones with the right number of classes."""
     if given["data"]["train"]["name"] == "scenes":
-        return build.dataset_info(build.source(parsed(given), "train"), captions=2)
+        return DatasetInfo.of(build.source(parsed(given), "train"), captions=2)
     named = dict(part.partition("=")[::2] for part in argument.split(","))
     return facts(CLASSES[named["data"]])
 

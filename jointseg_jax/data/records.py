@@ -1,7 +1,15 @@
-"""The one record schema of every data source, and the check that a record obeys it."""
+"""The one record schema of every data source, the check that a record obeys it, and what a model
+must know of its source: it is kept in the workdir, which is all that sampling and evaluation need.
+"""
 
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
 from collections.abc import Mapping, Sequence
-from typing import NotRequired, Protocol, TypedDict, runtime_checkable
+from pathlib import Path
+from typing import Any, NotRequired, Protocol, TypedDict, runtime_checkable
 
 import numpy as np
 
@@ -27,22 +35,28 @@ class Source(Protocol):
     @property
     def name(self) -> str:
         """Names the source in messages and manifests."""
+        ...
 
     @property
     def classes(self) -> Classes:
         """Says what the label values mean."""
+        ...
 
     def __len__(self) -> int:
         """Counts the records."""
+        ...
 
     def __getitem__(self, index: int) -> Record:
         """Returns one record, or raises BadSample."""
+        ...
 
     def words(self) -> tuple[str, ...]:
         """Lists every word its captions can contain, sorted."""
+        ...
 
     def fingerprint(self) -> dict[str, object]:
         """Returns the plain values that must match when a run resumes."""
+        ...
 
 
 def derive(frozen: object, **values: object) -> None:
@@ -135,3 +149,37 @@ def _array(
     actual = f"{value.dtype} {value.shape}" if is_array else type(value).__name__
     expected = f"it must be a {np.dtype(dtype)} array of {ndim} axes"
     raise BadSample(where, f"{key} is {actual}", expected, "Fix the source that made it.")
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetInfo:
+    """What a model must know of the data it was trained on."""
+
+    classes: Classes
+    vocabulary: tuple[str, ...]
+    captions: tuple[str, ...]  # the default prompts
+
+    @staticmethod
+    def of(source: Source, *, captions: int = 512) -> DatasetInfo:
+        """Reads it from a source, with the first caption of as many records."""
+        found = []
+        for i in range(min(captions, len(source))):
+            with contextlib.suppress(BadSample):  # the pipeline reports it, by policy
+                found += source[i]["captions"][:1]
+        return DatasetInfo(source.classes, tuple(source.words()), tuple(found))
+
+    def dump(self) -> str:
+        """The info as JSON text."""
+        return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
+
+    @staticmethod
+    def load(path: Path) -> DatasetInfo:
+        """Reads what ``dump`` gave."""
+        values = json.loads(path.read_text())
+        classes = Classes(**{name: _tuples(value) for name, value in values["classes"].items()})
+        return DatasetInfo(classes, tuple(values["vocabulary"]), tuple(values["captions"]))
+
+
+def _tuples(value: Any) -> Any:
+    """Returns tuples in place of the lists that JSON made of them, inner ones too."""
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value

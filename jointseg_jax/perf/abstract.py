@@ -28,6 +28,7 @@ from jointseg_jax.data.cached.index import (
     text_of,
 )
 from jointseg_jax.data.classes import Classes
+from jointseg_jax.data.records import DatasetInfo
 from jointseg_jax.data.sources.layouts import published_classes
 from jointseg_jax.systems.system import LATENTS, Encodable, Generator, Objective
 from jointseg_jax.training.workdir import changed, copied_spec
@@ -54,7 +55,7 @@ class Codecs(NamedTuple):
     frozen: dict[str, Any]  # shapes of their parameters
 
 
-def dataset_info(config: RunConfig, classes: int | None = None) -> build.DatasetInfo:
+def dataset_info(config: RunConfig, classes: int | None = None) -> DatasetInfo:
     """The classes and words of a config's data, without their captions.
 
     Args:
@@ -68,10 +69,10 @@ def dataset_info(config: RunConfig, classes: int | None = None) -> build.Dataset
         return _without_words(Classes(names=tuple(f"class {i}" for i in range(classes))))
     # A cache knows what it was made from.
     if index := _index(config):
-        return build.DatasetInfo(classes_of(index), tuple(index["words"]), ())
+        return DatasetInfo(classes_of(index), tuple(index["words"]), ())
     # Made scenes have no root; they are always here.
     if "root" not in spec or Path(spec["root"]).is_dir():
-        return build.dataset_info(build.source(config, "train"), captions=0)
+        return DatasetInfo.of(build.source(config, "train"), captions=0)
     published = published_classes(spec)
     if published is None:
         raise UserError(
@@ -81,8 +82,8 @@ def dataset_info(config: RunConfig, classes: int | None = None) -> build.Dataset
     return _without_words(published)
 
 
-def _without_words(classes: Classes) -> build.DatasetInfo:
-    return build.DatasetInfo(classes, (), ())
+def _without_words(classes: Classes) -> DatasetInfo:
+    return DatasetInfo(classes, (), ())
 
 
 def _index(config: RunConfig) -> CacheIndex | None:
@@ -94,7 +95,7 @@ def _index(config: RunConfig) -> CacheIndex | None:
     return index
 
 
-def codecs(config: RunConfig, info: build.DatasetInfo, other: SystemConfig | None = None) -> Codecs:
+def codecs(config: RunConfig, info: DatasetInfo, other: SystemConfig | None = None) -> Codecs:
     """The codecs that a config takes from other runs.
 
     Args:

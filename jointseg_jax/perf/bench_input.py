@@ -21,6 +21,7 @@ from collections.abc import Mapping
 from jointseg_jax import build, sharding
 from jointseg_jax.data.cached.loader import CachedSource
 from jointseg_jax.data.pipeline import make_rows
+from jointseg_jax.data.records import DatasetInfo
 from jointseg_jax.perf import harness, under_test
 from jointseg_jax.perf.harness import LENGTH, MAX_CALLS, Action, BenchConfig, Benchmark, Values
 
@@ -39,7 +40,7 @@ class _Input:
         self.batch = config.batch
         self.source = build.source(config, "train")
         self.encoded = isinstance(self.source, CachedSource)
-        info = build.dataset_info(self.source, captions=0)
+        info = DatasetInfo.of(self.source, captions=0)
         self.config, self.step = config, bench.step_ms / 1e3
         self.mesh = sharding.make_mesh((-1, 1, 1))
         tokenizer = build.tokenizer(config.system, info.vocabulary)

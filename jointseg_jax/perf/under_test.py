@@ -18,6 +18,7 @@ from jointseg_jax import build, sharding
 from jointseg_jax.config import RunConfig
 from jointseg_jax.data.cached.loader import CachedBatches
 from jointseg_jax.data.pipeline import Batches, batches
+from jointseg_jax.data.records import DatasetInfo
 from jointseg_jax.perf import abstract, harness, trace
 from jointseg_jax.perf.abstract import System
 from jointseg_jax.perf.harness import BenchConfig, Values
@@ -32,7 +33,7 @@ class ModelUnderTest(NamedTuple):
     """A system and what it needs."""
 
     config: RunConfig
-    info: build.DatasetInfo
+    info: DatasetInfo
     system: System | Generator
     params: Mapping[str, Any] | None  # of a trained run; None: they are to be drawn
     frozen: Mapping[str, Any]  # parameters of the codecs that are not trained
@@ -114,7 +115,7 @@ def random_rows(
     return {name: draw(name, s.shape, s.dtype) for name, s in shapes.items()}
 
 
-def real_batches(config: RunConfig, info: build.DatasetInfo) -> Batches | CachedBatches:
+def real_batches(config: RunConfig, info: DatasetInfo) -> Batches | CachedBatches:
     """The batches of the config's training data, as a run gets them."""
     tokenizer = build.tokenizer(config.system, info.vocabulary)
     return batches(

@@ -28,7 +28,7 @@ from jointseg_jax.data.cached.index import Field, row_bytes
 from jointseg_jax.data.cached.views import ViewReader, Views
 from jointseg_jax.data.labels import to_content
 from jointseg_jax.data.pipeline import Rows, batches, check_source, make_rows
-from jointseg_jax.data.records import Source
+from jointseg_jax.data.records import DatasetInfo, Source
 from jointseg_jax.rng import sample_keys
 from jointseg_jax.systems.joint import TEXT_STREAM
 from jointseg_jax.systems.system import LATENTS, Encodable, Input
@@ -109,7 +109,7 @@ class Contents:
 
 def contents(
     options: EncodeOptions,
-    info: build.DatasetInfo,
+    info: DatasetInfo,
     encoder: BatchEncoder | None,
     row: Row,
     length: int | None,
@@ -181,7 +181,7 @@ def _latents(options: EncodeOptions, encoder: BatchEncoder, row: Row) -> tuple[s
     return tuple(k for k in wanted if k not in drawn)
 
 
-def _dtype(options: EncodeOptions, info: build.DatasetInfo, name: str, values: np.ndarray) -> str:
+def _dtype(options: EncodeOptions, info: DatasetInfo, name: str, values: np.ndarray) -> str:
     if np.issubdtype(values.dtype, np.floating):
         return options.dtype
     # the package's int16 or int32 of labels in a quarter of the space, VOID = -1 included
@@ -206,7 +206,7 @@ class BatchEncoder:
         self._compiled: dict[str, Callable[..., Array]] = {}
 
     @staticmethod
-    def of(folder: Path, config: RunConfig, info: build.DatasetInfo, *, batch: int) -> BatchEncoder:
+    def of(folder: Path, config: RunConfig, info: DatasetInfo, *, batch: int) -> BatchEncoder:
         """The encoder of a config whose trained codecs were gathered in a folder.
 
         Raises:
@@ -282,7 +282,7 @@ class Plan:
         self.source: Source = build.source(config, options.split)
         check_source(self.source)
         self.records = min(options.limit or len(self.source), len(self.source))
-        self.info = build.dataset_info(self.source, captions=0)
+        self.info = DatasetInfo.of(self.source, captions=0)
         self.tokenizer = build.tokenizer(config.system, self.info.vocabulary)
         rows = self._rows()
         self.views = Views(

@@ -18,8 +18,9 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from jointseg_jax import build, rules
+from jointseg_jax import rules
 from jointseg_jax.config import StartConfig
+from jointseg_jax.data.records import DatasetInfo
 from jointseg_jax.models.uvit import UViT
 from jointseg_jax.training.workdir import load_run
 from jointseg_jax.types import UserError
@@ -46,7 +47,7 @@ Leaves = dict[str, Any]
 """Arrays, or their shapes, by the path of a parameter of the unrolled network."""
 
 
-def load(start: StartConfig, fresh: PyTree, info: build.DatasetInfo) -> Leaves:
+def load(start: StartConfig, fresh: PyTree, info: DatasetInfo) -> Leaves:
     """The leaves to start from, by the path of the parameter they are for; ``{}`` when fresh.
 
     Args:
@@ -93,7 +94,7 @@ def insert(fresh: PyTree, given: Leaves) -> PyTree:
     return stack_blocks(rules.nested(leaves)) if scanned else rules.nested(leaves)
 
 
-def _of_run(start: StartConfig, info: build.DatasetInfo) -> tuple[str, Leaves]:
+def _of_run(start: StartConfig, info: DatasetInfo) -> tuple[str, Leaves]:
     run = load_run(start.workdir)
     given = _by_path(unstack_blocks(jax.tree.map(np.asarray, run.params)))
     # row i of the embedding is word i of the run's own list

@@ -25,7 +25,7 @@ from jointseg_jax.annotations import viz
 from jointseg_jax.config import RunConfig, plain
 from jointseg_jax.data import files
 from jointseg_jax.data.pipeline import Batch, Batches, CachedBatches, batches
-from jointseg_jax.data.records import Source
+from jointseg_jax.data.records import DatasetInfo, Source
 from jointseg_jax.training import init_from, pretrained, resume
 from jointseg_jax.training.checkpoints import Checkpoints
 from jointseg_jax.training.clock import Clock
@@ -180,9 +180,9 @@ class Session:
 
     # ------------------------------------------------------------------------ set-up
 
-    def dataset_info(self, source: Source) -> build.DatasetInfo:
+    def dataset_info(self, source: Source) -> DatasetInfo:
         """What the model must know of its data, the same as in the launches before."""
-        info, path = build.dataset_info(source), self._workdir / "facts.json"
+        info, path = DatasetInfo.of(source), self._workdir / "facts.json"
         if path.exists():
             resume.require_info(info, path)
         else:
@@ -303,7 +303,7 @@ class Session:
 class HostBatches:
     """The rows that this process reads, from any step on."""
 
-    def __init__(self, config: RunConfig, source: Source, info: build.DatasetInfo):
+    def __init__(self, config: RunConfig, source: Source, info: DatasetInfo):
         self._config, self._source = config, source
         self._transforms = build.transforms(config.data)
         self.tokenizer = build.tokenizer(config.system, info.vocabulary)

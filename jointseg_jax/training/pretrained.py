@@ -25,6 +25,7 @@ from jointseg_jax import build, rules
 from jointseg_jax.codecs.codec import Codec
 from jointseg_jax.config import CodecPlace, SystemConfig
 from jointseg_jax.data import files
+from jointseg_jax.data.records import DatasetInfo
 from jointseg_jax.settings_diff import classes_apart
 from jointseg_jax.training.workdir import FIT, changed, load_run
 from jointseg_jax.types import Params, UserError
@@ -33,7 +34,7 @@ from jointseg_jax.types import Params, UserError
 def import_codecs(
     workdir: Path,
     system: SystemConfig,
-    info: build.DatasetInfo,
+    info: DatasetInfo,
     batches: Iterable[Mapping[str, np.ndarray]],
 ) -> None:
     """Copies trained codecs into the workdir, once; every process calls it.
@@ -56,7 +57,7 @@ def import_codecs(
     multihost_utils.sync_global_devices("pretrained.import_codecs")
 
 
-def check_unchanged(workdir: Path, system: SystemConfig, info: build.DatasetInfo) -> None:
+def check_unchanged(workdir: Path, system: SystemConfig, info: DatasetInfo) -> None:
     """Compares copied codecs with their own runs, as far as these are still there.
 
     Raises:
@@ -108,7 +109,7 @@ def _write(target: Path, record: Mapping[str, object], params: Params) -> None:
     files.write(target, text.encode())  # whole or absent: a run may be killed here
 
 
-def load_codec(place: CodecPlace, info: build.DatasetInfo) -> tuple[dict[str, Any], Params]:
+def load_codec(place: CodecPlace, info: DatasetInfo) -> tuple[dict[str, Any], Params]:
     """The spec and the parameters of the codec that another run trained.
 
     Raises:

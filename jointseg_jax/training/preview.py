@@ -14,6 +14,7 @@ from jointseg_jax import build, sharding
 from jointseg_jax.annotations import viz
 from jointseg_jax.config import RunConfig
 from jointseg_jax.data.pipeline import evaluation_batches
+from jointseg_jax.data.records import DatasetInfo
 from jointseg_jax.data.tokenizer import Words
 from jointseg_jax.rng import sample_keys
 from jointseg_jax.systems.system import Batch, Objective, Pairs
@@ -33,7 +34,7 @@ class Previewer:
         self,
         config: RunConfig,
         system: Objective,
-        info: build.DatasetInfo,
+        info: DatasetInfo,
         mesh: jax.sharding.Mesh,
         tokenizer: Words | None,
     ):
@@ -68,9 +69,7 @@ class Previewer:
         return sheet(jax.tree.map(np.asarray, made), self._info)
 
 
-def sheet(
-    made: Mapping[str, np.ndarray], info: build.DatasetInfo, *, columns: int = 8
-) -> np.ndarray:
+def sheet(made: Mapping[str, np.ndarray], info: DatasetInfo, *, columns: int = 8) -> np.ndarray:
     """What was made as one picture: pairs, or only the half that there is.
 
     Raises:

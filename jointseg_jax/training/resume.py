@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jointseg_jax import build
 from jointseg_jax.config import RunConfig, plain
-from jointseg_jax.data.records import Source
+from jointseg_jax.data.records import DatasetInfo, Source
 from jointseg_jax.settings_diff import classes_apart, require_same
 from jointseg_jax.types import UserError
 
@@ -45,9 +44,9 @@ def require_settings(
     require_same(meta["config"], current, (*MAY_CHANGE, *allow), where=where, remedy=remedy)
 
 
-def require_info(info: build.DatasetInfo, path: Path) -> None:
+def require_info(info: DatasetInfo, path: Path) -> None:
     """Refuses data with other classes or words than the workdir's ``facts.json`` says."""
-    saved = build.DatasetInfo.load(path)
+    saved = DatasetInfo.load(path)
     apart = classes_apart(saved.classes.names, info.classes.names)
     if not apart and saved.vocabulary == info.vocabulary:
         return

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 from jointseg_jax import build, rules
 from jointseg_jax.config import CodecPlace, RunConfig, Spec, SystemConfig, from_plain
 from jointseg_jax.data import files
+from jointseg_jax.data.records import DatasetInfo
 from jointseg_jax.training import state as states
 from jointseg_jax.training.checkpoints import Checkpoints
 from jointseg_jax.types import Params, UserError
@@ -62,7 +63,7 @@ class Run:
 
     workdir: Path
     config: RunConfig
-    info: build.DatasetInfo
+    info: DatasetInfo
     system: Any  # Joint, Bridge or Autoencode; the caller knows which of them it needs
     params: Params  # averaged where an average is kept
     frozen: dict[str, Params]  # parameters of trained codecs, by name
@@ -70,7 +71,7 @@ class Run:
     digest: str  # of the whole state that the checkpoint holds
 
 
-def load_info(workdir: Path) -> build.DatasetInfo:
+def load_info(workdir: Path) -> DatasetInfo:
     """Reads classes and words of a run's data from its workdir.
 
     Raises:
@@ -81,7 +82,7 @@ def load_info(workdir: Path) -> build.DatasetInfo:
             f"{workdir}: no trained run here (config.json is missing). "
             f"Train one: launch/train.py --config configs/quickstart.py --workdir {workdir}"
         )
-    return build.DatasetInfo.load(workdir / "facts.json")
+    return DatasetInfo.load(workdir / "facts.json")
 
 
 def load_run(workdir: Path | str) -> Run:

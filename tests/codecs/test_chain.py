@@ -14,6 +14,7 @@ from jointseg_jax.codecs.label_ae import LabelAE
 from jointseg_jax.codecs.palette import Palette
 from jointseg_jax.codecs.pixels import Pixels
 from jointseg_jax.data.classes import Classes
+from jointseg_jax.data.records import DatasetInfo
 from jointseg_jax.types import UserError
 
 PALETTE = Palette(classes=19, perturbation=60.0)
@@ -92,7 +93,7 @@ def test_a_rows_perturbation_is_its_own_and_both_parts_have_keys_of_their_own():
 
 
 def test_a_config_names_the_parts():
-    known = build.DatasetInfo(Classes(names=("a", "b", "c")), (), ())
+    known = DatasetInfo(Classes(names=("a", "b", "c")), (), ())
     spec = {
         "name": "chain",
         "first": {"name": "palette", "void": "masked"},

@@ -8,11 +8,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from jointseg_jax import build
 from jointseg_jax.annotations import viz
 from jointseg_jax.codecs.bits import Bits, PanopticBits
 from jointseg_jax.codecs.pixels import Pixels
 from jointseg_jax.config import RunConfig
+from jointseg_jax.data.records import DatasetInfo
 from jointseg_jax.data.sources.scenes import Scenes
 from jointseg_jax.evaluation.alignment import find_judge, oracle
 from jointseg_jax.evaluation.codec_report import codec_report
@@ -53,7 +53,7 @@ def run(tmp_path):
         "mask": Stream(field="labels", codec=CODEC, process=PROCESS),
     }
     system = SimpleNamespace(streams=streams)
-    info = build.dataset_info(SCENES, captions=1)
+    info = DatasetInfo.of(SCENES, captions=1)
     return Run(tmp_path, RunConfig.parse(config), info, system, {}, {}, 7, "digest")
 
 

@@ -8,11 +8,11 @@ import jax
 import numpy as np
 import pytest
 
-from jointseg_jax import build
 from jointseg_jax.codecs.image_tiny import ImageTiny
 from jointseg_jax.codecs.palette import Palette
 from jointseg_jax.codecs.pixels import Pixels, normalise
 from jointseg_jax.config import RunConfig
+from jointseg_jax.data.records import DatasetInfo
 from jointseg_jax.data.sources.scenes import Scenes
 from jointseg_jax.evaluation.codec_report import autoencoder_report, codec_report
 from jointseg_jax.evaluation.pair_images import IDENTICAL, ImageReconstruction, psnr
@@ -64,7 +64,7 @@ def run_of(system, params):
     return Run(
         Path("nowhere"),
         RunConfig.parse(config),
-        build.dataset_info(SCENES, captions=1),
+        DatasetInfo.of(SCENES, captions=1),
         system,
         params,
         {},

@@ -12,6 +12,7 @@ from PIL import Image
 from jointseg_jax import build
 from jointseg_jax.config import RunConfig
 from jointseg_jax.data.classes import Classes
+from jointseg_jax.data.records import DatasetInfo
 from jointseg_jax.generation.filters import Filters
 from jointseg_jax.generation.in_memory import InMemory, sample_pairs, segment
 from jointseg_jax.generation.sample import SampleOptions, sample
@@ -29,7 +30,7 @@ def untrained(name, workdir):
     config["system"]["solver"]["steps"] = 2
     if config["system"].get("text"):
         config["system"]["text"] |= {"width": 8, "length": 4}
-    info = build.DatasetInfo(CLASSES, ("a", "car"), ("a car",))
+    info = DatasetInfo(CLASSES, ("a", "car"), ("a car",))
     config = RunConfig.parse(config)
     system = build.system(config.system, info)
     params = jax.jit(system.init)(jax.random.key(0))

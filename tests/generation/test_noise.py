@@ -10,6 +10,7 @@ import pytest
 from jointseg_jax import build
 from jointseg_jax.config import SystemConfig
 from jointseg_jax.data.classes import Classes
+from jointseg_jax.data.records import DatasetInfo
 from jointseg_jax.generation.sampler import one_ahead, pending_batches
 from jointseg_jax.rng import row_keys, sample_keys
 
@@ -27,7 +28,7 @@ def system():
         stream["tokens"]["patch"] = 4
     return build.system(
         SystemConfig.parse(config["system"]),
-        build.DatasetInfo(Classes(names=("sky", "road", "car")), (), ()),
+        DatasetInfo(Classes(names=("sky", "road", "car")), (), ()),
     )
 
 

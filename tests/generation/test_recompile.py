@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 from jointseg_jax import sharding
-from jointseg_jax.build import DISTRIBUTIONS, SOLVERS, TIMES, DatasetInfo
+from jointseg_jax.build import DISTRIBUTIONS, SOLVERS, TIMES
 from jointseg_jax.codecs.bits import Bits
 from jointseg_jax.codecs.pixels import Pixels
 from jointseg_jax.config import RunConfig
 from jointseg_jax.data.classes import Classes
+from jointseg_jax.data.records import DatasetInfo
 from jointseg_jax.generation.sampler import make_sampler, one_ahead, pending_batches
 from jointseg_jax.models.text import Features
 from jointseg_jax.models.uvit import UViT

@@ -10,6 +10,7 @@ import numpy as np
 from jointseg_jax import build
 from jointseg_jax.config import SystemConfig
 from jointseg_jax.data.classes import Classes
+from jointseg_jax.data.records import DatasetInfo
 from jointseg_jax.rng import row_keys
 from jointseg_jax.types import VOID
 
@@ -23,7 +24,7 @@ def test_a_batch_of_void_has_a_finite_loss_and_gradient():
     config["system"]["denoiser"] |= {"width": 8, "depth": 1, "heads": 1}
     for stream in config["system"]["streams"].values():
         stream["tokens"]["patch"] = 8
-    known = build.DatasetInfo(Classes(names=("sky", "road", "car")), ("a",), ())
+    known = DatasetInfo(Classes(names=("sky", "road", "car")), ("a",), ())
     system = build.system(SystemConfig.parse(config["system"]), known)
     rows = {
         "image": np.zeros((ROWS, SIZE, SIZE, 3), np.uint8),

@@ -14,6 +14,7 @@ from jointseg_jax import build, sharding
 from jointseg_jax.config import ReadConfig, RunConfig, SystemConfig, from_plain, plain
 from jointseg_jax.data.cached.reader import Cache
 from jointseg_jax.data.pipeline import batches, evaluation_batches
+from jointseg_jax.data.records import DatasetInfo
 from jointseg_jax.data.sources.scenes import Scenes
 from jointseg_jax.data.transforms import Flip
 from jointseg_jax.perf import abstract, bench_input
@@ -58,7 +59,7 @@ def codec(tmp_path_factory):
 def codec_run(workdir, seed=0):
     workdir.mkdir()
     system = {"name": "autoencode", "size": SIZE, "codec": CODEC}
-    known = build.DatasetInfo(Scenes().classes, (), ())
+    known = DatasetInfo(Scenes().classes, (), ())
     rng = np.random.default_rng(seed)
     shapes = jax.eval_shape(build.system(SystemConfig.parse(system), known).init, jax.random.key(0))
     params = jax.tree.map(lambda s: jnp.asarray(0.3 * rng.normal(size=s.shape), s.dtype), shapes)
@@ -200,7 +201,7 @@ def test_a_batch_is_the_codecs_own_encoding_of_the_same_records(config, made):
     assert set(batch) == {LATENTS + "mask", "image", "text", "index"}
     specs, params = load_codecs(out, system_config(config))
     system = build.system(
-        system_config(config), build.dataset_info(build.source(parsed(config), "train")), specs
+        system_config(config), DatasetInfo.of(build.source(parsed(config), "train")), specs
     )
     keys = jax.random.split(jax.random.key(1), 8)
     batch, plain = jax.device_put((batch, raw(config, batch)))
@@ -253,7 +254,7 @@ def test_other_settings_are_refused_by_name(config, made):
 
 @pytest.mark.cli
 def test_a_codec_that_was_trained_on_is_refused(config, made, codec, tmp_path):
-    known = build.dataset_info(build.source(parsed(config), "train"), captions=0)
+    known = DatasetInfo.of(build.source(parsed(config), "train"), captions=0)
     pretrained.check_unchanged(made[0], system_config(config), known)
     other = json.loads(json.dumps(config))
     other["system"]["streams"]["mask"]["codec"]["workdir"] = str(codec_run(tmp_path / "on", seed=1))
@@ -269,7 +270,7 @@ def test_the_step_that_reads_latents_is_known_by_the_index_alone(config, made, t
     here = from_plain(json.loads(json.dumps(cached(config, tmp_path))))
     here["system"]["streams"]["mask"]["codec"] |= {"workdir": str(tmp_path / "nowhere")}
     known = abstract.dataset_info(parsed(here))
-    assert known == build.dataset_info(
+    assert known == DatasetInfo.of(
         build.source(parsed(cached(config, made[0])), "train"), captions=0
     )
     found = abstract.codecs(parsed(here), known)

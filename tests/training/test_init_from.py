@@ -19,6 +19,7 @@ from safetensors.numpy import save_file
 from jointseg_jax import build, presets, rules, sharding
 from jointseg_jax.config import RunConfig, SystemConfig, make, plain
 from jointseg_jax.data.classes import Classes
+from jointseg_jax.data.records import DatasetInfo
 from jointseg_jax.models.uvit import UViT
 from jointseg_jax.rng import sample_keys
 from jointseg_jax.training import init_from, workdir
@@ -37,7 +38,7 @@ def system_config(values):
     return SystemConfig.parse(values["system"])
 
 
-KNOWN = build.DatasetInfo(Classes(names=("sky", "road", "car")), ("a", "bus", "in", "rain"), ())
+KNOWN = DatasetInfo(Classes(names=("sky", "road", "car")), ("a", "bus", "in", "rain"), ())
 PDM, TWO_STREAM = (
     runpy.run_path(str(Path(__file__).parents[2] / f"configs/{name}.py"))
     for name in ("pdm", "pdm_two_stream")
@@ -281,7 +282,7 @@ def test_other_sizes_do_not_fit(images):
 
 
 def test_words_in_another_order_are_refused(images):
-    other = build.DatasetInfo(KNOWN.classes, ("bus", "a", "in", "rain"), ())
+    other = DatasetInfo(KNOWN.classes, ("bus", "a", "in", "rain"), ())
     with pytest.raises(
         UserError, match=r"was trained on 4 words, config\.data has 4, and they are"
     ):

@@ -13,6 +13,7 @@ import pytest
 from jointseg_jax import build, rules
 from jointseg_jax.config import SystemConfig, plain
 from jointseg_jax.data.classes import Classes
+from jointseg_jax.data.records import DatasetInfo
 from jointseg_jax.training import pretrained, workdir
 from jointseg_jax.training import state as states
 from jointseg_jax.training.checkpoints import Checkpoints
@@ -38,7 +39,7 @@ NOISE = {"predicts": "noise", "schedule": {"name": "cosine"}}
 
 
 def facts(names=NAMES):
-    return build.DatasetInfo(Classes(names=names), (), ())
+    return DatasetInfo(Classes(names=names), (), ())
 
 
 def leave(workdir, config, known, params, ema=None):

@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 
-from jointseg_jax import build
 from jointseg_jax.annotations import viz
 from jointseg_jax.data.classes import Classes
+from jointseg_jax.data.records import DatasetInfo
 from jointseg_jax.training.preview import sheet
 from jointseg_jax.types import UserError
 
-FACTS = build.DatasetInfo(Classes(names=("sky", "road", "car")), (), ())
+FACTS = DatasetInfo(Classes(names=("sky", "road", "car")), (), ())
 RNG = np.random.default_rng(0)
 IMAGES = list(RNG.integers(0, 256, (10, 64, 64, 3), dtype=np.uint8))
 LABELS = list(RNG.integers(-1, 3, (10, 64, 64), dtype=np.int32))

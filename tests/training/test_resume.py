@@ -10,6 +10,7 @@ import pytest
 from jointseg_jax import build
 from jointseg_jax.config import RunConfig
 from jointseg_jax.data.classes import Classes
+from jointseg_jax.data.records import DatasetInfo
 from jointseg_jax.training import resume
 from jointseg_jax.types import UserError
 
@@ -85,12 +86,12 @@ def test_what_does_not_touch_the_result_may_change(saved, path, value):
 
 def test_other_classes_or_words_are_refused(tmp_path):
     """The first class that differs is told (C6)."""
-    known = build.DatasetInfo(Classes(names=("sky", "road", "car")), ("a", "car"), ())
+    known = DatasetInfo(Classes(names=("sky", "road", "car")), ("a", "car"), ())
     (tmp_path / "facts.json").write_text(known.dump())
     resume.require_info(known, tmp_path / "facts.json")
-    other = build.DatasetInfo(Classes(names=("sky", "street", "car")), ("a", "car"), ())
+    other = DatasetInfo(Classes(names=("sky", "street", "car")), ("a", "car"), ())
     with pytest.raises(UserError, match="street"):
         resume.require_info(other, tmp_path / "facts.json")
-    words = build.DatasetInfo(known.classes, ("a",), ())
+    words = DatasetInfo(known.classes, ("a",), ())
     with pytest.raises(UserError, match="2 words, the data has 1"):
         resume.require_info(words, tmp_path / "facts.json")

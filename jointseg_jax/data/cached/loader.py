@@ -35,15 +35,19 @@ class CachedSource(Protocol):
 
     def __len__(self) -> int:
         """Counts the records."""
+        ...
 
     def check_tokenizer(self, tokenizer: Tokenizer | None) -> None:
         """Refuses a tokenizer other than the one its text was made with."""
+        ...
 
     def gather(self, records: np.ndarray, random: np.ndarray | None = None) -> Batch:
         """Returns the batch fields of ``records``; ``random`` [DRAWS, records] chooses variants."""
+        ...
 
     def damage(self) -> list[BadSample]:
         """Reads every file; returns what is wrong with them."""
+        ...
 
 
 class HostBatches:

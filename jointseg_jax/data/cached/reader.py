@@ -168,7 +168,9 @@ class Cache:
     def damage(self) -> list[BadSample]:
         """Reads every row; returns what is wrong with each file that is not as it was written."""
         edges = (start * self.index["variants"] for start in self._starts)
-        spans = [(self._rows, first, end) for first, end in itertools.pairwise(edges)]
+        spans: list[tuple[Callable[[np.ndarray], object], int, int]] = [
+            (self._rows, first, end) for first, end in itertools.pairwise(edges)
+        ]
         if self.texts is not None:
             spans.append((self.texts.rows, 0, len(self.texts)))
         problems = []

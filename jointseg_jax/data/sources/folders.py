@@ -222,10 +222,10 @@ def paint(files: Files, parts: Iterable[tuple[int, str]], pixel_limit: int = PIX
         mask = decode_labels(data, str(path), colours=GREYS, pixel_limit=pixel_limit)
         if not first:
             canvas, first = np.zeros(mask.shape, np.int16), name
-        (height, width), (tall, wide) = mask.shape, canvas.shape
-        if (height, width) != (tall, wide):
-            found = f"a mask of {width}x{height} (width x height)"
-            rule = f"{first} is {wide}x{tall}, and all parts have one size"
+        size, wanted = tuple(mask.shape), tuple(canvas.shape)
+        if size != wanted:
+            found = f"a mask of {size[1]}x{size[0]} (width x height)"
+            rule = f"{first} is {wanted[1]}x{wanted[0]}, and all parts have one size"
             raise BadSample(str(path), found, rule, "Take both from the same release.")
         canvas[mask > 0] = label  # over earlier parts: hair over ears, hats over hair
     return canvas

@@ -386,7 +386,7 @@ LAYOUTS: dict[str, Callable[[Path, str], SplitIndex]] = {
     "celebamask_hq_parts": list_celebamask_hq_parts,
 }
 
-CLASSES_OF = dict.fromkeys(("celebamask_hq", "celebamask_hq_parts"), "celeba_mask")
+CLASSES_OF = {"celebamask_hq": "celeba_mask", "celebamask_hq_parts": "celeba_mask"}
 """The class list of a layout, where it goes by another name than the layout."""
 
 
