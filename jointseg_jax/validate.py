@@ -356,7 +356,7 @@ def _arrays(saved: dict[str, Any] | None, state: Any, workdir: Path, findings: F
     if saved is None:
         return
     kinds = {path: kind for path, (kind, _) in saved["checkpoint"]["leaves"].items()}
-    wanted = {path: describe(leaf) for path, (_, leaf) in snapshot.leaves(state).items()}
+    wanted = {path: describe(leaf) for path, leaf in snapshot.leaves(state).items()}
     where = str(workdir / "checkpoints" / str(saved["step"]))
     if findings.attempt(lambda: snapshot.require_fit(kinds, wanted, where) or True):
         findings.add("arrays", f"the checkpoint's {len(kinds):,} fit, by name, shape and dtype")

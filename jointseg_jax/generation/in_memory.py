@@ -12,6 +12,7 @@ import numpy as np
 
 from jointseg_jax.data.transforms import BOXES, Resize, resize_image, resize_labels
 from jointseg_jax.generation.sample import (
+    Condition,
     Inputs,
     SampleOptions,
     cleaned,
@@ -24,7 +25,7 @@ from jointseg_jax.training.workdir import Run
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class InMemory:
+class InMemory(Condition):
     """Images or label maps to start from, as ``launch/sample.py --given`` reads them from files."""
 
     kind: Literal["images", "labels"]
@@ -32,16 +33,6 @@ class InMemory:
     """uint8 [height, width, 3] of any sizes, or labels [height, width] with -1 for void."""
     mode: Literal["crop", "stretch"] = "crop"
     """How a row comes to the model's size: its centre, or the whole of it."""
-
-    @property
-    def ids(self) -> tuple[str, ...]:
-        """Numbers of the rows."""
-        return tuple(f"{i:08d}" for i in range(len(self.rows)))
-
-    @property
-    def captions(self) -> tuple[tuple[str, ...], ...]:
-        """Arrays have none."""
-        return ((),) * len(self.rows)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -54,9 +45,8 @@ class InMemory:
 
     def fingerprint(self) -> dict[str, object]:
         """Returns plain values that differ for other rows."""
-        sums = [
-            hashlib.sha256(np.ascontiguousarray(row).tobytes()).hexdigest() for row in self.rows
-        ]
+        rows = (np.ascontiguousarray(row).tobytes() for row in self.rows)
+        sums = [hashlib.sha256(row).hexdigest() for row in rows]
         return {"kind": self.kind, "mode": self.mode, "sha256": sums}
 
 
@@ -75,10 +65,7 @@ def sample_pairs(run: Run, options: SampleOptions) -> dict[str, np.ndarray]:
     inputs = Inputs(prompt_rows(run, options.prompts, options.features), options.condition)
     sampler = make_sampler(run, system, per_device=options.per_device)
     clean = functools.partial(
-        cleaned,
-        classes=run.info.classes,
-        absorb=options.absorb,
-        min_instance=options.min_instance,
+        cleaned, classes=run.info.classes, absorb=options.absorb, min_instance=options.min_instance
     )
 
     pending = pending_batches(0, options.count, sampler.batch_size)

@@ -9,9 +9,7 @@
 | ``manifest.jsonl`` | a line per pair, in index order |
 | ``settings.json`` | everything that the pairs depend on |
 
-The line of a panoptic pair has its COCO ``segments_info``, ``category_id`` being the class index;
-the line of a pair that a filter rejects has the reason, and there are no files of it.
-
+The line of a panoptic pair has its COCO ``segments_info``, ``category_id`` being the class index.
 A file appears by rename, and a manifest line follows its files. Nothing written depends on the
 clock or the machine, so an interrupted run ends with the same bytes as one that was not.
 """
@@ -21,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -70,7 +69,10 @@ class PairWriter:
                 (folder / name).mkdir(parents=True, exist_ok=True)
             check_settings(folder / "settings.json", settings)
             self.lines, self.kept = self._verified()
-            self._rewrite_manifest()
+            # cuts off what is torn or damaged; leaves the file alone where nothing is
+            text = b"".join(jsonl.line(line, ascii_only=False) for line in self.lines)
+            if not self._manifest.exists() or self._manifest.read_bytes() != text:
+                files.write(self._manifest, text)
 
     @property
     def done(self) -> int:
@@ -79,7 +81,6 @@ class PairWriter:
 
     def write(self, index: int, *pair: Any, **options: Any) -> None:
         """Writes pair ``index``, the next one in order; arguments as of ``files``."""
-        self._list_kept()
         self._require_next(index)
         self.append(self.files(index, *pair, **options))
 
@@ -125,19 +126,6 @@ class PairWriter:
             line |= {key: path, key + "_sha256": hashlib.sha256(data).hexdigest()}
         return line
 
-    def rejected(
-        self,
-        index: int,
-        prompt: str,
-        fields: Mapping[str, object],
-        reason: str,
-        *,
-        name: str | None = None,
-    ) -> dict[str, Any]:
-        """Returns the manifest line of pair ``index``, which a filter rejects: it has no files."""
-        name = name or f"{index:08d}"
-        return {"id": name, "index": index, "prompt": prompt, **fields, "rejected": reason}
-
     def close(self) -> None:
         """Flushes the manifest to disk."""
         self._list_kept()
@@ -146,12 +134,11 @@ class PairWriter:
 
     def append(self, line: Mapping[str, object]) -> None:
         """Adds the next pair to the manifest; its files must be there."""
-        self._list_kept()
         self._require_next(line["index"])
         self._add_line(line)
 
     def _list_kept(self) -> None:
-        while self.done in self.kept:
+        while self.done in self.kept:  # their turn has come
             self._add_line(self.kept[self.done])
 
     def _add_line(self, line: Mapping[str, object]) -> None:
@@ -182,6 +169,7 @@ class PairWriter:
             ) from error
 
     def _require_next(self, index: object) -> None:
+        self._list_kept()
         if index != self.done:
             raise ValueError(f"pair {index} out of order; {self.done} is next.")
 
@@ -190,43 +178,37 @@ class PairWriter:
 
         A line that is torn or out of order ends the manifest.
         """
-        lines: list[dict[str, Any]] = []
-        kept: dict[int, dict[str, Any]] = {}
         saved = jsonl.read_until_damaged(self._manifest) if self._manifest.exists() else ()
-        for index, line in enumerate(saved):
-            if line.get("index") != index:
-                break
-            if self._is_whole(line):
-                kept[index] = line
-            if index == len(lines) and index in kept:
-                lines.append(kept.pop(index))
-        return lines, kept
+        numbered = itertools.takewhile(
+            lambda item: item[1].get("index") == item[0], enumerate(saved)
+        )
+        kept = {index: line for index, line in numbered if self._is_whole(line)}
+        first_gap = next(index for index in itertools.count() if index not in kept)
+        return [kept.pop(index) for index in range(first_gap)], kept
 
     def _is_whole(self, line: Mapping[str, object]) -> bool:
         """True if all files of a line are there with the bytes that it says."""
         if isinstance(line.get("rejected"), str):
             return True
         for key in (k.removesuffix("_sha256") for k in line if k.endswith("_sha256")):
-            path = self._inside(line.get(key))
-            if path is None or not path.is_file():
+            name = line.get(key)
+            if not isinstance(name, str) or "\0" in name:
+                return False
+            path = self.folder / name
+            # A manifest may come from somebody else: what it names elsewhere must not even be read.
+            if not path.resolve().is_relative_to(self.folder.resolve()) or not path.is_file():
                 return False
             if hashlib.sha256(path.read_bytes()).hexdigest() != line[key + "_sha256"]:
                 return False
         return {"image_sha256", "annotation_sha256"} <= line.keys()
 
-    def _inside(self, name: object) -> Path | None:
-        """Returns the file of this folder that a line names; None for any other place."""
-        # A manifest may come from somebody else: what it names elsewhere must not even be read.
-        if not isinstance(name, str) or "\0" in name:
-            return None
-        path = self.folder / name
-        return path if path.resolve().is_relative_to(self.folder.resolve()) else None
 
-    def _rewrite_manifest(self) -> None:
-        """Cuts off what is torn or damaged; leaves the file alone where nothing is."""
-        text = b"".join(jsonl.line(line, ascii_only=False) for line in self.lines)
-        if not self._manifest.exists() or self._manifest.read_bytes() != text:
-            files.write(self._manifest, text)
+def rejected(
+    index: int, prompt: str, fields: Mapping[str, object], reason: str, name: str | None = None
+) -> dict[str, Any]:
+    """The manifest line of pair ``index``, which a filter rejects: it has no files."""
+    name = name or f"{index:08d}"
+    return {"id": name, "index": index, "prompt": prompt, **fields, "rejected": reason}
 
 
 def read_mask(path: Path) -> np.ndarray:
@@ -244,25 +226,16 @@ def check_settings(path: Path, settings: Mapping[str, object]) -> None:
     if not path.exists():
         files.write(path, (json.dumps(settings, indent=1) + "\n").encode())
         return
-    saved = _read_settings(path)
-    keys = sorted(set(saved) | set(settings))
-    changed = [k for k in keys if saved.get(k) != settings.get(k)]
-    if changed:
-        changes = "; ".join(f"{k}: {saved.get(k)} -> {settings.get(k)}" for k in changed)
-        raise UserError(
-            f"{path.parent}: made with other settings: {changes}. "
-            "Give the same settings to go on, or another --out."
-        )
-
-
-def _read_settings(path: Path) -> dict[str, Any]:
-    try:
-        saved = json.loads(path.read_bytes())
-    except ValueError:
-        saved = None
-    if not isinstance(saved, dict):
+    saved = jsonl.parse(path.read_bytes())
+    if saved is None:
         raise UserError(
             f"{path}: damaged; the settings that these pairs were made with cannot be read. Put "
             "the file back from a copy, or choose another --out."
         )
-    return saved
+    keys = [k for k in sorted({*saved, *settings}) if saved.get(k) != settings.get(k)]
+    if keys:
+        changes = "; ".join(f"{k}: {saved.get(k)} -> {settings.get(k)}" for k in keys)
+        raise UserError(
+            f"{path.parent}: made with other settings: {changes}. "
+            "Give the same settings to go on, or another --out."
+        )

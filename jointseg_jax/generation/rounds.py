@@ -18,15 +18,11 @@ import numpy as np
 
 from jointseg_jax import distributed
 from jointseg_jax.data.classes import Classes
-from jointseg_jax.generation.pair_writer import PairWriter
+from jointseg_jax.generation.pair_writer import PairWriter, rejected
 
 
 class RoundWriter:
-    """The writer of this process; of a lone process, a plain ``PairWriter``.
-
-    Args:
-      settings: see ``PairWriter``.
-    """
+    """The writer of this process; arguments as of ``PairWriter``."""
 
     def __init__(self, folder: Path, classes: Classes, settings: Mapping[str, object]):
         opened: list[PairWriter] = []
@@ -38,19 +34,15 @@ class RoundWriter:
             return json.dumps([start, end, [i for i in range(start, end) if i not in kept]])
 
         # One process verifies the files of all, and says so: hashing a large folder takes minutes.
-        state = json.loads(distributed.from_first(open_folder))
-        self.start: int = state[0]
-        """The first pair that is to be made."""
-        self._end: int = state[1]
-        self._gaps = np.array(state[2], np.int64)
-        """Pairs before ``_end`` that are not whole; from there on there are none at all."""
-        self.there = self._end - len(self._gaps)
-        """Number of pairs that were there already."""
+        self.start: int  # the first pair that is to be made
+        self._end: int  # from here on there are no pairs
+        self.start, self._end, gaps = json.loads(distributed.from_first(open_folder))
+        self._gaps = np.array(gaps, np.int64)  # pairs before the end that are not whole
+        self.there = self._end - len(gaps)  # number of pairs that were there already
         self.pairs = opened[0] if opened else PairWriter(folder, classes, settings, lines=False)
         """The writer, whose ``lines`` are complete on the first process."""
         self._together = distributed.several()
-        self._lines: list[dict[str, Any]] = []
-        """Of this round."""
+        self._lines: list[dict[str, Any]] = []  # of this round
 
     def needed(self, indices: np.ndarray) -> np.ndarray:
         """Marks the pairs that are not there."""
@@ -61,14 +53,13 @@ class RoundWriter:
         return self._list(self.pairs.files(*pair, **options))
 
     def reject(self, *pair: Any, **options: Any) -> int:
-        """Lists a pair as ``PairWriter.rejected`` does; returns how many pairs that lists."""
-        return self._list(self.pairs.rejected(*pair, **options))
+        """Lists a pair as ``rejected`` describes it; returns how many pairs that lists."""
+        return self._list(rejected(*pair, **options))
 
     def end_round(self) -> int:
-        """Lists the pairs of all processes after a batch, even an empty one.
+        """Lists the pairs of all processes after a batch, even an empty one; returns how many.
 
-        Returns:
-          How many were listed: 0 on all processes but the first, and on a lone one.
+        That is 0 on all processes but the first, and on a lone one.
         """
         if not self._together:
             return 0

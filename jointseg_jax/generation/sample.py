@@ -9,7 +9,6 @@ round at a time (``generation/rounds.py``). The folder is the same as from one p
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -48,21 +47,29 @@ FIELDS = {"images": "image", "labels": "labels"}
 
 @runtime_checkable
 class Condition(Protocol):
-    """Images or label maps to start from, such as ``data.given.Given``.
+    """Images or label maps to start from, such as ``data.given.Given``, of a kind in ``FIELDS``."""
 
-    Items of a kind in ``FIELDS`` with ids and captions (maybe none) each, loaded at (height,
-    width). The fingerprint is plain values that differ for other items.
-    """
+    kind: str
 
-    @property
-    def kind(self) -> str: ...
-    @property
-    def ids(self) -> tuple[str, ...]: ...
-    @property
-    def captions(self) -> tuple[tuple[str, ...], ...]: ...
     def __len__(self) -> int: ...
-    def load(self, index: int, size: tuple[int, int]) -> np.ndarray: ...
-    def fingerprint(self) -> dict[str, Any]: ...
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """Names of the items; their numbers where they have none."""
+        return tuple(f"{i:08d}" for i in range(len(self)))
+
+    @property
+    def captions(self) -> tuple[tuple[str, ...], ...]:
+        """Captions of each item, maybe none."""
+        return ((),) * len(self)
+
+    def load(self, index: int, size: tuple[int, int]) -> np.ndarray:
+        """Returns an item at (height, width)."""
+        ...
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Returns plain values that differ for other items."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,21 +84,14 @@ class SampleOptions:
     the training data."""
     features: np.ndarray | None = None
     """Of the prompts, [prompts, tokens, width], for a run whose text is precomputed features."""
-    condition: Condition | None = None
-    """Label maps or images to start from."""
+    condition: Condition | None = None  # label maps or images to start from
     seed: int = 0
-    steps: int | None = None
-    """Of the solver; None is the config's number."""
-    guidance: float | None = None
-    """Scale of every stream; None is the config's of each."""
-    per_device: int = PER_DEVICE
-    """Pairs per device and batch."""
-    absorb: int = 0
-    """Label regions of fewer pixels are merged into their surroundings (0: off)."""
-    min_instance: int = 16
-    """Of panoptic results, parts of instances with fewer pixels are merged likewise."""
-    extra_images: tuple[str, ...] = ()
-    """Further pictures to write, names of ``EXTRA_IMAGES``."""
+    steps: int | None = None  # of the solver; None is the config's number
+    guidance: float | None = None  # scale of every stream; None is the config's of each
+    per_device: int = PER_DEVICE  # pairs per device and batch
+    absorb: int = 0  # label regions of fewer pixels are merged into their surroundings; 0: off
+    min_instance: int = 16  # parts of instances with fewer pixels are merged likewise
+    extra_images: tuple[str, ...] = ()  # further pictures to write, names of ``EXTRA_IMAGES``
     filters: Filters = dataclasses.field(default_factory=Filters)
     """What a pair must have; one that has not is listed without files, and counts."""
 
@@ -105,8 +105,8 @@ def sample(run: Run, out: Path, options: SampleOptions) -> dict[str, Any]:
     """Generates pairs into the folder ``out``; the same call goes on where one was interrupted.
 
     Returns:
-      What the last line of ``launch/sample.py`` reports: the number of pairs (``made_now`` of them
-      by this call), the rejected ones by filter, the folder, and a sheet of its first pairs.
+      The number of pairs (``made_now`` of them by this call), the rejected ones by filter, the
+      folder, and a sheet of its first pairs.
 
     Raises:
       UserError: the run cannot do what the options ask for, or the folder has other settings.
@@ -121,7 +121,9 @@ def sample(run: Run, out: Path, options: SampleOptions) -> dict[str, Any]:
 
     # ---------------------------------------------------------------- one batch after the other
     pending = pending_batches(writer.start, options.count, sampler.batch_size, writer.needed)
-    with _progress_bar(writer.start, options.count) as bar:
+    title = {"unit": "pair", "desc": "sampling", "dynamic_ncols": True}
+    start, quiet = min(writer.start, options.count), not distributed.is_first()
+    with tqdm(total=options.count, initial=start, disable=quiet, **title) as bar:
         for indices, pairs in host_pairs(sampler, inputs, options.seed, system.size, pending):
             for row, index in enumerate(indices.tolist()):
                 pair = {k: rows[row] for k, rows in pairs.items()}
@@ -130,7 +132,7 @@ def sample(run: Run, out: Path, options: SampleOptions) -> dict[str, Any]:
             bar.update(writer.end_round())
 
     # ---------------------------------------------------------------- report
-    return json.loads(distributed.from_first(functools.partial(_finish, writer, out, options)))
+    return json.loads(distributed.from_first(lambda: _finish(writer, out, options)))
 
 
 def resolved(run: Run, options: SampleOptions) -> tuple[Generator, SampleOptions]:
@@ -140,8 +142,15 @@ def resolved(run: Run, options: SampleOptions) -> tuple[Generator, SampleOptions
       UserError: the run cannot do what the options ask for.
     """
     system = with_options(run.system, steps=options.steps, guidance=options.guidance)
-    check_condition(system, options.condition)
-    prompts = options.prompts or first_captions(options.condition) or run.info.captions or ("",)
+    condition = options.condition
+    try:
+        system.check_condition(() if condition is None else (FIELDS[condition.kind],))
+    except ValueError as error:
+        hint = "On the command line: --given annotations=DIR or --given images=DIR."
+        raise UserError(f"{error} {hint}") from error
+    firsts = () if condition is None else [next(iter(c), "") for c in condition.captions]
+    captions = firsts if any(firsts) else ()  # of every item, unless no item has any
+    prompts = options.prompts or captions or run.info.captions or ("",)
     return system, dataclasses.replace(options, prompts=tuple(prompts))
 
 
@@ -163,15 +172,6 @@ def host_pairs(
             # whole arrays come to the host: a slice of one on the device is a program of its own
             {k: np.asarray(rows)[batch.needed] for k, rows in made.items()},
         )
-
-
-def check_condition(system: Generator, condition: Condition | None) -> None:
-    """Raises UserError if the system cannot start from the condition, or lacks one it needs."""
-    try:
-        system.check_condition(() if condition is None else (FIELDS[condition.kind],))
-    except ValueError as error:
-        hint = "On the command line: --given annotations=DIR or --given images=DIR."
-        raise UserError(f"{error} {hint}") from error
 
 
 def settings_of(run: Run, system: Generator, options: SampleOptions) -> dict[str, Any]:
@@ -200,12 +200,6 @@ def settings_of(run: Run, system: Generator, options: SampleOptions) -> dict[str
     if options.filters != Filters():
         settings["filters"] = dataclasses.asdict(options.filters)
     return settings
-
-
-def first_captions(condition: Condition | None) -> list[str]:
-    """Returns a prompt for every item of the condition; none if no item has a caption."""
-    captions = [] if condition is None else [next(iter(c), "") for c in condition.captions]
-    return captions if any(captions) else []
 
 
 class Inputs(NamedTuple):
@@ -257,8 +251,10 @@ def write_pair(
     fields: dict[str, object] = {"seed": options.seed, "confidence": round(confidence, 6)}
     name = None
     if condition is not None:
-        fields["given"] = condition.ids[index % len(condition)]
-        name = _name(condition, index)
+        repeat, item = divmod(index, len(condition))
+        # named as the item, with a number from the second pair of it on
+        fields["given"] = condition.ids[item]
+        name = condition.ids[item] + (f"-{repeat + 1}" if repeat else "")
     prompt = options.prompts[index % len(options.prompts)]
     if reason := options.filters.reason(pair):
         return writer.reject(index, prompt, fields, reason, name=name)
@@ -285,34 +281,13 @@ def cleaned(
     return {**pair, "labels": labels, "segments": segments}
 
 
-def _name(condition: Condition, index: int) -> str:
-    """The name of a pair made from an item: the item's, and a number from the second on."""
-    repeat, item = divmod(index, len(condition))
-    return condition.ids[item] + (f"-{repeat + 1}" if repeat else "")
-
-
-def _overlay(pair: Mapping[str, np.ndarray], classes: Classes) -> np.ndarray:
-    segments = pair.get("segments")
-    return viz.overlay(pair["image"], pair["labels"], classes, segments=segments)
-
-
-def _confidence(pair: Mapping[str, np.ndarray], classes: Classes) -> np.ndarray:
-    return np.round(255 * pair["confidence"]).astype(np.uint8)
-
-
-EXTRA_IMAGES = {"overlay": _overlay, "confidence": _confidence}
+EXTRA_IMAGES = {
+    "overlay": lambda pair, classes: viz.overlay(
+        pair["image"], pair["labels"], classes, segments=pair.get("segments")
+    ),
+    "confidence": lambda pair, _: np.round(255 * pair["confidence"]).astype(np.uint8),
+}
 """Further pictures of a pair, (pair, classes) -> uint8, by the name of their folder."""
-
-
-def _progress_bar(start: int, num: int) -> tqdm:
-    return tqdm(
-        total=num,
-        initial=min(start, num),
-        unit="pair",
-        desc="sampling",
-        dynamic_ncols=True,
-        disable=not distributed.is_first(),
-    )
 
 
 def _finish(writer: RoundWriter, out: Path, options: SampleOptions) -> str:

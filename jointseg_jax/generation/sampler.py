@@ -26,17 +26,11 @@ from jointseg_jax.types import Array, Params, UserError
 
 Item = TypeVar("Item")
 
-Text = np.ndarray | None
-"""A row of token ids or features per index; None for a run without text."""
+Text = np.ndarray | None  # a row of token ids or features per index; None for a run without text
+Fields = Mapping[str, np.ndarray]  # batch fields to start from, a row per index
 
-Fields = Mapping[str, np.ndarray]
-"""Batch fields to start from, a row per index."""
-
-PER_DEVICE = 16
-"""Pairs that a device makes at a time."""
-
-ANNOTATIONS = {"labels", "panoptic"}
-"""Kinds of codecs that decode to labels."""
+PER_DEVICE = 16  # pairs that a device makes at a time
+ANNOTATIONS = {"labels", "panoptic"}  # kinds of codecs that decode to labels
 
 ROUNDED = (
     r"^denoiser/.*(in_blocks|mid_block|out_blocks)/(\d+/)?(attn|mlp|join|join_skip|kernel|bias)\b"
@@ -62,15 +56,15 @@ def with_options(system: object, *, steps: int | None, guidance: float | None) -
     if guidance is not None and system.text is None:
         raise UserError("--guidance: this run has no text to be guided by; leave it out.")
     # Solvers and streams check their own fields: what they refuse is a mistake in the flags here.
-    changes: dict[str, Any] = {}
     try:
         if steps is not None:
-            changes["solver"] = dataclasses.replace(system.solver, steps=steps)
+            solver = dataclasses.replace(system.solver, steps=steps)
+            system = dataclasses.replace(system, solver=solver)
         if guidance is not None:
-            changes["streams"] = {
-                k: dataclasses.replace(s, guidance=guidance) for k, s in system.streams.items()
-            }
-        return dataclasses.replace(system, **changes)
+            streams = system.streams.items()
+            guided = {k: dataclasses.replace(s, guidance=guidance) for k, s in streams}
+            system = dataclasses.replace(system, streams=guided)
+        return system
     except ValueError as error:
         raise UserError(f"--steps {steps}, --guidance {guidance}: {error}") from error
 
@@ -85,12 +79,9 @@ def sampling_params(system: object, params: Params) -> Params:
     if dtype is None or jnp.dtype(dtype).itemsize != 2:
         return params
     # Rounding twice changes nothing, so what the network rounds again stays equal bit for bit.
-    leaves, structure = jax.tree.flatten(params)
-    cast = [
-        jnp.asarray(leaf, dtype) if re.search(ROUNDED, path) else leaf
-        for path, leaf in zip(rules.paths(params), leaves, strict=True)
-    ]
-    return jax.tree.unflatten(structure, cast)
+    return jax.tree_util.tree_map_with_path(
+        lambda p, x: jnp.asarray(x, dtype) if re.search(ROUNDED, rules.path_of(p)) else x, params
+    )
 
 
 def sample_batch(
@@ -128,12 +119,9 @@ class Sampler:
     sample_batch: Callable[..., Pairs]
     """(params, frozen, text, condition, seed, indices) -> pairs, jitted or compiled."""
     mesh: jax.sharding.Mesh
-    params: Params
-    """On every device, as ``sampling_params`` returns them."""
-    frozen: Params
-    """Of the codecs, on every device."""
-    batch_size: int
-    """Number of indices of a call; another number would be compiled again."""
+    params: Params  # on every device, as ``sampling_params`` returns them
+    frozen: Params  # of the codecs, on every device
+    batch_size: int  # number of indices of a call; another number would be compiled again
 
     def __call__(self, seed: int, indices: np.ndarray, text: Text, condition: Fields) -> Pairs:
         """Starts a batch and returns its pairs before they are done; {} without indices."""
@@ -156,14 +144,10 @@ class Sampler:
 def make_sampler(run: Run, system: Generator, *, per_device: int = PER_DEVICE) -> Sampler:
     """Returns the sampler of a trained run; ``system`` is the run's, or one ``with_options``."""
     mesh = sharding.own_mesh()
-    everywhere = sharding.replicated(mesh)
-    return Sampler(
-        sample_batch=jit_sample_batch(system, mesh),
-        mesh=mesh,
-        params=jax.device_put(sampling_params(system, run.params), everywhere),
-        frozen=jax.device_put(run.frozen, everywhere),
-        batch_size=per_device * mesh.size,
-    )
+    params = sampling_params(system, run.params)
+    params, frozen = jax.device_put((params, run.frozen), sharding.replicated(mesh))
+    jitted, size = jit_sample_batch(system, mesh), per_device * mesh.size
+    return Sampler(sample_batch=jitted, mesh=mesh, params=params, frozen=frozen, batch_size=size)
 
 
 class PendingBatch(NamedTuple):

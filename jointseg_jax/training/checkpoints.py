@@ -1,13 +1,11 @@
 """Checkpoints that are whole or not used: atomic, asynchronous, verified bit by bit.
 
-A step folder ``N`` holds the arrays (``state``, Orbax) and one JSON object (``meta``): what the
-caller gave (``config`` and so on), the step, and for each array its dtype, shape and 64-bit
-digest, sealed by a SHA-256 of the object itself.
+A step folder ``N`` holds the arrays (``state``, Orbax) and one sealed JSON object (``meta``): what
+the caller gave, the step, and for each array its dtype, shape and 64-bit digest (``snapshot``).
 
 Folders are read newest first: seal, structure, then the digest of every array as it lies on the
-devices. A folder that fails is named in one warning line with its cause and renamed
-``N.damaged-<cause>``; the one before it is tried. If none is left the run stops, unless it is told
-to start afresh. An array of another shape, dtype or name than the model wants is refused, never
+devices. A folder that fails is named in one warning line and renamed ``N.damaged-<cause>``; the one
+before it is tried. An array of another shape, dtype or name than the model wants is refused, never
 cast: that is not damage but another configuration.
 """
 
@@ -21,20 +19,18 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 from orbax.checkpoint.options import AtomicityMode, AtomicityOptions
 
+from jointseg_jax import distributed
 from jointseg_jax.rules import path_of
 from jointseg_jax.training import digest, snapshot
 from jointseg_jax.training.snapshot import Damage, Meta
 from jointseg_jax.types import UserError
 
 _MARKER = "commit_success.txt"  # written last: a folder without it does not count
-_SYNCED = 64  # newest steps that the processes of a run agree on
 log = logging.getLogger(__name__)
 
 
@@ -83,13 +79,9 @@ class Checkpoints:
     def steps(self) -> list[int]:
         """The committed steps on disk, ascending; the same on every process."""
         found = [n for n in _numbered(self.folder) if (self.folder / str(n) / _MARKER).exists()]
-        if jax.process_count() == 1:
-            return found
         # One process's listing for all: a folder may appear or go between two listings, and the
         # processes would then wait for one another at different steps.
-        row = np.full(_SYNCED, -1, np.int32)
-        row[: len(found[-_SYNCED:])] = found[-_SYNCED:]
-        return [int(n) for n in multihost_utils.broadcast_one_to_all(row) if n >= 0]
+        return json.loads(distributed.share(json.dumps(found)))
 
     def newest(self) -> int | None:
         """The newest committed step; not yet verified."""
@@ -104,9 +96,10 @@ class Checkpoints:
           SaveError: this save, or the one before in the background, failed: not enough space, no
             permission, or the folder is gone.
         """
-        manager = self._writer()
+        if self._manager is None:
+            raise ValueError(f"checkpoints {self.folder}: opened with read_only=True; cannot save.")
         self.wait()  # a failure of the last save is reported as that save's, not as this one's
-        if step in manager.all_steps():
+        if step in self._manager.all_steps():
             return False
         leaves = snapshot.leaves(state)
         # the digests are computed before anything is written, from the arrays on the devices
@@ -119,7 +112,7 @@ class Checkpoints:
         with self._explained():
             if not self.folder.is_dir():  # Orbax would leave threads waiting for it
                 raise FileNotFoundError(f"{self.folder} is gone")
-            return manager.save(step, args=items, force=True)
+            return self._manager.save(step, args=items, force=True)
 
     def check(self) -> None:
         """Raises what went wrong in the background, if anything; cheap, for every step."""
@@ -174,7 +167,7 @@ class Checkpoints:
                 with snapshot.quiet():
                     return self._restore(step, abstract_state, meta, only), meta
             except Damage as damage:
-                self._set_aside(step, damage, "; trying the one before")
+                self._set_aside(step, damage)
         damaged = sorted(name for name in _names(self.folder) if ".damaged-" in name)
         if damaged and not start_afresh:
             raise UserError(
@@ -189,11 +182,8 @@ class Checkpoints:
         saved = {p: rows[p] for p in snapshot.within(rows, only)}
         wanted = {p: leaves[p] for p in snapshot.within(leaves, only)}
         folder = self.folder / str(step)
-        snapshot.require_fit(
-            {p: kind for p, (kind, _) in saved.items()},
-            {p: digest.describe(x) for p, (_, x) in wanted.items()},
-            str(folder),
-        )
+        kinds = {p: kind for p, (kind, _) in saved.items()}
+        snapshot.require_fit(kinds, {p: digest.describe(x) for p, x in wanted.items()}, str(folder))
         state = snapshot.read(folder / "state", wanted)
         # Orbax stores arrays without a checksum: without this a flipped bit is restored silently
         changed = sorted(p for p, d in digest.leaf_digests(state).items() if d != saved[p][1])
@@ -218,9 +208,9 @@ class Checkpoints:
                     folder.rmtree()
         ocp.multihost.sync_global_processes("checkpoints.sweep")
 
-    def _set_aside(self, step: int, damage: Damage, then: str) -> None:
+    def _set_aside(self, step: int, damage: Damage) -> None:
         if jax.process_index() == 0:
-            self._rename(step, damage, then)
+            self._rename(step, damage, "; trying the one before")
         ocp.multihost.sync_global_processes("checkpoints.set_aside")
         if self._manager is not None:
             self._manager.reload()  # it keeps its own list of steps
@@ -266,11 +256,6 @@ class Checkpoints:
         with contextlib.suppress(OSError):
             self._manager.reload()
 
-    def _writer(self) -> ocp.CheckpointManager:
-        if self._manager is None:
-            raise ValueError(f"checkpoints {self.folder}: opened with read_only=True; cannot save.")
-        return self._manager
-
 
 def read_meta(folder: str | os.PathLike, step: int | None = None) -> Meta:
     """The meta of ``step``, or of the newest step whose meta is whole; reads no arrays."""
@@ -292,11 +277,9 @@ def _manager(
 ) -> ocp.CheckpointManager:
     logging.getLogger("absl").addFilter(_without_orbax)
     policies = ocp.checkpoint_managers
-    preserve: list[ocp.checkpoint_managers.PreservationPolicy] = [policies.LatestN(keep)]
-    if keep_every is not None:
-        preserve.append(policies.EveryNSteps(keep_every))
+    for_good = [] if keep_every is None else [policies.EveryNSteps(keep_every)]
     options = ocp.CheckpointManagerOptions(
-        preservation_policy=policies.AnyPreservationPolicy(preserve),
+        preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), *for_good]),
         # a marker file, not a rename of the folder: object stores and some network disks cannot
         # rename a folder in one step
         atomicity_options=AtomicityOptions(mode=AtomicityMode.COMMIT_FILE),
@@ -348,17 +331,15 @@ def _reason(error: BaseException, folder: epath.Path, size: int) -> str | None:
     text, cause = "", error
     while cause is not None:
         text, cause = f"{text} {cause}".lower(), cause.__cause__ or cause.__context__
+    needed = f"{size / 1e6:.1f} MB needed"
     if "no space left" in text or "disk quota" in text:
-        free = f", {_size(shutil.disk_usage(folder).free)} free" if folder.is_dir() else ""
-        return f"no space left on the disk ({_size(size)} needed{free}). Free some or lower `keep`."
+        free = shutil.disk_usage(folder).free if folder.is_dir() else None
+        known = "" if free is None else f", {free / 1e6:.1f} MB free"
+        return f"no space left on the disk ({needed}{known}). Free some or lower `keep`."
     if "file too large" in text:
-        return f"the file system or a limit refuses files of this size ({_size(size)} needed)."
+        return f"the file system or a limit refuses files of this size ({needed})."
     if "read-only file system" in text or "permission denied" in text:
         return "the folder may not be written (read-only file system or permissions)."
     if not folder.is_dir():
         return "the folder is gone."
     return "the disk reports an error (EIO)." if "input/output error" in text else None
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e6:.1f} MB"

@@ -9,11 +9,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 import numpy as np
@@ -28,9 +29,7 @@ class Clock:
     """Times one launch; a context manager around it.
 
     Args:
-      workdir: of the run.
-      watchdog: when a standstill is reported.
-      stacks: file for the stacks of all threads then.
+      stacks: file for the stacks of all threads at a standstill (``watchdog``).
       total: steps of the run.
       batch: global batch size.
       writes: True for the process that keeps the run's files.
@@ -48,10 +47,10 @@ class Clock:
     ):
         self._goodput = Goodput(workdir, writes=writes)
         self._watchdog = Watchdog(watchdog, stacks=stacks, doing=lambda: self._goodput.phase)
-        self._total, self._batch, self._flops = total, batch, None
         self._in_flight = InFlight()
         self._asked = 0.0  # when the loop began to ask for the batch
-        self.window = Telemetry(total=total, batch=batch, flops=None)
+        self._new_window = functools.partial(Telemetry, total=total, batch=batch)
+        self.window = self._new_window(flops=None)
 
     def __enter__(self) -> Clock:
         self._watchdog.__enter__()
@@ -63,13 +62,12 @@ class Clock:
     def begin(self, step: int) -> None:
         """Notes the step that training goes on from, at the start or after going back."""
         self._goodput.begin(step)
-        self.window = Telemetry(total=self._total, batch=self._batch, flops=self._flops)
+        self.window = self._new_window(flops=self.window.flops)
 
     def compiled(self, flops: float | None) -> None:
         """Starts the first window: the program is there, and costs ``flops`` a step."""
-        self._flops = flops
         self._asked = time.perf_counter()
-        self.window = Telemetry(total=self._total, batch=self._batch, flops=flops)
+        self.window = self._new_window(flops=flops)
 
     def reading(self, step: int) -> None:
         """The loop asks for the batch of a step."""
@@ -106,36 +104,21 @@ class Clock:
         self._goodput.reached(step)
 
 
-@runtime_checkable
-class Result(Protocol):
-    """What a step gives at once and the devices fill in later, as jax.Array is."""
-
-    def is_ready(self) -> bool:
-        """Returns True once it is filled in."""
-        ...
-
-    def block_until_ready(self) -> Any:
-        """Waits until it is."""
-        ...
-
-
 class InFlight:
     """The newest step that was handed to the devices, by its metrics.
 
     The host runs one step ahead of the devices and no further: the next batch is read while a step
-    runs, yet no more than two batches lie on the devices, and a request to stop waits for two
-    steps. So time that the host spends on input is lost only where the devices had nothing left
-    to do.
+    runs, yet at most two batches lie on the devices, and a request to stop waits for two steps.
     """
 
     def __init__(self) -> None:
-        self._newest: Mapping[str, Result] = {}
+        self._newest: Mapping[str, Any] = {}  # jax.Array, which the devices fill in later
 
     def busy(self) -> bool:
         """Returns True while the devices still work at the newest step."""
         return not all(x.is_ready() for x in self._newest.values())
 
-    def add(self, metrics: Mapping[str, Result]) -> None:
+    def add(self, metrics: Mapping[str, Any]) -> None:
         """Takes note of a step that was handed over, and waits for the one before it."""
         before, self._newest = self._newest, metrics
         jax.block_until_ready(before)
@@ -148,15 +131,13 @@ class Telemetry:
       total: steps of the run.
       batch: global batch size.
       flops: of one step (3 x forward), or None when unknown.
-
-    Attributes:
-      losses: (step, loss, record indices) of the finite steps that were read last.
     """
 
     def __init__(self, *, total: int, batch: int, flops: float | None):
-        self._total, self._batch, self._flops = total, batch, flops
+        self._total, self._batch, self.flops = total, batch, flops
         self._peak = chips.peak_flops(jax.devices()[0].device_kind)
         self.losses: list[tuple[int, float, np.ndarray]] = []
+        """(step, loss, record indices) of the finite steps that were read last."""
         self._pending: deque[tuple[int, dict[str, jax.Array], np.ndarray]] = deque()
         self._wait, self._steps, self._since = 0.0, 0, time.perf_counter()
 
@@ -184,13 +165,10 @@ class Telemetry:
         values = jax.device_get([metrics for _, metrics, _ in ready])
         finite = [bool(v.pop("finite")) for v in values]
         bad = [(step, ids) for (step, _, ids), ok in zip(ready, finite) if not ok]
-        good = [v for v, ok in zip(values, finite) if ok]
-        self.losses = [
-            (step, float(v["loss"]), ids)
-            for (step, _, ids), v, ok in zip(ready, values, finite)
-            if ok and "loss" in v
-        ]
-        scalars = {k: float(np.mean([v[k] for v in good])) for k in (good[0] if good else {})}
+        good = [(step, v, ids) for (step, _, ids), v, ok in zip(ready, values, finite) if ok]
+        self.losses = [(step, float(v["loss"]), ids) for step, v, ids in good if "loss" in v]
+        names = good[0][1] if good else {}
+        scalars = {k: float(np.mean([v[k] for _, v, _ in good])) for k in names}
         return scalars | self._speed(ready[-1][0] if ready else 0), bad
 
     def _speed(self, step: int) -> dict[str, Any]:
@@ -202,8 +180,8 @@ class Telemetry:
             "data_wait": self._wait / seconds,
             "eta_seconds": per_step * (self._total - step - 1),
         }
-        if self._flops:
-            rate = self._flops / per_step / jax.device_count()
+        if self.flops:
+            rate = self.flops / per_step / jax.device_count()
             out["gflops_per_chip"] = rate / 1e9
             if self._peak:
                 out["mfu"] = rate / self._peak

@@ -28,10 +28,7 @@ from jointseg_jax.types import ArrayT
 Leaf = jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct
 
 # (c_j, first factor, shift, second factor) of mix_j
-_SETS = (
-    (0x9E3779B9, 0x7FEB352D, 15, 0x846CA68B),
-    (0x3C6EF372, 0x85EBCA6B, 13, 0xC2B2AE35),
-)
+_SETS = ((0x9E3779B9, 0x7FEB352D, 15, 0x846CA68B), (0x3C6EF372, 0x85EBCA6B, 13, 0xC2B2AE35))
 _ON_HOST = 1 << 16  # elements up to which a leaf is read on the host
 
 

@@ -1,8 +1,7 @@
 """A split encoded once by the codecs that a config's system uses, so that training need not.
 
-Records are read ahead, in threads or processes, and encoded in whole batches on the devices of this
-process. A record has a row per view (``data/cached/views.py``): per crop and, if a flip is drawn in
-training, one more that is mirrored. Process p of n writes shards p, p + n, ...; the first process
+Records are read ahead and encoded in whole batches on the devices of this process. A record has a
+row per view (``data/cached/views.py``). Process p of n writes shards p, p + n, ...; the first one
 writes texts and index when all shards are there: the same bytes, however many processes there are.
 """
 
@@ -13,10 +12,8 @@ import itertools
 import logging
 import shutil
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 import numpy as np
@@ -26,17 +23,22 @@ from jointseg_jax.config import ReadConfig, RunConfig
 from jointseg_jax.data.cached import shard_writer, texts
 from jointseg_jax.data.cached.index import CacheIndex, Field, index_path, read_index, shard_name
 from jointseg_jax.data.cached.views import ViewedRecord
+from jointseg_jax.generation.sampler import one_ahead
+from jointseg_jax.systems.system import LATENTS
 from jointseg_jax.training.encode_plan import DTYPES, EncodeOptions, Plan, size_text
 from jointseg_jax.types import UserError
 
 log = logging.getLogger("jointseg_jax")
+
+Count = Callable[[int], object]
+"""Called with the number of records that were done."""
 
 
 def encode(
     config: RunConfig,
     options: EncodeOptions,
     *,
-    progress: Callable[..., AbstractContextManager[_Bar]],
+    progress: Callable[..., contextlib.AbstractContextManager],
     show: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Encodes a split into ``options.out``, or goes on with it, and returns a summary.
@@ -53,9 +55,9 @@ def encode(
         show(plan.text(begun=begun))
     title = f"{options.out / options.split}"
     with progress(total=run.count(run.mine), desc=f"checking {title}") as bar:
-        kept = run.keep(bar)
+        kept = run.keep(bar.update)
     with progress(total=run.count(run.todo), desc=f"encoding {title}") as bar:
-        run.write(bar)
+        run.write(bar.update)
     index = run.finish()
     seconds = time.monotonic() - start
     made = sum(s["records"] for s in index["shards"])
@@ -69,20 +71,11 @@ def encode(
         "texts": index["tables"]["text"].get("rows", 0) if index["tables"] else 0,
         "bytes": sum(entry["bytes"] for entry in [*index["shards"], *index["tables"].values()]),
         "shards": len(index["shards"]),
-        "shards_kept": _over_processes(kept),
+        "shards_kept": int(multihost_utils.process_allgather(np.array(kept)).sum()),
         "replaced": sum(s["replaced"] for s in index["shards"]),
         "processes": jax.process_count(),
         "seconds": round(seconds, 1),
     }
-
-
-@runtime_checkable
-class _Bar(Protocol):
-    """What ``tqdm`` does with one more record."""
-
-    def update(self, n: int) -> object:
-        """Adds ``n`` records."""
-        ...
 
 
 class _Run:
@@ -120,7 +113,7 @@ class _Run:
         """Records in some shards."""
         return sum(len(self.plan.records_of(number)) for number in shards)
 
-    def keep(self, bar: _Bar) -> int:
+    def keep(self, done: Count) -> int:
         """Leaves out the shards that are already whole; returns how many."""
         out, split = self.options.out, self.options.split
         whole = texts.is_whole(out, read_index(index_path(out, split)))
@@ -130,39 +123,27 @@ class _Run:
         for number in self.mine:
             if not shard_writer.kept(out, shard_name(split, number, self.plan.shards), part=part):
                 self.todo.append(number)
-            bar.update(len(self.plan.records_of(number)))
+            done(len(self.plan.records_of(number)))
         return len(self.mine) - len(self.todo)
 
-    def write(self, bar: _Bar) -> None:
+    def write(self, done: Count) -> None:
         """Makes the shards of this process that are not there yet."""
-        options = self.options
+        threads = self.options.threads
         records = [record for number in self.todo for record in self.plan.records_of(number)]
-        reading = ReadConfig(
-            workers=options.workers, threads=options.threads, prefetch=2 * options.threads
-        )
+        reading = ReadConfig(workers=self.options.workers, threads=threads, prefetch=2 * threads)
         with contextlib.closing(self.plan.viewer.all(records, reading)) as found:
             for number in self.todo:
-                count = len(self.plan.records_of(number))
-                self._shard(number, itertools.islice(found, count), count, bar)
+                self._shard(number, found, done)
 
-    def _shard(self, number: int, records: Iterator[ViewedRecord], count: int, bar: _Bar) -> None:
+    def _shard(self, number: int, found: Iterator[ViewedRecord], done: Count) -> None:
         name = shard_name(self.options.split, number, self.plan.shards)
-        made = self.plan.contents
-        shard = shard_writer.ShardWriter(
-            self.options.out,
-            name,
-            made.fields,
-            count * self.plan.views.count,
-            None if made.words else made.text,
-        )
-        # two groups at a time: the devices encode one while the one before it is written
-        launched: deque[tuple[list[ViewedRecord], dict[str, list[jax.Array]]]] = deque()
-        for group in self._groups(records):
-            launched.append((group, self._launch(group)))
-            if len(launched) > 1:
-                bar.update(self._keep(shard, *launched.popleft()))
-        while launched:
-            bar.update(self._keep(shard, *launched.popleft()))
+        made, count = self.plan.contents, len(self.plan.records_of(number))
+        rows, text = count * self.plan.views.count, None if made.words else made.text
+        shard = shard_writer.ShardWriter(self.options.out, name, made.fields, rows, text)
+        groups = self._groups(itertools.islice(found, count))
+        # the devices encode one group while the one before it is written
+        for group, latents in one_ahead((group, self._launch(group)) for group in groups):
+            done(self._keep(shard, group, latents))
         shard.close()
 
     def _groups(self, records: Iterator[ViewedRecord]) -> Iterator[list[ViewedRecord]]:
@@ -172,14 +153,12 @@ class _Run:
             yield group
 
     def _launch(self, group: Sequence[ViewedRecord]) -> dict[str, list[jax.Array]]:
-        """Starts to encode the rows of some records."""
-        if self.plan.encoder is None:
+        """Starts to encode the rows of some records; by the batch fields of the latents."""
+        encoder = self.plan.encoder
+        if encoder is None:
             return {}
-        inputs = self.plan.encoder.inputs
-        return {
-            name: self.plan.encoder(name, _stacked(group, inputs[name].field))
-            for name in self.plan.contents.latents
-        }
+        fields = {name: encoder.inputs[name].field for name in self.plan.contents.latents}
+        return {LATENTS + k: encoder(k, _stacked(group, field)) for k, field in fields.items()}
 
     def _keep(
         self,
@@ -189,10 +168,9 @@ class _Run:
     ) -> int:
         rows, values, text = len(group) * self.plan.views.count, {}, self.plan.contents.text
         for f in self.plan.contents.fields:
-            name = self.plan.contents.source_of(f)
-            if name is not None and name in launched:
+            if parts := launched.get(f.name):
                 # waits for the devices; the last batch was filled up beyond `rows`
-                found = np.concatenate([np.asarray(part) for part in launched[name]])[:rows]
+                found = np.concatenate([np.asarray(part) for part in parts])[:rows]
             else:
                 found = _stacked(group, f.name)
             values[f.name] = self._stored(f, found, group)
@@ -255,10 +233,3 @@ def _stacked(group: Sequence[ViewedRecord], field: str) -> np.ndarray:
             "to config.data.transforms."
         )
     return np.concatenate(rows)
-
-
-def _over_processes(count: int) -> int:
-    """The sum of the processes' counts."""
-    if jax.process_count() == 1:
-        return count
-    return int(multihost_utils.process_allgather(np.array(count)).sum())

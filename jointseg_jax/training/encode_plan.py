@@ -11,8 +11,9 @@ caption, features by record. Of validation everything is kept as it is.
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from jointseg_jax.config import RunConfig, plain
 from jointseg_jax.data.cached.index import Field, row_bytes
 from jointseg_jax.data.cached.views import ViewReader, Views
 from jointseg_jax.data.labels import to_content
-from jointseg_jax.data.pipeline import Rows, batches, check_source, make_rows
+from jointseg_jax.data.pipeline import batches, check_source, make_rows
 from jointseg_jax.data.records import DatasetInfo, Source
 from jointseg_jax.rng import sample_keys
 from jointseg_jax.systems.joint import TEXT_STREAM
@@ -42,14 +43,9 @@ Row = Mapping[str, np.ndarray]
 DTYPES = ("float16", "bfloat16", "float32")
 """Of latents and features.
 
-| dtype | significant bits | largest | for |
-|---|---|---|---|
-| float16 | 11 | 65504 | the default: three bits more than the bfloat16 that denoisers compute in |
-| bfloat16 | 8 | 3e38 | values that leave the range of float16, in as little space |
-| float32 | 24 | 3e38 | every bit, in twice the space |
-
-The error of float16 is 2^-12 of the value, far below the least noise of a schedule (0.03), and
-latents are of order 1; whatever leaves its range is refused.
+float16 has 11 significant bits, three more than the bfloat16 that denoisers compute in: its error
+is 2^-12 of the value, far below the least noise of a schedule (0.03). What leaves its range (65504)
+is refused; bfloat16 holds that in as little space, and float32 every bit in twice the space.
 """
 
 
@@ -74,16 +70,11 @@ class EncodeOptions:
             raise UserError(
                 f"ERROR [encode] dtype={self.dtype!r}; one of: {', '.join(DTYPES)}. Set --dtype."
             )
-        for name in ("batch", "shard", "threads"):
-            if getattr(self, name) < 1:
-                raise UserError(f"ERROR [encode] {name}={getattr(self, name)}; at least 1.")
-        if self.crops < 0 or (self.limit is not None and self.limit < 1):
-            raise UserError(
-                f"ERROR [encode] crops={self.crops}, limit={self.limit}: crops must be 0 or more "
-                "and limit 1 or more."
-            )
-        if self.workers < 0:
-            raise UserError(f"ERROR [encode] workers={self.workers}; at least 0. Set --workers.")
+        least = {"batch": 1, "shard": 1, "threads": 1, "limit": 1, "crops": 0, "workers": 0}
+        for name, bound in least.items():
+            value = getattr(self, name)
+            if value is not None and value < bound:
+                raise UserError(f"ERROR [encode] {name}={value}; at least {bound}. Set --{name}.")
         if self.split == "val" and (self.latents is not None or self.keep):
             raise UserError(
                 "ERROR [flags] --split=val: all that its records have is kept, for previews and "
@@ -100,11 +91,6 @@ class Contents:
     text: Field | None = None  # None where nothing reads any
     words: bool = False  # text is token ids of captions, not features of records
     plain: tuple[tuple[str, str], ...] = ()  # inputs coded in each step, and their batch fields
-
-    def source_of(self, field: Field) -> str | None:
-        """The input that a field holds the latents of, if it holds any."""
-        name = field.name.removeprefix(LATENTS)
-        return name if name != field.name else None
 
 
 def contents(
@@ -123,16 +109,16 @@ def contents(
     Raises:
       UserError: a batch field that does not exist, or latents that cannot be kept.
     """
-    latents = () if encoder is None else _latents(options, encoder, row)
-    inputs = {} if encoder is None else encoder.inputs
-    wanted = [value.field for name, value in inputs.items() if name not in latents]
-    wanted += row if encoder is None else options.keep
-    made = [
-        Field(name=LATENTS + name, dtype=options.dtype, shape=encoder.shape(name, row))
-        for name in latents
-        if encoder is not None
-    ]
-    text = None
+    latents, made, inputs, wanted = (), [], {}, list(row)
+    if encoder is not None:
+        latents, inputs = _latents(options, encoder, row), encoder.inputs
+        made = [
+            Field(name=LATENTS + name, dtype=options.dtype, shape=encoder.shape(name, row))
+            for name in latents
+        ]
+        wanted = [value.field for name, value in inputs.items() if name not in latents]
+        wanted += options.keep
+    text = None if length is None else Field(name=TEXT_STREAM, dtype="int32", shape=(length,))
     for name in dict.fromkeys(wanted):  # each once, in order: two inputs may read one field
         if name == TEXT_STREAM and length is not None:
             continue
@@ -141,23 +127,17 @@ def contents(
                 f"ERROR [encode] the batch field {name!r} is needed, and records have "
                 f"{', '.join(row)}. Check config.data and --keep."
             )
-        field = Field(
-            name=name, dtype=_dtype(options, info, name, row[name]), shape=row[name].shape
-        )
+        dtype = _dtype(options, info, name, row[name])
+        field = Field(name=name, dtype=dtype, shape=row[name].shape)
         if name == TEXT_STREAM:
             text = field
         else:
             made.append(field)
-    if length is not None:
-        text = Field(name=TEXT_STREAM, dtype="int32", shape=(length,))
-    plain = {k: v.field for k, v in inputs.items() if v.codec is not None and k not in latents}
-    return Contents(
-        fields=tuple(made),
-        latents=latents,
-        text=text,
-        words=length is not None,
-        plain=tuple(plain.items()),
+    plain = tuple(
+        (k, v.field) for k, v in inputs.items() if v.codec is not None and k not in latents
     )
+    words = length is not None
+    return Contents(fields=tuple(made), latents=latents, text=text, words=words, plain=plain)
 
 
 def _latents(options: EncodeOptions, encoder: BatchEncoder, row: Row) -> tuple[str, ...]:
@@ -203,7 +183,10 @@ class BatchEncoder:
         self._mesh = sharding.own_mesh()
         self.inputs, self.batch = dict(inputs), batch * self._mesh.size
         self.params = jax.device_put(dict(params), sharding.replicated(self._mesh))
-        self._compiled: dict[str, Callable[..., Array]] = {}
+        self._codecs = {k: v.codec for k, v in inputs.items() if v.codec is not None}
+        self._programs = {
+            k: jax.jit(functools.partial(self._encode, codec)) for k, codec in self._codecs.items()
+        }
 
     @staticmethod
     def of(folder: Path, config: RunConfig, info: DatasetInfo, *, batch: int) -> BatchEncoder:
@@ -224,13 +207,8 @@ class BatchEncoder:
 
     def shape(self, name: str, row: Row) -> tuple[int, ...]:
         """The shape of one row of latents."""
-        one, codec = row[self.inputs[name].field][None], self._codec(name)
-        return jax.eval_shape(codec.encode, self.params.get(name, {}), one).shape[1:]
-
-    def _codec(self, name: str) -> Codec:
-        codec = self.inputs[name].codec
-        assert codec is not None, f"{name} goes through no codec"
-        return codec
+        encode, one = self._codecs[name].encode, row[self.inputs[name].field][None]
+        return jax.eval_shape(encode, self.params.get(name, {}), one).shape[1:]
 
     def draws(self, name: str, row: Row) -> bool:
         """Returns True if other keys give this row other latents."""
@@ -248,19 +226,11 @@ class BatchEncoder:
 
     def _run(self, name: str, values: np.ndarray, seed: int) -> Array:
         rows = jax.device_put(values, sharding.batch_sharding(self._mesh))
-        return self._program(name)(self.params.get(name, {}), rows, np.uint32(seed))
+        return self._programs[name](self.params.get(name, {}), rows, np.uint32(seed))
 
-    def _program(self, name: str) -> Callable[..., Array]:
-        if name not in self._compiled:
-            codec, batch = self._codec(name), self.batch
-
-            @jax.jit
-            def encode(params: Params, values: Array, seed: Array) -> Array:
-                keys = sample_keys(seed, jnp.arange(batch, dtype=jnp.uint32))
-                return codec.encode(params, values, keys=keys).astype(jnp.float32)
-
-            self._compiled[name] = encode
-        return self._compiled[name]
+    def _encode(self, codec: Codec, params: Params, values: Array, seed: Array) -> Array:
+        keys = sample_keys(seed, jnp.arange(self.batch, dtype=jnp.uint32))
+        return codec.encode(params, values, keys=keys).astype(jnp.float32)
 
 
 class Plan:
@@ -278,18 +248,30 @@ class Plan:
         # The data are read themselves, whatever cache the config would train from.
         self.config = config = config.replace({"data.cache": ""})
         self.options, self.train = options, options.split == "train"
-        _check_validation(config, options)
+        if options.split == "val" and config.evaluate.transforms:
+            raise UserError(
+                "ERROR [encode] --split=val: config.evaluate.transforms give evaluation a size of "
+                "its own, and a cache holds one size, that of training: such a run reads "
+                "config.data.val. Leave this split out."
+            )
         self.source: Source = build.source(config, options.split)
         check_source(self.source)
         self.records = min(options.limit or len(self.source), len(self.source))
         self.info = DatasetInfo.of(self.source, captions=0)
         self.tokenizer = build.tokenizer(config.system, self.info.vocabulary)
-        rows = self._rows()
-        self.views = Views(
-            transforms=rows.transforms,
-            crops=options.crops,
+        rows = make_rows(
+            self.source,
+            build.transforms(config.data),
+            tokenizer=None,
             seed=config.seed,
+            batch=1,
             train=self.train,
+            bad=config.data.bad,
+            mark=False,
+            instances=build.instances(config),
+        )
+        self.views = Views(
+            transforms=rows.transforms, crops=options.crops, seed=config.seed, train=self.train
         )
         self.viewer = ViewReader(rows=rows, views=self.views)
         self.encoder = self._encoder() if self.train else None
@@ -303,19 +285,6 @@ class Plan:
         self.per_shard = max(1, options.shard // self._record_bytes())
         self.shards = -(-self.records // self.per_shard)
         self.bytes = self.records * self._record_bytes()
-
-    def _rows(self) -> Rows:
-        return make_rows(
-            self.source,
-            build.transforms(self.config.data),
-            tokenizer=None,
-            seed=self.config.seed,
-            batch=1,
-            train=self.train,
-            bad=self.config.data.bad,
-            mark=False,
-            instances=build.instances(self.config),
-        )
 
     def _encoder(self) -> BatchEncoder:
         options, config = self.options, self.config
@@ -348,32 +317,26 @@ class Plan:
         return size + (row_bytes([text]) if text and not self.contents.words else 0)
 
     def text(self, *, begun: bool) -> str:
-        """What will be in the cache, as text.
-
-        Args:
-          begun: some of it is there already.
-        """
+        """What will be in the cache, some of which is there if it was ``begun``, as text."""
         out, split = self.options.out, self.options.split
-        lines = [f"{'going on with' if begun else 'writing'} {out}, split {split}:"]
-        for f in self.contents.fields:
-            lines.append(f"  {f.name:20} {f.dtype} {list(f.shape)}  {size_text(f.stride)} a row")
-        return "\n".join([*lines, *self._remarks()])
+        each = "caption" if self.contents.words else "text of a record"
+        kinds = [(f, "a row") for f in self.contents.fields]
+        kinds += [(self.contents.text, f"for each different {each}")] if self.contents.text else []
+        lines = [
+            f"  {f.name:20} {f.dtype} {list(f.shape)}  {size_text(f.stride)} {of}"
+            for f, of in kinds
+        ]
+        head = f"{'going on with' if begun else 'writing'} {out}, split {split}:"
+        return "\n".join([head, *lines, *self._remarks()])
 
     def _remarks(self) -> list[str]:
-        text, lines = self.contents.text, []
-        if text is not None:
-            each = "caption" if self.contents.words else "text of a record"
-            lines.append(
-                f"  {text.name:20} {text.dtype} {list(text.shape)}  {size_text(text.stride)} for "
-                f"each different {each}"
-            )
         flip = "" if self.views.flip is None else ", each also mirrored"
         crops = f"{self.views.crops} random crops" if self.views.crops else "1 crop"
-        processes = jax.process_count()
-        lines.append(
+        by = f", by {jax.process_count()} processes" if jax.process_count() > 1 else ""
+        lines = [
             f"  {self.records} records, {crops}{flip}: {size_text(self.bytes)} in {self.shards} "
-            + ("shards" if processes == 1 else f"shards, by {processes} processes")
-        )
+            f"shards{by}"
+        ]
         if self.train and self.views.random_crops and not self.views.crops:
             lines.append(
                 "  note: training would draw random crops; the cache has the centre's. "
@@ -411,16 +374,6 @@ class Plan:
             "fields": [f.plain() for f in self.contents.fields],
             "text": text.plain() if text else None,
         }
-
-
-def _check_validation(config: RunConfig, options: EncodeOptions) -> None:
-    own = config.evaluate.transforms
-    if options.split == "val" and own:
-        raise UserError(
-            "ERROR [encode] --split=val: config.evaluate.transforms give evaluation a size of its "
-            "own, and a cache holds one size, that of training: such a run reads config.data.val. "
-            "Leave this split out."
-        )
 
 
 def size_text(count: int) -> str:

@@ -1,32 +1,70 @@
 """What a run does about losses and gradients that are not finite, and about losses that leap.
 
-The update has discarded them already (``step``); the policy says whether and where the run goes on.
+The update has discarded what is not finite already (``step``); the policy says how the run goes on.
 
 * ``skip``: the step is left out; more than ``limit`` in a row end the run.
 * ``stop``: the run ends.
-* ``rollback``: the run goes back to its newest checkpoint and draws its noise anew from there; more
-  than ``limit`` returns to one checkpoint end the run. Before the first checkpoint: as ``skip``.
+* ``rollback``: the run returns to its newest checkpoint and draws other noise from there; more than
+  ``limit`` returns to one checkpoint end the run. Before the first checkpoint: as ``skip``.
 
-A loss of more than ``spike`` times the usual (``spikes``) is counted and told; ``on_spike`` says
-whether the run also goes back to its newest checkpoint, as ``rollback`` does.
+A loss that leaps was applied, for it has a gradient, and is counted; ``on_spike`` says if the run
+also returns to its newest checkpoint.
 """
 
 from __future__ import annotations
 
 import logging
+import statistics
+from collections import deque
+from collections.abc import Iterable
 from typing import Any
 
 from jointseg_jax.config import NanConfig
-from jointseg_jax.training.spikes import Losses, Spikes
 from jointseg_jax.types import UserError
 
+WINDOW = 200
+LEAST = 10
 _LISTED = 16
+
+Losses = list[tuple[int, float, Any]]
+"""(step, loss, records of the batch)."""
 
 log = logging.getLogger(__name__)
 
 
 class NonFinite(UserError):
     """The loss or a gradient was not finite, and the policy is to stop."""
+
+
+class Spikes:
+    """Finds losses of more than ``factor`` times the usual (0: none is), and counts them.
+
+    The usual is the median of the last ``WINDOW`` losses of this launch that were no spikes; before
+    ``LEAST`` of them are known nothing is one.
+    """
+
+    def __init__(self, factor: float | int):
+        self._factor = factor
+        self._before: deque[float] = deque(maxlen=WINDOW)
+        self.count = 0
+
+    def among(self, losses: Iterable[tuple[int, float, Any]]) -> Losses:
+        """The spikes among the losses of further steps."""
+        found = []
+        for step, loss, records in losses:
+            known = self._factor > 0 and len(self._before) >= LEAST
+            # > 0: a loss that may be negative has no multiples of the usual
+            if known and loss > self._factor * self.usual > 0:
+                found.append((step, loss, records))
+            else:
+                self._before.append(loss)
+        self.count += len(found)
+        return found
+
+    @property
+    def usual(self) -> float:
+        """The median that losses are compared with."""
+        return statistics.median(self._before)
 
 
 class Faults:
@@ -38,7 +76,7 @@ class Faults:
         self._returns: tuple[int | None, int] = (None, 0)  # to which checkpoint, how often
 
     def go_back(self, bad: list[tuple[int, Any]], *, refused: int, saved: int | None) -> bool:
-        """Whether to return to the newest checkpoint; False means to go on as if nothing was.
+        """Returns True if the run is to return to its newest checkpoint.
 
         Args:
           bad: steps that were not finite, with the records of their batches; at least one.
@@ -48,31 +86,23 @@ class Faults:
         Raises:
           NonFinite: the run is to end.
         """
-        found = _described(bad, saved)
+        step, records = bad[0]
+        found = (
+            f"step {step}: the loss or a gradient is not finite ({len(bad)} such steps in this "
+            f"window; the update was not applied); records {_some(records)} were in the batch; "
+            f"last checkpoint: {saved}"
+        )
         if self._policy == "stop":
-            raise NonFinite(_last_words(found, "or set config.nan.policy to skip or rollback"))
+            raise _ending(found, "or set config.nan.policy to skip or rollback")
         if refused > self._limit:
-            found += f"; {refused} updates in a row were refused"
-            raise NonFinite(_last_words(found, f"or raise config.nan.limit = {self._limit}"))
+            raise self._over_limit(f"{found}; {refused} updates in a row were refused")
         log.warning("%s", found)
-        if self._policy == "skip":
-            return False
-        if saved is None:
+        if self._policy == "rollback" and saved is None:
             log.warning("there is no checkpoint to go back to yet; the step is left out")
-            return False
-        self._return_to(saved, found)
-        return True
+        return self._policy == "rollback" and self._returns_to(saved, found)
 
     def go_back_from(self, leaps: Losses, *, saved: int | None) -> bool:
-        """Whether to return to the newest checkpoint because a finite loss has leapt.
-
-        Args:
-          leaps: what ``spikes`` found in this window; at least one.
-          saved: the step of the newest checkpoint.
-
-        Raises:
-          NonFinite: the run is to end.
-        """
+        """``go_back`` for finite losses that have leapt (``Spikes.among``); at least one."""
         step, loss, records = leaps[0]
         found = (
             f"step {step}: the loss {loss:.3g} is {loss / self.spikes.usual:.0f} times the usual "
@@ -80,33 +110,26 @@ class Faults:
             f"records {_some(records)} were in the batch; last checkpoint: {saved}"
         )
         log.warning("%s", found)
-        if self._on_spike == "count" or saved is None:
-            return False
-        self._return_to(saved, found)
-        return True
+        return self._on_spike == "rollback" and self._returns_to(saved, found)
 
-    def _return_to(self, saved: int, found: str) -> None:
+    def _returns_to(self, saved: int | None, found: str) -> bool:
+        if saved is None:
+            return False
         returns = self._returns[1] + 1 if self._returns[0] == saved else 1
         if returns > self._limit:
-            found += f", where the run has returned {self._limit} times"
-            raise NonFinite(_last_words(found, f"or raise config.nan.limit = {self._limit}"))
+            raise self._over_limit(f"{found}, where the run has returned {self._limit} times")
         self._returns = (saved, returns)
+        return True
 
-
-def _described(bad: list[tuple[int, Any]], saved: int | None) -> str:
-    step, records = bad[0]
-    return (
-        f"step {step}: the loss or a gradient is not finite ({len(bad)} such steps in this window; "
-        f"the update was not applied); records {_some(records)} were in the batch; last "
-        f"checkpoint: {saved}"
-    )
+    def _over_limit(self, found: str) -> NonFinite:
+        return _ending(found, f"or raise config.nan.limit = {self._limit}")
 
 
 def _some(records: Any) -> str:
     return ", ".join(map(str, records[:_LISTED])) + (", ..." if len(records) > _LISTED else "")
 
 
-def _last_words(found: str, remedy: str) -> str:
-    return (
+def _ending(found: str, remedy: str) -> NonFinite:
+    return NonFinite(
         f"ERROR [train] {found}. Lower config.optimizer.schedule.lr, check these records, {remedy}."
     )

@@ -1,19 +1,13 @@
 """Where the time of a run went, over all its restarts.
 
-1. At any moment one phase is on; its seconds are those of the host's clock, and a phase that waits
-   for the devices is given their time. So a save or a preview also counts what was left of the
-   steps in flight (two at most). Reading a batch counts as data where the devices had nothing to
-   do when it came, and as part of the step otherwise.
-2. ``goodput.jsonl`` takes one record at the beginning (and after a return to a checkpoint), at each
-   log point and after each save: the step, and the seconds of this launch by phase.
-3. A launch that begins at an earlier step than the last one had reached has thrown the steps
-   between away: their seconds (without start-up and compilation, which stay what they are) are
-   ``lost``. What a killed launch did after its last record nobody knows: it is part of ``down``,
-   the time between launches, which stands apart.
-4. Seconds by which a window between two log points took longer than those before it, where they are
-   many, are *stalled*: a host that was stopped or slow, or waiting for one. They stay part of their
-   phase and are told apart.
-5. ``goodput = step / (start + compile + data + step + save + evaluation + lost)``.
+At any moment one phase is on, by the host's clock. ``goodput.jsonl`` takes a record at the
+beginning (and after a return to a checkpoint), at each log point and after each save: the step, and
+the seconds of this launch by phase. From all records,
+
+  goodput = step / (start + compile + data + step + save + evaluation + lost)
+
+``lost`` are the seconds of steps that a later launch has thrown away, for it began before them;
+``down`` is the time between launches, and what a killed one did after its last record.
 """
 
 from __future__ import annotations
@@ -31,12 +25,8 @@ from typing import Any
 from jointseg_jax import jsonl
 
 PHASES = ("start", "compile", "data", "step", "save", "evaluation")
-KEPT = ("start", "compile")
-"""Phases that are not thrown away with the steps that followed them."""
-
-STALL = 10.0
-"""Seconds by which a window must have been longer than usual to count as stalled."""
-
+KEPT = ("start", "compile")  # not thrown away with the steps that followed them
+STALL = 10.0  # seconds by which a window must have been longer than usual to count as stalled
 FILE = "goodput.jsonl"
 log = logging.getLogger("jointseg_jax")
 
@@ -70,8 +60,7 @@ class Goodput:
         """Ends the phase that is on and begins another.
 
         Args:
-          behind: whether the phase that ends went on behind the one that begins, which is then
-            given its time.
+          behind: True if the devices worked meanwhile: the time is then that of the new phase.
         """
         now = time.perf_counter()
         self._seconds[phase if behind else self._phase] += now - self._since
@@ -98,9 +87,8 @@ class Goodput:
             return
         self._stalled += seconds - usual
         log.warning(
-            "steps %d to %d took %s longer than usual: this host was stopped or slow, or it "
-            "waited for another that was",
-            *(step - steps, step, jsonl.duration(seconds - usual)),
+            f"steps {step - steps} to {step} took {jsonl.duration(seconds - usual)} longer than "
+            "usual: this host was stopped or slow, or it waited for another that was"
         )
 
     def reached(self, step: int) -> None:
@@ -129,15 +117,15 @@ def evaluation(workdir: Path, *, writes: bool = True) -> Iterator[None]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Summary:
-    """What became of the time, in seconds; see the module docstring."""
+    """What became of the time, in seconds."""
 
     step: int
     launches: int
-    seconds: Seconds
+    seconds: Seconds  # by phase, without what was lost
     lost: float
     lost_steps: int
     down: float
-    stalled: float = 0.0
+    stalled: float = 0.0  # seconds by which windows took far longer than usual; part of ``seconds``
 
     @property
     def total(self) -> float:
@@ -151,11 +139,10 @@ class Summary:
 
     def values(self) -> dict[str, Any]:
         """The summary as plain values."""
-        parts = {f"{phase}_s": self.seconds[phase] for phase in PHASES}
-        parts |= {"lost_s": self.lost, "down_s": self.down, "total_s": self.total}
-        parts["stalled_s"] = self.stalled
+        parts = {**self.seconds, "lost": self.lost, "down": self.down, "total": self.total}
+        parts["stalled"] = self.stalled
         counts = {"step": self.step, "launches": self.launches, "lost_steps": self.lost_steps}
-        rounded = {name: round(seconds, 3) for name, seconds in parts.items()}
+        rounded = {f"{name}_s": round(seconds, 3) for name, seconds in parts.items()}
         return {"goodput": round(self.goodput, 4), **rounded, **counts}
 
     def line(self) -> str:
@@ -176,10 +163,11 @@ class Summary:
 
 def summary(workdir: Path) -> Summary:
     """What the records of a workdir add up to."""
-    lost, lost_steps, down = dict.fromkeys(PHASES, 0.0), 0, 0.0
-    live: list[tuple[int, Seconds]] = []  # of what still counts: (step, all that counts till then)
-    before = dict.fromkeys(PHASES, 0.0)  # all seconds of earlier launches
-    now, launch, launches, last = before, None, 0, 0.0
+    zero: Seconds = dict.fromkeys(PHASES, 0.0)
+    lost, lost_steps, down = dict(zero), 0, 0.0
+    live: list[tuple[int, Seconds]] = [(0, zero)]  # what counts: (step, all seconds till then)
+    before = now = zero  # before: all seconds of earlier launches
+    launch, launches, last = None, 0, 0.0
     stalled: dict[int, float] = {}  # by launch
     for record in records(workdir / FILE):
         if record["launch"] != launch:
@@ -189,18 +177,17 @@ def summary(workdir: Path) -> Summary:
             before, launch = now, record["launch"]
         stalled[record["launch"]] = record.get("stalled", 0.0)
         now, last = {p: before[p] + record["seconds"][p] for p in PHASES}, record["time"]
-        if "begin" in record and live:
-            step = record["begin"]
-            reached, until = live[-1]
+        if "begin" in record:
+            step, (reached, until) = record["begin"], live[-1]
             live = [(s, t) for s, t in live if s <= step]
-            since = live[-1][1] if live else dict.fromkeys(PHASES, 0.0)
-            lost_steps += max(reached - step, 0)
-            for phase in set(PHASES) - set(KEPT):
-                lost[phase] += until[phase] - since[phase] if reached > step else 0.0
+            if reached > step:
+                lost_steps += reached - step
+                for phase in set(PHASES) - set(KEPT):
+                    lost[phase] += until[phase] - live[-1][1][phase]
         counts = {p: now[p] - lost[p] for p in PHASES}
         live.append((record.get("step", record.get("begin", 0)), counts))
     return Summary(
-        step=live[-1][0] if live else 0,
+        step=live[-1][0],
         launches=launches,
         seconds={p: now[p] - lost[p] for p in PHASES},
         lost=sum(lost.values()),
@@ -231,6 +218,7 @@ def append(path: Path, record: Mapping[str, object]) -> None:
 
 
 def _is_whole(record: jsonl.Record) -> bool:
+    # a line may hold any JSON: what other programs wrote there is no record
     try:
         numbers = [record["launch"], record["time"], record.get("stalled", 0.0)]
         numbers += [record["seconds"][p] for p in PHASES]

@@ -40,8 +40,7 @@ MAP_STREAM = {
 the same shapes. It has no context, time or norm; its embedding, positions and head are those of
 another kind of data and cannot be copied."""
 
-MAX_LISTED = 5
-"""Leaves that an error names at most."""
+MAX_LISTED = 5  # leaves that an error names at most
 
 Leaves = dict[str, Any]
 """Arrays, or their shapes, by the path of a parameter of the unrolled network."""
@@ -51,12 +50,11 @@ def load(start: StartConfig, fresh: PyTree, info: DatasetInfo) -> Leaves:
     """The leaves to start from, by the path of the parameter they are for; ``{}`` when fresh.
 
     Args:
-      start: what to start from.
       fresh: the parameters' shapes.
       info: of the data, with whose words the trained ones must agree.
 
     Raises:
-      UserError: nothing to read, or a leaf that finds no place; see the module docstring.
+      UserError: nothing to read, or a leaf that finds no place.
     """
     if start.is_fresh:
         return {}
@@ -127,24 +125,25 @@ def _placed(given: Leaves, moves: rules.Rules, wanted: Leaves, where: str, *, de
     for path, to in _targets(given, moves, where, dead).items():
         if to is None:
             continue
+        error = ""
         if to not in wanted:
             close = difflib.get_close_matches(to, wanted, n=1)
-            hint = f" (did you mean {close[0]}?)" if close else ""
-            errors.append(f"{path} -> {to}: this network has no such parameter{hint}")
+            error = "this network has no such parameter"
+            error += f" (did you mean {close[0]}?)" if close else ""
         elif np.shape(given[path]) != wanted[to].shape:
-            shapes = f"{np.shape(given[path])} does not fit {wanted[to].shape}"
-            errors.append(f"{path} -> {to}: {shapes}")
+            error = f"{np.shape(given[path])} does not fit {wanted[to].shape}"
         elif to in placed:
-            errors.append(f"{path} -> {to}: another leaf goes there too")
+            error = "another leaf goes there too"
+        if error:
+            errors.append(f"\n  {path} -> {to}: {error}")
         else:
             placed[to] = given[path]
     if errors:
-        shown = [*errors[:MAX_LISTED], *(["..."] if len(errors) > MAX_LISTED else [])]
+        more = "\n  ..." if len(errors) > MAX_LISTED else ""
         raise UserError(
-            f"config.{where}: {len(errors)} leaves find no place:\n  "
-            + "\n  ".join(shown)
-            + "\nFix the rule, make the networks alike (width, depth, patch, size), or drop such "
-            "leaves with (regex, None)."
+            f"config.{where}: {len(errors)} leaves find no place:"
+            f"{''.join(errors[:MAX_LISTED])}{more}\nFix the rule, make the networks alike (width, "
+            "depth, patch, size), or drop such leaves with (regex, None)."
         )
     return placed
 

@@ -1,12 +1,9 @@
 """One run per workdir: a lock file with host, process and time.
 
-1. Taken: the file ``.lock`` is written under an exclusive ``flock``, so that two launches on one
-   host cannot both find it free. While the run lives, its time stamp is renewed every few seconds.
-2. Found: on the same host the process id and its start time tell whether the owner lives. On
-   another host the file is watched for a while: if its time stamp moves, the owner lives.
-3. A dead owner's lock is taken over, with a note in the log. A living owner's is refused.
-
-The time stamp is compared with itself only: clocks of different hosts do not matter.
+The file ``.lock`` is written under an exclusive ``flock``, so that two launches on one host cannot
+both find it free, and its time stamp is renewed while the run lives. An owner on the same host is
+looked up by process id and start time; that of another host lives if the stamp moves, which is
+compared with itself only. A dead owner's lock is taken over, a living one's refused.
 """
 
 from __future__ import annotations
@@ -20,9 +17,9 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TypedDict, cast
+from typing import Any
 
 from jointseg_jax import distributed
 from jointseg_jax.types import UserError
@@ -35,20 +32,9 @@ PATIENCE = 16.0
 
 log = logging.getLogger(__name__)
 
-
-class _Process(TypedDict):
-    """A process, so that it can be told from any other."""
-
-    host: str
-    space: str  # namespace of process ids: containers on one host count processes apart
-    pid: int
-    start: str | None
-
-
-class _Owner(_Process):
-    """What the lock file holds, as JSON."""
-
-    since: str
+Process = Mapping[str, Any]
+"""What tells a process from any other: host, space (the namespace of process ids, for containers on
+one host count processes apart), pid and start. That of an owner, in the file, has ``since`` too."""
 
 
 class WorkdirLock:
@@ -100,7 +86,8 @@ class WorkdirLock:
         self._thread.join()
         self._thread = None
         with contextlib.suppress(OSError), self._opened() as file:
-            if _same(_owner(file), _self()):
+            owner = _owner(file)
+            if owner is not None and {**owner, "since": None} == {**_self(), "since": None}:
                 self.path.unlink()
 
     def _acquire(self) -> None:
@@ -114,29 +101,23 @@ class WorkdirLock:
                     self._take(file, owner)
                     return
                 if seen is not None or _is_here(owner):
-                    raise UserError(self._refusal(owner))
+                    raise UserError(
+                        f"workdir {self._workdir}: in use by {_name(owner)}. Wait for it, stop it, "
+                        f"or choose another --workdir. If that run is surely gone, remove "
+                        f"{self.path}."
+                    )
                 seen = (owner, stamp)
-            log.warning(
-                "lock: %s is held by host %s; watching it for %.0f s.",
-                self._workdir,
-                owner["host"],
-                PATIENCE,
-            )
+            held = "lock: %s is held by host %s; watching it for %.0f s."
+            log.warning(held, self._workdir, owner["host"], PATIENCE)
             time.sleep(PATIENCE)  # without the flock: the owner must be able to leave
 
-    def _take(self, file: io.TextIOWrapper, owner: _Owner | None) -> None:
+    def _take(self, file: io.TextIOWrapper, owner: Process | None) -> None:
         if owner is not None:
             log.warning("lock: %s: taken over; %s is gone.", self._workdir, _name(owner))
         file.seek(0)
         file.truncate()
         json.dump({**_self(), "since": time.strftime("%Y-%m-%d %H:%M:%S %z")}, file)
         file.flush()
-
-    def _refusal(self, owner: _Owner) -> str:
-        return (
-            f"workdir {self._workdir}: in use by {_name(owner)}. Wait for it, stop it, or choose "
-            f"another --workdir. If that run is surely gone, remove {self.path}."
-        )
 
     @contextlib.contextmanager
     def _opened(self) -> Iterator[io.TextIOWrapper]:
@@ -160,7 +141,7 @@ class WorkdirLock:
                 os.utime(self.path)
 
 
-def _self() -> _Process:
+def _self() -> dict[str, Any]:
     pid = os.getpid()
     try:
         space = os.readlink("/proc/self/ns/pid")
@@ -169,30 +150,26 @@ def _self() -> _Process:
     return {"host": socket.gethostname(), "space": space, "pid": pid, "start": _start_time(pid)}
 
 
-def _same(owner: _Owner | None, other: _Process) -> bool:
-    return owner is not None and dict(owner) == {**other, "since": owner["since"]}
-
-
-def _owner(file: io.TextIOWrapper) -> _Owner | None:
+def _owner(file: io.TextIOWrapper) -> Process | None:
     """Who wrote the file; None for an empty or garbled one, which a killed launch leaves."""
     file.seek(0)
     try:
         owner = json.loads(file.read())
-        return cast(_Owner, {key: owner[key] for key in _Owner.__annotations__})
+        return {key: owner[key] for key in ("host", "space", "pid", "start", "since")}
     except (ValueError, KeyError, TypeError):
         return None
 
 
-def _name(owner: _Owner) -> str:
+def _name(owner: Process) -> str:
     return f"process {owner['pid']} on {owner['host']}, since {owner['since']}"
 
 
-def _is_here(owner: _Owner) -> bool:
+def _is_here(owner: Process) -> bool:
     own = _self()
     return (owner["host"], owner["space"]) == (own["host"], own["space"])
 
 
-def _is_dead(owner: _Owner) -> bool:
+def _is_dead(owner: Process) -> bool:
     """Returns True if the owner was a process of this host and no longer runs."""
     if not _is_here(owner):
         return False

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +25,7 @@ DECAY_ALL = ((r"", True),)
 
 
 def constant(*, lr: float, steps: int, warmup: int = 0) -> optax.Schedule:
-    """Linear warm-up, then ``lr``."""
-    del steps
+    """Linear warm-up, then ``lr`` at all further ``steps``."""
     flat = optax.constant_schedule(lr)
     if not warmup:
         return flat
@@ -54,12 +54,10 @@ MATRICES: rules.Rules = (
 """What Muon takes as a matrix: (input axes, output axes), counted from the end because scanned
 blocks have a leading axis; None goes to AdamW."""
 
+SCHEDULES = {"constant": constant, "linear": linear, "cosine": cosine}
 
-SCHEDULES: Mapping[str, Callable[..., optax.Schedule]] = {
-    "constant": constant,
-    "linear": linear,
-    "cosine": cosine,
-}
+# dead="allow": the default rules speak of layers that a network may lack
+_match = functools.partial(rules.match, prefix="params/", dead="allow")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,31 +106,18 @@ class AdamW:
             optax.add_decayed_weights(self.weight_decay, self._decayed),
             optax.scale_by_learning_rate(self.learning_rate(steps)),
         )
-        return optax.chain(*parts, descent, _scaled(self.lr_scale))
+        return optax.chain(*parts, descent, optax.stateless(self._scaled))
 
     def _direction(self) -> optax.GradientTransformation:
         return optax.scale_by_adam(self.b1, self.b2, self.eps, mu_dtype=self.mu_dtype)
 
     def _decayed(self, params: PyTree) -> PyTree:
-        # dead="allow": the default rules speak of layers that a network may lack
-        where = "optimizer.decay"
-        return rules.match(params, self.decay, where=where, prefix="params/", dead="allow")
+        return _match(params, self.decay, where="optimizer.decay")
 
-
-def _scaled(scales: rules.Rules) -> optax.GradientTransformation:
-    """Multiplies each leaf's update by the value its path rule gives."""
-
-    def update(
-        updates: PyTree, state: optax.OptState, params: PyTree = None
-    ) -> tuple[PyTree, optax.OptState]:
-        del params
+    def _scaled(self, updates: PyTree, _: PyTree) -> PyTree:
         # matched while the update is traced: the factors are constants of the program, not state
-        factors = rules.match(
-            updates, scales, where="optimizer.lr_scale", prefix="params/", dead="allow"
-        )
-        return jax.tree.map(lambda u, f: u * f, updates, factors), state
-
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+        factors = _match(updates, self.lr_scale, where="optimizer.lr_scale")
+        return jax.tree.map(lambda u, f: u * f, updates, factors)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,9 +146,9 @@ class Muon(AdamW):
         )
 
     def _matrices(self, params: PyTree) -> PyTree:
-        where, named = "optimizer.matrices", optax.contrib.MuonDimensionNumbers
+        named = optax.contrib.MuonDimensionNumbers
         axes = tuple((p, None if v is None else named(*v)) for p, v in self.matrices)
-        return rules.match(params, axes, where=where, prefix="params/", dead="allow")
+        return _match(params, axes, where="optimizer.matrices")
 
 
 OPTIMIZERS = {"adamw": AdamW, "muon": Muon}

@@ -1,11 +1,8 @@
 """SIGTERM and Ctrl-C as a request to save and leave, the same step on every process.
 
-1. One process: a signal sets a flag, which ``requested`` returns. A second signal ends the process
-   at once with status 128 + signal.
-2. ``jax.distributed`` initialised: its preemption service catches SIGTERM on any host and agrees
-   on a step that all hosts reach; ``requested`` returns True at that step on all of them.
-
-``ExitOnSigterm`` is for what follows or needs no training: evaluation, sampling and encoding.
+In one process a signal sets a flag, which ``requested`` returns; a second signal ends the process
+at once with status 128 + signal. Of several, the preemption service of ``jax.distributed`` catches
+SIGTERM on any host and agrees on a step at which ``requested`` returns True on all of them.
 """
 
 from __future__ import annotations
@@ -15,7 +12,6 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable
 from types import FrameType
 
 import jax
@@ -25,8 +21,7 @@ from jointseg_jax import distributed
 
 _STOP = b"\0"
 
-STOPPED = 75
-"""Exit status after a stop on request: run the same command again."""
+STOPPED = 75  # exit status after a stop on request: run the same command again
 
 
 class Preemption:
@@ -37,8 +32,6 @@ class Preemption:
 
     def __init__(self) -> None:
         self._flag = threading.Event()
-        self._signals: tuple[signal.Signals, ...] = ()
-        self._old: dict[int, signal.Handlers | Callable[..., object] | int | None] = {}
 
     def __enter__(self) -> Preemption:
         self._shared = jax.distributed.is_initialized()
@@ -92,7 +85,7 @@ class Preemption:
 class ExitOnSigterm(Preemption):
     """SIGTERM where nothing has to be saved: a line, and status ``STOPPED`` at once.
 
-    For work whose files appear whole, one by one: the same command goes on.
+    For evaluation, sampling and encoding, whose files appear whole, one by one.
     """
 
     def _caught(self) -> tuple[signal.Signals, ...]:

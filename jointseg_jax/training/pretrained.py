@@ -1,16 +1,16 @@
 """Trained codecs inside another run's workdir.
 
-``codec = {"name": "trained", "workdir": "runs/codec", "scale": "fit"}`` in a stream of a joint
-config, or as the ``image`` codec of a bridge, takes the codec of that run: its fields from the
-run's config, its averaged parameters from its newest checkpoint. Both are copied into
-``WORKDIR/frozen/NAME.{json,safetensors}`` before the first step, so that a workdir can be sampled
-and moved without the codec's. ``scale`` replaces the codec's latent scale; ``"fit"`` sets it to
-1 / std of the latents of the first batches. Further entries replace fields of the codec that leave
-its parameters as they are (``refine``).
+``codec = {"name": "trained", "workdir": "runs/codec", "scale": "fit"}`` takes the codec of that
+run: its fields from the run's config, its averaged parameters from its newest checkpoint. Both are
+copied into ``WORKDIR/frozen/NAME.{json,safetensors}`` before the first step, so that a workdir can
+be sampled and moved without the codec's. ``scale`` replaces the codec's latent scale; ``"fit"``
+sets it to 1 / std of the latents of the first batches. Further entries replace fields of the codec
+that leave its parameters as they are (``refine``).
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -88,10 +88,8 @@ def from_cache(workdir: Path, system: SystemConfig, cache: str) -> None:
             raise UserError(f"{made}: missing; the cache lost its codec. Copy it back.")
         if not target.exists() and jax.process_index() == 0:
             target.parent.mkdir(parents=True, exist_ok=True)
-            file = made.with_suffix(".safetensors")
-            # the JSON last: where it is, the codec is whole
-            files.write(target.with_suffix(".safetensors"), files.read(file))
-            files.write(target, files.read(made))
+            for suffix in (".safetensors", ".json"):  # the JSON last: where it is, all is whole
+                files.write(target.with_suffix(suffix), files.read(made.with_suffix(suffix)))
         multihost_utils.sync_global_devices("pretrained.from_cache")
         ours, theirs = (json.loads(path.read_text()) for path in (target, made))
         if any(ours[k] != theirs[k] for k in ("codec", "sha256")):
@@ -134,15 +132,9 @@ def load_codec(place: CodecPlace, info: DatasetInfo) -> tuple[dict[str, Any], Pa
 
 
 def _fit(
-    codec: Codec,
-    params: Params,
-    field: str,
-    batches: Iterable[Mapping[str, np.ndarray]],
-    count: int = 8,
+    codec: Codec, params: Params, field: str, batches: Iterable[Mapping[str, np.ndarray]]
 ) -> float:
-    """1 / standard deviation of the unscaled latents over the first ``count`` batches."""
+    """1 / standard deviation of the unscaled latents over the first batches, at most 8."""
     encode = jax.jit(lambda values: codec.encode(params, values))  # without keys: the mode
-    latents = []
-    for _, batch in zip(range(count), batches):
-        latents.append(np.asarray(encode(batch[field]), np.float64).ravel())
-    return float(1.0 / np.concatenate(latents).std())
+    first = (encode(batch[field]) for batch in itertools.islice(batches, 8))
+    return float(1.0 / np.concatenate([np.asarray(x, np.float64).ravel() for x in first]).std())

@@ -1,9 +1,8 @@
 """A state tree as arrays on disk: what is written for each leaf and how it comes back.
 
 Orbax stores numbers only. A typed PRNG key is stored as its key data, an empty array not at all;
-both come back from the abstract leaf. Every path is a chain of names, so the file reads as a
-nested dict in any Orbax program. Beside the arrays lies one JSON object, sealed by its SHA-256,
-with the dtype, shape and digest of every leaf.
+both come back from the abstract leaf. The file reads as a nested dict in any Orbax program. Beside
+the arrays lies one JSON object, sealed by its SHA-256, with every leaf's dtype, shape and digest.
 """
 
 from __future__ import annotations
@@ -12,44 +11,37 @@ import contextlib
 import gc
 import hashlib
 import json
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
-from jointseg_jax.rules import path_of
+from jointseg_jax import distributed
+from jointseg_jax.rules import by_path, nested, path_of
 from jointseg_jax.training import digest
 from jointseg_jax.types import UserError
 
 Leaf = jax.Array | jax.ShapeDtypeStruct
-Leaves = dict[str, tuple[tuple[str, ...], Leaf]]
-"""``{path: (the names on the way to it, leaf)}``."""
+Leaves = Mapping[str, Leaf]
+"""Arrays, or their shapes, by path."""
 
 Meta = dict[str, Any]
 """The JSON object beside the arrays: what the caller gave, ``step`` and ``checkpoint``."""
-
-T = TypeVar("T")
 
 MAX_LISTED = 10
 """Arrays that an error names at most."""
 
 # parts of messages that say nothing about the files: another attempt may succeed
-_PASSING = (
-    "RESOURCE_EXHAUSTED",
-    "Out of memory",
-    "Too many open files",
-    "UNAVAILABLE",
-    "DEADLINE_EXCEEDED",
-    "PERMISSION_DENIED",
-    "UNAUTHENTICATED",
+_PASSING = re.compile(
+    "RESOURCE_EXHAUSTED|Out of memory|Too many open files|UNAVAILABLE|DEADLINE_EXCEEDED|"
+    "PERMISSION_DENIED|UNAUTHENTICATED"
 )
 
 
@@ -63,14 +55,14 @@ class Damage(Exception):
 
 def leaves(tree: PyTree) -> Leaves:
     """The leaves of a tree of arrays (or shapes) by path."""
-    found: Leaves = {}
+    found: dict[str, Leaf] = {}
     for key_path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         path = path_of(key_path)
         if not isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct)):
             raise ValueError(f"checkpoints: {path} is a {type(leaf).__name__}, not a jax array.")
         if path in found:  # keys 1 and "1", say
             raise ValueError(f"checkpoints: two leaves have the path {path}.")
-        found[path] = (tuple(path_of([key]) for key in key_path), leaf)
+        found[path] = leaf
     return found
 
 
@@ -81,11 +73,11 @@ def within(paths: Iterable[str], prefixes: Sequence[str]) -> set[str]:
 
 def encode(state: Leaves) -> PyTree:
     """The nested dict of plain arrays that Orbax writes; empty arrays are left out."""
-    return _nest(
-        (names, jax.random.key_data(x) if isinstance(x, jax.Array) and digest.is_key(x) else x)
-        for names, x in state.values()
-        if x.size
-    )
+
+    def stored(x: Leaf) -> Leaf:
+        return jax.random.key_data(x) if isinstance(x, jax.Array) and digest.is_key(x) else x
+
+    return nested({path: stored(x) for path, x in state.items() if x.size})
 
 
 def read(folder: epath.Path, wanted: Leaves) -> dict[str, jax.Array]:
@@ -94,8 +86,7 @@ def read(folder: epath.Path, wanted: Leaves) -> dict[str, jax.Array]:
     Raises:
       Damage: the files are incomplete or unreadable, found by any process.
     """
-    stored = {path: (names, _stored(x)) for path, (names, x) in wanted.items() if x.size}
-    item = _nest(stored.values())
+    item = nested({path: _stored(x) for path, x in wanted.items() if x.size})
     how = jax.tree.map(
         lambda s: ocp.ArrayRestoreArgs(sharding=s.sharding, global_shape=s.shape, dtype=s.dtype),
         item,
@@ -103,15 +94,15 @@ def read(folder: epath.Path, wanted: Leaves) -> dict[str, jax.Array]:
     arguments = ocp.args.PyTreeRestore(item=item, restore_args=how, partial_restore=True)
     # the handler, not the manager, whose barriers would hang when one process alone fails
     restored = _agreed(lambda: ocp.PyTreeCheckpointHandler().restore(folder, args=arguments))
-    arrays = {p: x for p, (_, x) in leaves(restored).items() if isinstance(x, jax.Array)}
-    return {path: _decode(arrays.get(path), x) for path, (_, x) in wanted.items()}
+    # what the files lack comes back as the shape that was asked for
+    arrays = {p: x for p, x in by_path(restored).items() if isinstance(x, jax.Array)}
+    return {path: _decode(arrays.get(path), x) for path, x in wanted.items()}
 
 
 def require_fit(saved: Mapping[str, str], wanted: Mapping[str, str], where: str) -> None:
     """Refuses, leaf by leaf, when the saved arrays are not those of this model."""
-    absent = "absent"
     lines = [
-        f"  {path}: {saved.get(path, absent)} saved, {wanted.get(path, absent)} wanted"
+        f"  {path}: {saved.get(path, 'absent')} saved, {wanted.get(path, 'absent')} wanted"
         for path in sorted({*saved, *wanted})
         if saved.get(path) != wanted.get(path)
     ]
@@ -128,9 +119,9 @@ def sealed(
     step: int, meta: Mapping[str, object], leaves: Leaves, digests: Mapping[str, str]
 ) -> Meta:
     """What the caller says about a state and what identifies each of its arrays, signed."""
-    if "checkpoint" in meta or meta.get("step", step) != step:
+    if "checkpoint" in meta or meta.get("step", step) != step:  # they would be overwritten
         raise ValueError("checkpoints: meta may not hold `checkpoint` or another `step`.")
-    rows = {path: (digest.describe(x), digests[path]) for path, (_, x) in leaves.items()}
+    rows = {path: (digest.describe(x), digests[path]) for path, x in leaves.items()}
     own = {"format": 1, "digest": digest.tree_digest(rows), "leaves": rows}
     # through JSON, so that the seal is that of what will be read: tuples become lists there
     content = json.loads(json.dumps({**meta, "step": step, "checkpoint": own}))
@@ -160,16 +151,6 @@ def read_sealed(folder: epath.Path) -> Meta:
     return content
 
 
-def _nest(items: Iterable[tuple[tuple[str, ...], Leaf]]) -> PyTree:
-    tree: dict[str, Any] = {}
-    for names, value in items:
-        node = tree
-        for name in names[:-1]:
-            node = node.setdefault(name, {})
-        node[names[-1]] = value
-    return tree
-
-
 def _stored(leaf: Leaf) -> jax.ShapeDtypeStruct:
     """Shape, dtype and sharding of the array on disk that becomes ``leaf``."""
     place = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -185,34 +166,29 @@ def _stored(leaf: Leaf) -> jax.ShapeDtypeStruct:
 
 def _decode(array: jax.Array | None, leaf: Leaf) -> jax.Array:
     stored = _stored(leaf)
-    if array is None:  # an empty array, which is not on the disk
+    if array is None:  # it is empty, or lost, which its digest then tells
         array = jnp.zeros(stored.shape, stored.dtype, device=stored.sharding)
     if not digest.is_key(leaf):
         return array
-    return jax.random.wrap_key_data(array, impl=_key_impl(leaf))
+    impl: list[Any] = []  # threefry, rbg, ...; ``key_impl`` takes no shapes: it is asked in a trace
+    jax.eval_shape(lambda k: impl.append(jax.random.key_impl(k)), leaf)
+    return jax.random.wrap_key_data(array, impl=impl[0])
 
 
-def _key_impl(leaf: Leaf) -> Any:
-    """The generator (threefry, rbg, ...) of typed keys, also of their shape alone."""
-    found: list[Any] = []  # ``key_impl`` takes arrays and tracers only, so it is asked in a trace
-    jax.eval_shape(lambda k: found.append(jax.random.key_impl(k)), leaf)
-    return found[0]
-
-
-def _agreed(action: Callable[[], T]) -> T:
+def _agreed(action: Callable[[], PyTree]) -> PyTree:
     """The result of ``action``, if it succeeds on every process.
 
     Raises:
       Damage: one process found the files damaged; on all of them, so that all try the same step.
     """
-    results: list[T] = []
-    found, failure = "", None
+    result, found, failure = None, "", None
     try:
-        results.append(action())
+        result = action()
     except Exception as error:
         passing = "passing" if _is_passing(error) else "damage"
         found, failure = f"{passing}: {first_line(_root(error))}", error
-    kind, _, text = _shared_text(found).partition(": ")
+    first = next(filter(None, distributed.gather(found)), "")  # of the processes that failed
+    kind, _, text = distributed.share(first).partition(": ")
     if kind == "passing":  # the files may be whole: memory, permission or network are at fault
         # not damage: a run must not set good checkpoints aside because a disk was away
         raise failure or RuntimeError(f"another process could not read the checkpoint: {text}")
@@ -222,19 +198,7 @@ def _agreed(action: Callable[[], T]) -> T:
         failure = None
         gc.collect()
         raise Damage("unreadable", text)
-    return results[0]
-
-
-def _shared_text(text: str) -> str:
-    """The text of the first process that has one."""
-    if jax.process_count() == 1:
-        return text
-    # texts travel as arrays of one length: an error is one line of at most 160 characters
-    row = np.zeros(1024, np.uint8)
-    row[: len(text.encode())] = np.frombuffer(text.encode(), np.uint8)
-    rows = np.asarray(multihost_utils.process_allgather(row))
-    texts = [bytes(row).rstrip(b"\0").decode() for row in rows]
-    return next(filter(None, texts), "")
+    return result
 
 
 @contextlib.contextmanager
@@ -266,7 +230,7 @@ def _is_passing(error: Exception) -> bool:
     root = _root(error)
     # TypeError and the two after it are mistakes in a program, not damage in a file
     kinds = (MemoryError, PermissionError, TypeError, AttributeError, NotImplementedError)
-    return isinstance(root, kinds) or any(word in str(root) for word in _PASSING)
+    return isinstance(root, kinds) or _PASSING.search(str(root)) is not None
 
 
 def first_line(error: object) -> str:

@@ -1,10 +1,9 @@
 """Notices that a run has come to a standstill, which no exception ever tells.
 
-A thread looks at when the loop last said that it lives. After ``seconds`` without that it says so
-in one line, with what the loop was doing and the last step, and writes the Python stack of every
-thread of the process to a file; then again after as long. A reader that hangs shows as ``waiting
-for data``, a peer or a device that does as ``step``. With ``abort`` the process then ends, so that
-whoever started the run can start it again.
+A thread looks at when the loop last said that it lives. After ``seconds`` without that it logs one
+line, with what the loop was doing and the last step, and writes the stack of every thread to a
+file; then again after as long. A reader that hangs shows as ``waiting for data``, a peer or a
+device that does as ``step``.
 """
 
 from __future__ import annotations
@@ -27,7 +26,8 @@ class Watchdog:
     """A context manager; inside it, say ``alive(step)`` once per step.
 
     Args:
-      config: after how long a silence, and if the process then ends (``distributed.PEER_LOST``).
+      config: after how long a silence, and if the process then ends (``distributed.PEER_LOST``),
+        so that whoever started the run can start it again.
       stacks: file for the stacks.
       doing: says in a word what the loop does at the moment.
     """
@@ -69,15 +69,10 @@ class Watchdog:
     def _tell(self, silence: float) -> None:
         last = "no step yet" if self._step is None else f"last step {self._step}"
         doing = self.doing()
-        doing = {"data": "waiting for data"}.get(doing, doing)
-        log.error(
-            "watchdog: no step for %.0f s (%s); %s; stacks in %s%s",
-            silence,
-            doing,
-            last,
-            self._dumped(),
-            "; leaving: the same command goes on" if self._abort else "",
-        )
+        doing = "waiting for data" if doing == "data" else doing
+        then = "; leaving: the same command goes on" if self._abort else ""
+        silent = f"watchdog: no step for {silence:.0f} s ({doing}); {last}"
+        log.error(f"{silent}; stacks in {self._dumped()}{then}")
         if self._abort:
             distributed.leave(distributed.PEER_LOST)
             os._exit(distributed.PEER_LOST)

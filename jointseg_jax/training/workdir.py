@@ -19,11 +19,8 @@ from jointseg_jax.training import state as states
 from jointseg_jax.training.checkpoints import Checkpoints
 from jointseg_jax.types import Params, UserError
 
-RESERVED_KEYS = ("name", "workdir", "scale")
-"""Entries of a ``trained`` spec that are no fields of the codec."""
-
-FIT = "fit"
-"""Scale of a ``trained`` spec: 1 / std of the latents of the first batches."""
+RESERVED_KEYS = ("name", "workdir", "scale")  # of a `trained` spec; no fields of the codec
+FIT = "fit"  # scale of a `trained` spec: 1 / std of the latents of the first batches
 
 
 def changed(codec: Spec, place: CodecPlace) -> dict[str, Any]:
@@ -42,8 +39,7 @@ def load_codecs(workdir: Path, system: SystemConfig) -> tuple[dict[str, Any], di
             raise UserError(
                 f"{path}: missing; the workdir lost its codec. Copy it back, or train again."
             )
-        record = json.loads(path.read_text())
-        file = path.with_suffix(".safetensors")
+        record, file = json.loads(path.read_text()), path.with_suffix(".safetensors")
         if not file.exists() or files.sha256(file) != record["sha256"]:
             raise UserError(f"{file}: missing or not the file that {path.name} describes (sha256).")
         specs[name] = record["codec"]
@@ -109,6 +105,6 @@ def load_run(workdir: Path | str) -> Run:
             f"{workdir}: the run has no checkpoint yet; let it train to its first save."
         )
     restored, meta = found
-    params = states.merge(restored["ema"], restored["params"])
+    params = states.averaged(restored["params"], restored["ema"])
     digest = meta["checkpoint"]["digest"]
     return Run(workdir, config, info, system, params, frozen, meta["step"], digest)

@@ -3,28 +3,20 @@
 ``metrics.jsonl`` is the record of truth (``jsonl``: a killed process leaves at most one torn line,
 which is cut off when the file is opened again). A resumed run appends ``{"resumed": step}``:
 records of later steps before that line no longer count, and ``read_records`` leaves them out.
-
-Names the console line knows (any other scalar is shown as ``name value``):
-
-| name | unit | shown as |
-|---|---|---|
-| images_per_second | images / s | ``812.3 img/s`` |
-| data_wait | fraction of the time | ``wait  1.2 %`` |
-| mfu | fraction of the peak | ``MFU 31.4 %`` |
-| eta_seconds | s | ``ETA 0:12:33`` |
 """
 
 from __future__ import annotations
 
 import functools
 import io
+import json
 import math
 import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol, SupportsFloat, runtime_checkable
+from typing import Any, SupportsFloat
 
 import jax
 import numpy as np
@@ -38,15 +30,14 @@ Images = Mapping[str, np.ndarray]
 """uint8 [height, width, 1 or 3], checked in ``Writers.images``."""
 
 
-@runtime_checkable
-class Writer(Protocol):
-    """One destination; each method may be called at any step, in any order."""
+class Writer:
+    """One destination; each method may be called at any step, in any order, and does nothing."""
 
     def write(self, step: int, scalars: Scalars) -> None:
         """Records numbers."""
 
     def images(self, step: int, images: Images) -> None:
-        """Records pictures, uint8 height x width x channels."""
+        """Records pictures."""
 
     def text(self, step: int, texts: Mapping[str, str]) -> None:
         """Records texts by name."""
@@ -55,7 +46,7 @@ class Writer(Protocol):
         """Writes out what is pending."""
 
 
-class Writers:
+class Writers(Writer):
     """Several writers as one; silent on every process but the first."""
 
     def __init__(self, writers: Iterable[Writer]):
@@ -69,7 +60,6 @@ class Writers:
         self.close()
 
     def write(self, step: int, scalars: Scalars) -> None:
-        """Sends each scalar to every writer as a Python float."""
         # one transfer for all of them, on every process: an array may lie on several hosts
         numbers = {name: float(value) for name, value in jax.device_get(dict(scalars)).items()}
         for writer in self._writers:
@@ -87,18 +77,16 @@ class Writers:
             writer.images(step, images)
 
     def text(self, step: int, texts: Mapping[str, str]) -> None:
-        """Sends each text to every writer."""
         for writer in self._writers:
             writer.text(step, texts)
 
     def close(self) -> None:
-        """Closes every writer."""
         for writer in self._writers:
             writer.close()
 
 
-class ConsoleWriter:
-    """One readable line per log point; the same names give the same columns.
+class ConsoleWriter(Writer):
+    """One readable line per log point, without pictures; the same names give the same columns.
 
     Args:
       total: the last step, shown as ``step/total``.
@@ -109,31 +97,24 @@ class ConsoleWriter:
         self._total, self._stream = total, stream
 
     def write(self, step: int, scalars: Scalars) -> None:
-        """Prints the line: losses first, then other numbers, then the rates."""
+        # losses first, then other numbers, then the rates
         last = {name: i for i, name in enumerate(_RATES, 1)}
         names = sorted(scalars, key=lambda n: (last.get(n, 0), not n.startswith("loss")))
         fields = [_field(name, float(scalars[name])) for name in names]
         width = len(str(self._total))
         self._print(" | ".join([f"step {step:>{width}}/{self._total}", *fields]))
 
-    def images(self, step: int, images: Images) -> None:
-        """Does nothing: a console shows no pictures."""
-
     def text(self, step: int, texts: Mapping[str, str]) -> None:
-        """Prints ``name: text`` for each."""
         for name, text in texts.items():
             self._print(f"{name}: {text}")
-
-    def close(self) -> None:
-        """Does nothing: every line is flushed already."""
 
     def _print(self, line: str) -> None:
         # sys.stdout is looked up at each line: tests and notebooks replace it
         print(line, file=self._stream or sys.stdout, flush=True)
 
 
-class JsonlWriter:
-    """``{"step": n, "time": seconds, name: value, ...}``, one line per call.
+class JsonlWriter(Writer):
+    """``{"step": n, "time": seconds, name: value, ...}``, one line per call; of pictures the sizes.
 
     Args:
       path: appended to; created at the first record.
@@ -154,24 +135,19 @@ class JsonlWriter:
         return file
 
     def write(self, step: int, scalars: Scalars) -> None:
-        """Appends one record of numbers; NaN and infinities as the strings NaN, Infinity."""
-        clash = {"step", "time", "resumed"} & set(scalars)
-        if clash:
+        if clash := {"step", "time", "resumed"} & set(scalars):
             raise ValueError(
                 f"writers: {sorted(clash)} cannot name scalars: every record has them."
             )
         self._append(step, {name: _json_number(float(v)) for name, v in scalars.items()})
 
     def images(self, step: int, images: Images) -> None:
-        """Notes which pictures of which size were made."""
         self._append(step, {"images": {name: list(image.shape) for name, image in images.items()}})
 
     def text(self, step: int, texts: Mapping[str, str]) -> None:
-        """Appends the texts."""
         self._append(step, {"text": dict(texts)})
 
     def close(self) -> None:
-        """Closes the file; each line is in it already."""
         if "_file" in vars(self):  # asking for the property would open it
             self._file.close()
 
@@ -181,8 +157,8 @@ class JsonlWriter:
         self._file.write(jsonl.line(line, allow_nan=False))
 
 
-class TensorBoardWriter:
-    """Event files for TensorBoard (tensorboardX, no TensorFlow).
+class TensorBoardWriter(Writer):
+    """Event files for TensorBoard (tensorboardX, no TensorFlow); texts are shown as Markdown.
 
     Args:
       folder: of the event files.
@@ -204,25 +180,21 @@ class TensorBoardWriter:
         return SummaryWriter(logdir=str(self._folder), purge_step=purge, filename_suffix=suffix)
 
     def write(self, step: int, scalars: Scalars) -> None:
-        """Adds one point to each curve."""
         for name, value in scalars.items():
             self._events.add_scalar(name, float(value), step)
         self._events.flush()
 
     def images(self, step: int, images: Images) -> None:
-        """Adds the pictures as PNG."""
         for name, image in images.items():
             self._events.add_image(name, image, step, dataformats="HWC")
         self._events.flush()
 
     def text(self, step: int, texts: Mapping[str, str]) -> None:
-        """Adds the texts, shown as Markdown."""
         for name, text in texts.items():
             self._events.add_text(name, text, step)
         self._events.flush()
 
     def close(self) -> None:
-        """Closes the event file."""
         if "_events" in vars(self):
             self._events.close()
 
@@ -256,23 +228,21 @@ def read_records(path: str | os.PathLike) -> list[jsonl.Record]:
 
 
 def _json_number(value: float) -> float | str:
-    if math.isfinite(value):
-        return value
-    return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
+    # json.dumps writes NaN, Infinity and -Infinity, which are no JSON: they become strings
+    return value if math.isfinite(value) else json.dumps(value)
 
 
 def _eta(seconds: float) -> str:
-    if not math.isfinite(seconds):
-        return "ETA       ?"
-    return "ETA " + jsonl.clock(seconds).rjust(7)
+    return "ETA " + (jsonl.clock(seconds) if math.isfinite(seconds) else "?").rjust(7)
 
 
 _RATES: dict[str, Callable[[float], str]] = {
     "images_per_second": lambda v: f"{v:>7.1f} img/s",
-    "data_wait": lambda v: f"wait {100 * v:>4.1f} %",
-    "mfu": lambda v: f"MFU {100 * v:>4.1f} %",
+    "data_wait": lambda v: f"wait {100 * v:>4.1f} %",  # a fraction of the time
+    "mfu": lambda v: f"MFU {100 * v:>4.1f} %",  # a fraction of the peak
     "eta_seconds": _eta,
 }
+"""How the console shows the scalars that it knows, at the end of a line; others as name value."""
 
 
 def _field(name: str, value: float) -> str:

@@ -9,6 +9,7 @@ Source: the constructors of baofff/U-ViT, thu-ml/unidiffuser, diffusers and 00wh
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -80,12 +81,11 @@ def _image(config: Config, *, conv: bool) -> Patches:
     # The original UniDiffuser ends without a convolution, U-ViT may.
     size = config["img_size"]
     grid = (size, size) if isinstance(size, int) else tuple(size)
-    return Patches(
-        grid=grid, channels=config["in_chans"], patch=config["patch_size"], conv=bool(conv)
-    )
+    sizes = {"grid": grid, "channels": config["in_chans"], "patch": config["patch_size"]}
+    return Patches(**sizes, conv=bool(conv))
 
 
-def _diffusers(config: Config, *, inner: str | None = None, mask: bool = False) -> dict[str, Any]:
+def _diffusers(config: Config, *, mask: bool = False) -> dict[str, Any]:
     # Variants that nobody published, and whose numbers would differ.
     _only(config, "block_type", "unidiffuser")
     _only(config, "activation_fn", "gelu")
@@ -95,18 +95,11 @@ def _diffusers(config: Config, *, inner: str | None = None, mask: bool = False) 
     _only(config, "out_channels", config["in_channels"])
     size = config["sample_size"]
     image = Patches(grid=(size, size), channels=config["in_channels"], patch=config["patch_size"])
-    text = Tokens(
-        count=config["num_text_tokens"],
-        width=config["text_dim"],
-        inner=config[inner] if inner else 0,
-    )
-    streams = {
-        "text": text,
-        "clip": Tokens(count=1, width=config["clip_img_dim"]),
-        "image": image,
-    }
-    if mask:
-        streams["mask"] = image  # label latents have the image's grid and channels
+    inner = config["inner_text_dim"] if mask else 0
+    text = Tokens(count=config["num_text_tokens"], width=config["text_dim"], inner=inner)
+    streams = {"text": text, "clip": Tokens(count=1, width=config["clip_img_dim"]), "image": image}
+    # label latents have the image's grid and channels
+    streams |= {"mask": image} if mask else {}
     return {
         "streams": tuple(streams.items()),
         "time_tokens": ("image", "text"),
@@ -122,10 +115,6 @@ def _diffusers(config: Config, *, inner: str | None = None, mask: bool = False) 
     }
 
 
-def _jodiffusion(config: Config) -> dict[str, Any]:
-    return _diffusers(config, inner="inner_text_dim", mask=True)
-
-
 def _only(config: Config, key: str, value: object) -> None:
     own = config.get(key, value)
     # diffusers writes None for "as many as come in".
@@ -138,5 +127,5 @@ BUILDERS = {
     "uvit_t2i": _uvit_t2i,
     "unidiffuser": _unidiffuser,
     "unidiffuser_diffusers": _diffusers,
-    "jodiffusion": _jodiffusion,
+    "jodiffusion": functools.partial(_diffusers, mask=True),
 }

@@ -24,8 +24,7 @@ from jointseg_jax.types import AnyArray, Params, UserError
 
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 PICKLE_STARTS = (b"PK\x03\x04", b"\x80")  # zip (torch.save), and pickle protocol 2 or later
-MAX_LISTED = 5
-"""How many tensors of each kind an error names."""
+MAX_LISTED = 5  # tensors of each kind that an error names at most
 
 Weights = Mapping[str, np.ndarray]
 
@@ -81,12 +80,11 @@ def to_ours(weights: Weights, table: Table) -> Params:
     Raises:
       UserError: tensors missing, left over, or of another shape.
     """
-    weights = _without_prefix(weights, "module.")
+    if all(key.startswith("module.") for key in weights):  # by data-parallel wrappers
+        weights = {key.removeprefix("module."): a for key, a in weights.items()}
     # Before anything is moved, and in the reference's own words.
     _compare(weights, table.reference_shapes(), table.idle, where=f"{table.name} weights")
-    flat = _apply(table, weights, "ours")
-    flat = {p: np.ascontiguousarray(a, dtype=np.float32) for p, a in flat.items()}
-    return nested(flat)
+    return nested(_as_float32(_apply(table, weights, "ours")))
 
 
 def to_theirs(params: Params, table: Table) -> dict[str, np.ndarray]:
@@ -97,8 +95,12 @@ def to_theirs(params: Params, table: Table) -> dict[str, np.ndarray]:
     """
     flat = {p: np.asarray(a) for p, a in by_path(params).items()}
     _compare(flat, table.shapes, (), where=f"parameters to write as {table.name}")
-    flat = _apply(table, flat, "theirs")
-    return {key: np.ascontiguousarray(a, dtype=np.float32) for key, a in flat.items()}
+    return _as_float32(_apply(table, flat, "theirs"))
+
+
+def _as_float32(arrays: Weights) -> dict[str, np.ndarray]:
+    # contiguous: safetensors writes the bytes as they lie, whatever the strides
+    return {key: np.ascontiguousarray(a, dtype=np.float32) for key, a in arrays.items()}
 
 
 def read_safetensors(path: str | Path) -> dict[str, np.ndarray]:
@@ -126,11 +128,7 @@ def read_safetensors(path: str | Path) -> dict[str, np.ndarray]:
 
 
 def require_safetensors(path: str | Path) -> None:
-    """Refuses what is no safetensors file by its name or its first bytes; nothing is unpickled.
-
-    Raises:
-      UserError: no such file, or a pickle.
-    """
+    """Raises UserError for no file, or a pickle by its name or first bytes; unpickles nothing."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"weights: there is no file {path}.")
@@ -148,13 +146,16 @@ def require_safetensors(path: str | Path) -> None:
 def stack_blocks(params: Params) -> Params:
     """Parameters of a ``UViT`` or ``TwoStream`` as those of one with ``scan=True``."""
 
+    def stack(*leaves: AnyArray) -> AnyArray:
+        # Host arrays stay on the host: a checkpoint may be larger than the device.
+        return (np if isinstance(leaves[0], np.ndarray) else jnp).stack(leaves)
+
     def stacked(half: Params, mirrored: bool) -> Params:
         if "0" not in half:
             return half
         layers = [half[str(i)] for i in range(len(half))]
         # Out-block 0 takes the last in-block's skip: mirrored, layer i of both halves is a pair.
-        layers = layers[::-1] if mirrored else layers
-        return jax.tree.map(lambda *leaves: _stack(leaves), *layers)
+        return jax.tree.map(stack, *(layers[::-1] if mirrored else layers))
 
     return _over_halves(params, stacked)
 
@@ -174,18 +175,13 @@ def unstack_blocks(params: Params) -> Params:
 
 def _over_halves(params: Params, change: Callable[[Params, bool], Params]) -> Params:
     """The tree with its ``in_blocks`` and ``out_blocks``, at any depth, replaced."""
-    changed: dict[str, Any] = {}
-    for name, part in params.items():
+
+    def changed(name: str, part: Any) -> Any:
         if name in ("in_blocks", "out_blocks"):
-            changed[name] = change(part, name == "out_blocks")
-        else:
-            changed[name] = _over_halves(part, change) if isinstance(part, Mapping) else part
-    return changed
+            return change(part, name == "out_blocks")
+        return _over_halves(part, change) if isinstance(part, Mapping) else part
 
-
-def _stack(leaves: Sequence[AnyArray]) -> AnyArray:
-    # Host arrays stay on the host: a checkpoint may be larger than the device.
-    return (np if isinstance(leaves[0], np.ndarray) else jnp).stack(leaves)
+    return {name: changed(name, part) for name, part in params.items()}
 
 
 def _apply(table: Table, flat: Params, to: Literal["ours", "theirs"]) -> dict[str, Any]:
@@ -195,13 +191,6 @@ def _apply(table: Table, flat: Params, to: Literal["ours", "theirs"]) -> dict[st
         arrays = (flat[name] for name in names["theirs" if to == "ours" else "ours"])
         out |= dict(zip(names[to], getattr(entry.layout, to)(*arrays), strict=True))
     return out
-
-
-def _without_prefix(weights: Weights, prefix: str) -> Weights:
-    """Drops what data-parallel wrappers put before every name."""
-    if not all(key.startswith(prefix) for key in weights):
-        return weights
-    return {key.removeprefix(prefix): a for key, a in weights.items()}
 
 
 def _compare(
@@ -216,12 +205,10 @@ def _compare(
         if given[k].shape != tuple(wanted[k])
     ]
     kinds = {"missing": missing, "left over": unused, "of another shape": differ}
-    more = "; ..."
-    errors = [
-        f"{len(names)} {kind} ({'; '.join(names[:MAX_LISTED])}{more * (len(names) > MAX_LISTED)})"
-        for kind, names in kinds.items()
-        if names
-    ]
+    shown = {
+        kind: [*n[:MAX_LISTED], *(["..."] * (len(n) > MAX_LISTED))] for kind, n in kinds.items()
+    }
+    errors = [f"{len(n)} {kind} ({'; '.join(shown[kind])})" for kind, n in kinds.items() if n]
     if errors:
         raise UserError(
             f"{where}: {', '.join(errors)}. Change the model's config to the one of these weights "

@@ -1,7 +1,4 @@
-"""Reference weights of the label autoencoder, renamed and transposed, in both directions.
-
-Every reference tensor has exactly one place in our tree and the other way round; what is missing,
-left over or of another shape is an error that names it. Both directions are exact.
+"""Reference weights of the label autoencoder, renamed and transposed, exact in both directions.
 
 Source: JoDiffusion, ``LightweightLabelVAE`` state dict.
 """
@@ -16,6 +13,8 @@ from jointseg_jax.codecs.label_ae import LabelAE
 from jointseg_jax.rules import by_path, nested
 from jointseg_jax.types import Params, UserError
 
+Axes = tuple[int, ...] | None
+
 CONV = (2, 3, 1, 0)  # [out, in, kh, kw] -> [kh, kw, in, out]
 TRANSPOSED_CONV = (2, 3, 0, 1)  # [in, out, kh, kw] -> [kh, kw, in, out]
 
@@ -25,7 +24,7 @@ class Rename(NamedTuple):
 
     reference: str
     path: str  # ours
-    axes: tuple[int, ...] | None  # transposes the reference's into ours; None: as it is
+    axes: Axes  # transposes the reference's into ours; None: as it is
 
 
 def table(codec: LabelAE) -> list[Rename]:
@@ -34,7 +33,13 @@ def table(codec: LabelAE) -> list[Rename]:
     Raises:
       UserError: the codec is not one that the reference network can be.
     """
-    _must_be_published(codec)
+    same_widths = len(set(codec.up_widths)) <= 1
+    if codec.patch != 1 or codec.middle_blocks not in (0, 2) or not same_widths:
+        raise UserError(
+            f"label autoencoder weights: patch = {codec.patch}, middle_blocks = "
+            f"{codec.middle_blocks}, up_widths = {codec.up_widths}; the reference network has "
+            "patch 1, 0 or 2 middle blocks and equal up_widths. Change the codec config."
+        )
     return [*_encoder(codec), *_decoder(codec)]
 
 
@@ -61,7 +66,8 @@ def to_reference(codec: LabelAE, params: Params) -> dict[str, np.ndarray]:
     flat = by_path(params)
     _same_names({r.path for r in renames}, set(flat), "parameters")
     _same_shapes(codec, flat)
-    return {r.reference: _turned(np.asarray(flat[r.path]), _inverse(r.axes)) for r in renames}
+    back = {axes: axes and tuple(np.argsort(axes).tolist()) for _, _, axes in renames}
+    return {r.reference: _turned(np.asarray(flat[r.path]), back[r.axes]) for r in renames}
 
 
 def _encoder(codec: LabelAE) -> Iterator[Rename]:
@@ -98,21 +104,17 @@ def _residuals(codec: LabelAE, reference: str, ours: str) -> Iterator[Rename]:
             yield from _layer(f"{there}.conv{j}", f"{here}/conv_{j}", CONV)
 
 
-def _layer(reference: str, path: str, axes: tuple[int, ...] | None) -> Iterator[Rename]:
+def _layer(reference: str, path: str, axes: Axes) -> Iterator[Rename]:
     yield Rename(reference + ".weight", path + ("/kernel" if axes else "/scale"), axes)
     yield Rename(reference + ".bias", path + "/bias", None)
 
 
-def _turned(tensor: np.ndarray, axes: tuple[int, ...] | None) -> np.ndarray:
+def _turned(tensor: np.ndarray, axes: Axes) -> np.ndarray:
     # One of another rank is left as it is: the check of shapes names it.
     if axes is None or tensor.ndim != len(axes):
         return tensor
     # Contiguous: safetensors writes the bytes as they lie, whatever the strides.
     return np.ascontiguousarray(tensor.transpose(axes))
-
-
-def _inverse(axes: tuple[int, ...] | None) -> tuple[int, ...] | None:
-    return None if axes is None else tuple(np.argsort(axes).tolist())
 
 
 def _same_names(want: set[str], got: set[str], what: str) -> None:
@@ -137,16 +139,6 @@ def _same_shapes(codec: LabelAE, flat: Params) -> None:
         raise UserError(
             f"label autoencoder weights: {len(errors)} shapes differ ({_first(errors)}). Check "
             "classes, bits, background and the widths of the codec config against the file."
-        )
-
-
-def _must_be_published(codec: LabelAE) -> None:
-    same_widths = len(set(codec.up_widths)) <= 1
-    if codec.patch != 1 or codec.middle_blocks not in (0, 2) or not same_widths:
-        raise UserError(
-            f"label autoencoder weights: patch = {codec.patch}, middle_blocks = "
-            f"{codec.middle_blocks}, up_widths = {codec.up_widths}; the reference network has "
-            "patch 1, 0 or 2 middle blocks and equal up_widths. Change the codec config."
         )
 
 

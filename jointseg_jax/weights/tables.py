@@ -13,6 +13,7 @@ Source: the state dicts of baofff/U-ViT, thu-ml/unidiffuser, diffusers and 00why
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -51,18 +52,13 @@ def patch_layout(patch: int) -> Layout:
 
 def qkv_layout(heads: int, *, tensors: int) -> Layout:
     """Rows of query, key and value, in one tensor or three, weights or biases."""
-
-    def ours(*rows: AnyArray) -> Sequence[AnyArray]:
-        # The rows are in the order (q, k, v), the heads contiguous inside each.
-        fused = rows[0] if tensors == 1 else rearrange(list(rows), "k o ... -> (k o) ...")
-        return [rearrange(fused, "(k h d) ... -> ... k h d", k=3, h=heads)]
-
-    def theirs(kernel: AnyArray) -> Sequence[AnyArray]:
-        if tensors == 1:
-            return [rearrange(kernel, "... k h d -> (k h d) ...")]
-        return list(rearrange(kernel, "... k h d -> k (h d) ..."))
-
-    return Layout(ours=ours, theirs=theirs)
+    # k = 3 rows in the order (q, k, v), split over t tensors; the heads contiguous inside each
+    return Layout(
+        ours=lambda *rows: [
+            rearrange(list(rows), "t (k h d) ... -> ... (t k) h d", h=heads, k=3 // tensors)
+        ],
+        theirs=lambda kernel: list(rearrange(kernel, "... (t k) h d -> t (k h d) ...", t=tensors)),
+    )
 
 
 def heads_layout(heads: int) -> Layout:
@@ -75,11 +71,10 @@ def heads_layout(heads: int) -> Layout:
 
 def positions_layout(shapes: list[tuple[int, ...]]) -> Layout:
     """One table of positions as the parts' own, in order."""
-    ends = np.cumsum([math.prod(s[:-1]) for s in shapes]).tolist()
+    ends = np.cumsum([0, *(math.prod(s[:-1]) for s in shapes)]).tolist()
 
     def ours(table: AnyArray) -> Sequence[AnyArray]:
-        starts = [0, *ends[:-1]]
-        return [table[0, a:b].reshape(s) for a, b, s in zip(starts, ends, shapes)]
+        return [table[0, a:b].reshape(s) for (a, b), s in zip(itertools.pairwise(ends), shapes)]
 
     def theirs(*parts: AnyArray) -> Sequence[AnyArray]:
         join = np.concatenate if isinstance(parts[0], np.ndarray) else jax.numpy.concatenate
@@ -219,8 +214,7 @@ def table(layout: str, module: UViT) -> Table:
         parent, _, leaf = path.rpartition("/")
         if path in positions or parent.endswith("/join_skip"):
             continue  # moved together with another parameter
-        theirs = _theirs(names, path if leaf == "position" else parent)
-        if theirs is None:
+        if (theirs := _theirs(names, path if leaf == "position" else parent)) is None:
             raise UserError(
                 f"layout {layout!r} has no name for our {path!r}: the model is not one of this "
                 f"layout. Choose another of {', '.join(REFERENCES)}, or change the model."
@@ -253,14 +247,14 @@ def _entry(module: UViT, path: str, names: tuple[str, ...]) -> Entry:
         return Entry(theirs=names, ours=(path,), layout=ROW)
     # Norms call their scale a weight.
     theirs = tuple(f"{name}.{'bias' if leaf == 'bias' else 'weight'}" for name in names)
+    ours, layout = (path,), SAME
     if parent.endswith("attn/qkv"):
         layout = qkv_layout(module.heads, tensors=len(names))
-        return Entry(theirs=theirs, ours=(path,), layout=layout)
-    if leaf != "kernel":
-        return Entry(theirs=theirs, ours=(path,), layout=SAME)
-    if parent.endswith("/join"):
-        return Entry(theirs=theirs, ours=(path, f"{parent}_skip/kernel"), layout=JOIN)
-    return Entry(theirs=theirs, ours=(path,), layout=_kernel_layout(module, parent))
+    elif leaf == "kernel" and parent.endswith("/join"):
+        ours, layout = (path, f"{parent}_skip/kernel"), JOIN
+    elif leaf == "kernel":
+        layout = _kernel_layout(module, parent)
+    return Entry(theirs=theirs, ours=ours, layout=layout)
 
 
 def _kernel_layout(module: UViT, parent: str) -> Layout:

@@ -1,12 +1,11 @@
 """Reference weights of the image autoencoder: sizes from its config, and the table of its tensors.
 
-``convert.to_ours(weights, table(codec))`` and ``to_theirs`` go through the table.
-
 Source: the constructor and the state dict of diffusers' ``AutoencoderTiny``.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -38,8 +37,7 @@ ONLY = {
     "latent_shift": 0.5,
     "shift_factor": 0.0,
 }
-IDLE = ("force_upcast", "block_out_channels")
-"""What a reference config repeats or only hints at."""
+IDLE = ("force_upcast", "block_out_channels")  # what a reference config repeats or only hints at
 
 
 def fields(config: Mapping[str, object]) -> dict[str, Any]:
@@ -51,7 +49,8 @@ def fields(config: Mapping[str, object]) -> dict[str, Any]:
     config = {k: v for k, v in config.items() if not k.startswith("_") and k not in IDLE}
     for key, value in config.items():
         if key not in RENAMED and key not in ONLY:
-            raise UserError(f"image_tiny config: {key} is unknown; known: {_known()}.")
+            known = ", ".join([*RENAMED, *ONLY, *IDLE])
+            raise UserError(f"image_tiny config: {key} is unknown; known: {known}.")
         if key in ONLY and value != ONLY[key]:
             raise UserError(
                 f"image_tiny config: {key} = {value!r} is not supported; only {ONLY[key]!r} is."
@@ -60,10 +59,6 @@ def fields(config: Mapping[str, object]) -> dict[str, Any]:
     if "scale" in ours:
         ours["scale"] = float(ours["scale"])  # JSON may write 1.0 as 1
     return ours
-
-
-def _known() -> str:
-    return ", ".join([*RENAMED, *ONLY, *IDLE])
 
 
 def table(codec: ImageTiny) -> Table:
@@ -117,10 +112,7 @@ def _decoder(codec: ImageTiny) -> Iterator[tuple[str, str]]:
 
 
 def _blocks(part: str, level: int, count: int, start: int) -> Iterator[tuple[str, str]]:
-    for j in range(count):
-        for i in (1, 2, 3):
-            # conv, relu, conv, relu, conv: every second position is an activation
-            yield (
-                f"{part}/block_{level}_{j}/conv_{i}",
-                f"{part}.layers.{start + j}.conv.{2 * (i - 1)}",
-            )
+    for j, i in itertools.product(range(count), (1, 2, 3)):
+        # conv, relu, conv, relu, conv: every second position is an activation
+        there = f"{part}.layers.{start + j}.conv.{2 * (i - 1)}"
+        yield f"{part}/block_{level}_{j}/conv_{i}", there

@@ -191,6 +191,15 @@ def test_damage_falls_back_renames_and_says_so_in_one_line(run, caplog, damage):
     assert not [r for r in caplog.records if r.name.startswith("jointseg_jax")]
 
 
+def test_an_array_that_the_files_lack_is_damage(run, tmp_path):
+    with Checkpoints(tmp_path / "less") as checkpoints:
+        checkpoints.save(30, {k: v for k, v in state_of(30).items() if k != "small"}, {})
+    shutil.rmtree(run / "30" / "state")
+    shutil.copytree(tmp_path / "less" / "30" / "state", run / "30" / "state")
+    assert_restored(restored(run), 20)
+    assert (run / "30.damaged-digest").is_dir()
+
+
 def test_training_goes_on_past_a_damaged_step(run):
     damage_truncated(run / "30")
     with Checkpoints(run) as checkpoints:

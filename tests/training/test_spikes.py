@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from jointseg_jax.config import NanConfig
-from jointseg_jax.training.faults import Faults, NonFinite
-from jointseg_jax.training.spikes import LEAST, WINDOW, Spikes
+from jointseg_jax.training.faults import LEAST, WINDOW, Faults, NonFinite, Spikes
 from jointseg_jax.types import UserError
 
 QUIET = [(step, 1.0 + 0.01 * step, np.arange(3)) for step in range(LEAST)]
