@@ -31,8 +31,8 @@ from jointseg_jax.config import (
     plain,
 )
 from jointseg_jax.data import tokenizer as data_text
-from jointseg_jax.data.cached.index import index_path
 from jointseg_jax.data.cached.reader import Cache
+from jointseg_jax.data.cached.store import index_path
 from jointseg_jax.data.records import DatasetInfo, Source
 from jointseg_jax.data.sources.arrayrecord import ArrayRecords
 from jointseg_jax.data.sources.features import WithFeatures

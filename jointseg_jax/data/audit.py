@@ -10,7 +10,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,16 +19,6 @@ from jointseg_jax.data.tokenizer import split
 from jointseg_jax.data.workers import in_order
 
 Progress = Callable[..., Iterable[Any]]
-
-
-@runtime_checkable
-class Listed(Protocol):
-    """A source whose listing has problems that belong to no record."""
-
-    @property
-    def problems(self) -> tuple[BadSample, ...]:
-        """Returns those problems."""
-        ...
 
 
 class Finding(NamedTuple):
@@ -159,7 +149,8 @@ def scan(
     wanted = [i * len(source) // count for i in range(count)] if spread else range(count)
     examined = in_order(lambda index: examine(source, index), wanted, threads)
     findings = list(progress(examined, total=count, desc=f"reading {source.name}"))
-    return summarise(source, findings, source.problems if isinstance(source, Listed) else ())
+    # The listing of a folder may have problems that belong to no record.
+    return summarise(source, findings, getattr(source, "problems", ()))
 
 
 def examine(source: Source, index: int) -> Finding:
@@ -191,6 +182,9 @@ def summarise(source: Source, findings: list[Finding], others: Iterable[BadSampl
         row += 0 if finding.pixels is None else finding.pixels
     words = [n for finding in good for n in finding.words]
     mean = sum(words) / len(words) if words else 0.0
+    same_image: dict[bytes, list[str]] = {}
+    for finding in good:
+        same_image.setdefault(finding.digest, []).append(finding.id)
     return Report(
         name=source.name,
         names=source.classes.names,
@@ -202,17 +196,9 @@ def summarise(source: Source, findings: list[Finding], others: Iterable[BadSampl
         sizes=tuple(Counter(finding.size for finding in good).most_common()),
         captions=(len(words), min(words, default=0), mean, max(words, default=0)),
         empty=tuple(f.id for f, row in zip(good, pixels) if not row[:-1].any()),
-        duplicates=same_images(good),
+        duplicates=tuple(tuple(ids) for ids in same_image.values() if len(ids) > 1),
         bad=(
             *((f.position, f.problem) for f in findings if f.problem is not None),
             *((-1, problem) for problem in others),
         ),
     )
-
-
-def same_images(good: list[Finding]) -> tuple[tuple[str, ...], ...]:
-    """Groups the ids of records whose images are equal."""
-    groups: dict[bytes, list[str]] = {}
-    for finding in good:
-        groups.setdefault(finding.digest, []).append(finding.id)
-    return tuple(tuple(ids) for ids in groups.values() if len(ids) > 1)

@@ -51,20 +51,12 @@ class Files:
 
     @classmethod
     def of(cls, root: Path) -> Files:
-        """Returns the files of a folder, with its list of sums if it has one.
-
-        Raises:
-          BadSample: a line of the list that is not a sum.
-        """
+        """Returns the files of a folder, with its list of sums if it has one."""
         path = inside(root, SUMS)
         return cls(root, read_sums(path) if path.exists() else {})
 
     def read(self, name: str) -> tuple[Path, bytes]:
-        """Returns the path and the bytes of a file.
-
-        Raises:
-          BadSample: it cannot be read, or is not what the list says.
-        """
+        """Returns the path and the bytes of a file; BadSample if it is not what the list says."""
         path = inside(self.root, name)
         data = read(path)
         wanted = self.sums.get(name)
@@ -99,11 +91,7 @@ def check_name(root: Path, name: str) -> None:
 
 
 def inside(root: Path, name: str) -> Path:
-    """Returns the path of ``name`` under ``root``.
-
-    Raises:
-      BadSample: the name is absolute, climbs out, or is a link to somewhere else.
-    """
+    """Returns the path of ``name`` under ``root``; BadSample for one that leads out of it."""
     check_name(root, name)
     path = f"{root}/{name}"
     # Links are followed to their end: a link within the folder is fine, one out of it is not.

@@ -80,11 +80,7 @@ class Given:
     def load(
         self, index: int, size: int | tuple[int, int]
     ) -> Int16[np.ndarray, "height width"] | UInt8[np.ndarray, "height width 3"]:
-        """Returns one item at ``size``: labels (VOID where nothing is annotated) or RGB.
-
-        Raises:
-          BadSample: its pixels cannot be used.
-        """
+        """Returns one item at ``size``, labels or RGB; raises BadSample for a broken file."""
         # The box of evaluation, which draws nothing: the generator is never asked.
         resize = Resize(size=size, mode=self.mode)
         whole = self.read(index)
@@ -137,11 +133,7 @@ def given_labels(
     split: str = "",
     mode: str = "crop",
 ) -> Given:
-    """Lists and checks label maps for a model of ``classes``.
-
-    Raises:
-      UserError: files that cannot be used, all of them at once, or labels of other classes.
-    """
+    """Lists label maps for a model of ``classes``; raises UserError with all that is wrong."""
     listing = listing_of(Path(folder), layout, split, stored_rule(len(classes)))
     if listing.classes is not None:  # None: plain PNG files of the model's own indices
         check_names(listing.classes, classes, folder)
@@ -151,11 +143,7 @@ def given_labels(
 def given_images(
     folder: str | Path, *, layout: str = PLAIN, split: str = "", mode: str = "crop"
 ) -> Given:
-    """Lists and checks images.
-
-    Raises:
-      UserError: files that cannot be used, all of them at once.
-    """
+    """Lists images; raises UserError with all of those that cannot be used."""
     listing = listing_of(Path(folder), layout, split, None)
     return checked(listing._replace(rule=None), Path(folder), None, layout, mode)
 

@@ -128,13 +128,13 @@ def decode_labels(
       colours: the value of each colour, for labels painted in RGB.
     """
     picture = open_labels(data, path, pixel_limit)
+    pixels = opaque(picture, path)
     if picture.mode in ("RGB", "RGBA"):
-        return paint_to_values(opaque_rgb(picture, path), path, colours)
+        return paint_to_values(pixels, path, colours)
     if picture.mode == "LA":
-        refuse_transparency(np.asarray(picture)[..., 1], path)
-        return np.asarray(picture)[..., 0].astype(np.int32)
+        return pixels[..., 0].astype(np.int32)
     # Pillow has multiplied values of 2 and 4 bits: divided again, they are those of the file.
-    values, step = np.asarray(picture).astype(np.int32), grey_step(data)
+    values, step = pixels.astype(np.int32), grey_step(data)
     return values if step == 1 else values // step
 
 
@@ -147,7 +147,7 @@ def decode_segment_ids(
         rule = "segment ids are stored in RGB as R + 256 G + 65536 B"
         remedy = "Give the panoptic PNG, not the semantic one."
         raise BadSample(path, f"a PNG of mode {picture.mode}", rule, remedy)
-    return opaque_rgb(picture, path).astype(np.int32) @ PLACES
+    return opaque(picture, path).astype(np.int32) @ PLACES
 
 
 def encode_png(pixels: np.ndarray) -> bytes:
@@ -263,19 +263,15 @@ def grey_step(data: bytes) -> int:
     return {2: 85, 4: 17}.get(bits, 1) if colour_type == 0 else 1
 
 
-def opaque_rgb(picture: Image.Image, path: str) -> np.ndarray:
-    """Returns the colours of an RGB or RGBA label file without transparent pixels."""
+def opaque(picture: Image.Image, path: str) -> np.ndarray:
+    """Returns the pixels of a label file without their alpha, which must be 255 all over."""
     pixels = np.asarray(picture)
-    if picture.mode == "RGBA":
-        refuse_transparency(pixels[..., 3], path)
-    return pixels[..., :3]
-
-
-def refuse_transparency(alpha: np.ndarray, path: str) -> None:
-    """Raises BadSample where label pixels are not opaque."""
-    if count := int((alpha != 255).sum()):
+    if picture.mode not in ("LA", "RGBA"):
+        return pixels
+    if count := int((pixels[..., -1] != 255).sum()):
         found = f"{count} label pixels are transparent"
         raise BadSample(path, found, "labels are opaque", "Fill them in.")
+    return pixels[..., :-1]
 
 
 def paint_to_values(

@@ -146,7 +146,16 @@ def parse(content: object) -> tuple[Classes, LabelRule]:
     if unknown := sorted(set(content) - set(KEYS)):
         raise ValueError(f"unknown keys {', '.join(unknown)}; known: {', '.join(KEYS)}")
     classes = class_list(content["classes"], content.get("swaps", ()))
-    return classes, label_rule(content, classes)
+    ignored = content.get("ignore_label", 255)
+    void = ignored if isinstance(ignored, list) else [] if ignored is None else [ignored]
+    table = content.get("label_map", {}).items()
+    colours = content.get("colours", {}).items()
+    return classes, LabelRule(
+        void=tuple(map(int, void)),
+        shift=int(content.get("first_label", 0)),
+        table=tuple((int(v), VOID if name is None else classes.index(name)) for v, name in table),
+        colours=tuple((_colour(text.split(",")), int(value)) for text, value in colours),
+    )
 
 
 def class_list(entries: Sequence[object], swaps: Iterable[Sequence[str]] = ()) -> Classes:
@@ -164,20 +173,6 @@ def class_list(entries: Sequence[object], swaps: Iterable[Sequence[str]] = ()) -
         # One class without a colour leaves the whole list to the default palette.
         palette=tuple(_colour(e["colour"]) for e in coloured),
         swaps=tuple((names.index(left), names.index(right)) for left, right in swaps),
-    )
-
-
-def label_rule(content: dict, classes: Classes) -> LabelRule:
-    """Returns the label rule that a ``classes.json`` states."""
-    ignored = content.get("ignore_label", 255)
-    void = ignored if isinstance(ignored, list) else [] if ignored is None else [ignored]
-    table = content.get("label_map", {}).items()
-    colours = content.get("colours", {}).items()
-    return LabelRule(
-        void=tuple(map(int, void)),
-        shift=int(content.get("first_label", 0)),
-        table=tuple((int(v), VOID if name is None else classes.index(name)) for v, name in table),
-        colours=tuple((_colour(text.split(",")), int(value)) for text, value in colours),
     )
 
 

@@ -9,9 +9,8 @@ OUT/report.json                            per split: statistics, and every bad 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 from jointseg_jax.data import files
 from jointseg_jax.data.audit import Progress, Report, scan, silent
@@ -22,15 +21,6 @@ from jointseg_jax.data.workers import in_order
 from jointseg_jax.types import UserError
 
 RECORDS_PER_SHARD = 1024
-
-
-@runtime_checkable
-class Stored(Protocol):
-    """A source that can hand out the image file behind a record."""
-
-    def original(self, index: int) -> bytes:
-        """Returns the file as it is."""
-        ...
 
 
 def prepare(
@@ -73,7 +63,10 @@ def prepare(
             f"{report.problems()}\nERROR [data] {report.name}: none of {report.count} records can "
             "be used; at least one is needed. The causes are above."
         )
-    write(source, out, report, split=split, shards=shards, threads=threads, progress=progress)
+    # Read a second time: all records of a data set do not fit into memory.
+    packed = in_order(lambda index: pack_record(source, index), report.good, threads)
+    packed = progress(packed, total=len(report.good), desc=f"writing {out / split}")
+    write(source, out, report, split, packed, shards)
     return report
 
 
@@ -81,18 +74,14 @@ def write(
     source: Source,
     out: Path,
     report: Report,
-    *,
     split: str,
-    shards: int | None = None,
-    threads: int = 4,
-    progress: Progress = silent,
+    packed: Iterable[bytes],
+    shards: int | None,
 ) -> None:
-    """Writes the records that a report found good, and the report."""
+    """Writes the packed records that a report found good, and the report."""
     count = len(report.good)
-    # Read a second time: all records of a data set do not fit into memory.
-    packed = in_order(lambda index: pack_record(source, index), report.good, threads)
     write_shards(
-        progress(packed, total=count, desc=f"writing {out / split}"),
+        packed,
         out,
         split=split,
         classes=source.classes,
@@ -116,5 +105,5 @@ def pack_record(source: Source, index: int) -> bytes:
             f"{problem}\nERROR [data] {source.name}: record {index} was good when it was checked; "
             "the files changed while they were being read. Run again when they rest."
         ) from None
-    original = source.original(index) if isinstance(source, Stored) else None
-    return pack(record, len(source.classes), original)
+    original = getattr(source, "original", None)  # None: the source has no files of images
+    return pack(record, len(source.classes), original and original(index))

@@ -71,11 +71,7 @@ def numbered(
 
 
 def panoptic(record: Record, classes: Classes, most: int) -> Int16[np.ndarray, "height width 2"]:
-    """The labels of a record and the numbers of its instances.
-
-    Raises:
-      UserError: the record has no segments.
-    """
+    """Returns the labels of a record and the numbers of its instances, if it has segments."""
     segments = record.get("segments")
     if segments is None:
         raise UserError(

@@ -67,9 +67,11 @@ class Words:
 
     def decode(self, tokens: Int32[np.ndarray, " words"]) -> str:
         """Returns the words of token ids, without padding; unknown words read ``?``."""
-        names = {PADDING: "", UNKNOWN: "?"}
-        words = (names.get(int(i)) or self._word(int(i)) for i in tokens if i != PADDING)
-        return " ".join(words)
+        names = ("", "?", *self.vocabulary)  # of ids PADDING, UNKNOWN and those behind them
+        for i in tokens.tolist():
+            if not 0 <= i < self.size:
+                raise ValueError(f"Words.decode: id {i} given; ids are 0..{self.size - 1}")
+        return " ".join(names[i] for i in tokens.tolist() if i != PADDING)
 
     def unknown(self, caption: str) -> tuple[str, ...]:
         """Lists the words of a caption that are not in the vocabulary, in order."""
@@ -78,11 +80,6 @@ class Words:
     def truncated(self, caption: str) -> tuple[str, ...]:
         """Lists the words of a caption that do not fit into the length, in order."""
         return tuple(split(caption)[self.length :])
-
-    def _word(self, token: int) -> str:
-        if not UNKNOWN < token < self.size:
-            raise ValueError(f"Words.decode: id {token} given; ids are 0..{self.size - 1}")
-        return self.vocabulary[token - UNKNOWN - 1]
 
 
 def vocabulary_of(*sources: Source) -> tuple[str, ...]:

@@ -42,7 +42,8 @@ def _outlive(sentinel: int) -> None:
 
 def read_ahead(batches: grain.MapDataset, reading: ReadConfig) -> grain.IterDataset:
     """Returns the iterable form of ``batches`` that reads ahead."""
-    parse_flags()
+    if not flags.FLAGS.is_parsed():  # Grain reads them, and outside ``app.run`` nobody parses them
+        flags.FLAGS.mark_as_parsed()
     options = grain.ReadOptions(num_threads=reading.threads, prefetch_buffer_size=reading.prefetch)
     ahead = batches.to_iter_dataset(options)
     if reading.workers == 0:
@@ -51,12 +52,6 @@ def read_ahead(batches: grain.MapDataset, reading: ReadConfig) -> grain.IterData
         num_workers=reading.workers, per_worker_buffer_size=reading.prefetch
     )
     return ahead.mp_prefetch(processes, worker_init_fn=die_with_parent)
-
-
-def parse_flags() -> None:
-    """Marks absl's flags as parsed: Grain reads them, and outside ``app.run`` nobody has."""
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()
 
 
 def in_order(

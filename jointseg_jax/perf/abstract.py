@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from jointseg_jax import build
 from jointseg_jax.config import CodecPlace, RunConfig, SystemConfig, from_plain
-from jointseg_jax.data.cached.index import (
+from jointseg_jax.data.cached.store import (
     CacheIndex,
     classes_of,
     fields_of,

@@ -22,8 +22,8 @@ from pathlib import Path
 import numpy as np
 
 from jointseg_jax.data.cached import shard_writer
-from jointseg_jax.data.cached.index import Field, row_bytes, shard_name
 from jointseg_jax.data.cached.reader import Cache
+from jointseg_jax.data.cached.store import Field, row_bytes, shard_name
 from jointseg_jax.data.classes import Classes
 from jointseg_jax.data.labels import to_content
 from jointseg_jax.data.pipeline import batches

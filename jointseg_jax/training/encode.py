@@ -21,7 +21,7 @@ from jax.experimental import multihost_utils
 
 from jointseg_jax.config import ReadConfig, RunConfig
 from jointseg_jax.data.cached import shard_writer, texts
-from jointseg_jax.data.cached.index import CacheIndex, Field, index_path, read_index, shard_name
+from jointseg_jax.data.cached.store import CacheIndex, Field, index_path, read_index, shard_name
 from jointseg_jax.data.cached.views import ViewedRecord
 from jointseg_jax.generation.sampler import one_ahead
 from jointseg_jax.systems.system import LATENTS

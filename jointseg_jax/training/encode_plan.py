@@ -25,7 +25,7 @@ import numpy as np
 from jointseg_jax import build, sharding
 from jointseg_jax.codecs.codec import Codec
 from jointseg_jax.config import RunConfig, plain
-from jointseg_jax.data.cached.index import Field, row_bytes
+from jointseg_jax.data.cached.store import Field, row_bytes
 from jointseg_jax.data.cached.views import ViewReader, Views
 from jointseg_jax.data.labels import to_content
 from jointseg_jax.data.pipeline import batches, check_source, make_rows

@@ -1,7 +1,7 @@
 """What a run reads of its data, encoded once: fixed-size rows in memory-mapped shards.
 
 ROOT/SPLIT.json                      the index: settings, fields, shards with their SHA-256
-ROOT/SPLIT-00000-of-00004.bin        rows (``index.py``)
+ROOT/SPLIT-00000-of-00004.bin        rows (``store.py``)
 ROOT/SPLIT-00000-of-00004.json       ids and captions of the records of that shard
 ROOT/SPLIT.text.bin, .texts.npy, .captions.npy   each different text once (``texts.py``)
 
@@ -16,9 +16,7 @@ from __future__ import annotations
 import bisect
 import functools
 import itertools
-import threading
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
@@ -26,22 +24,8 @@ from typing import cast
 import numpy as np
 
 from jointseg_jax.data import files
-from jointseg_jax.data.cached.index import (
-    AGAIN,
-    CacheIndex,
-    Field,
-    Note,
-    check_files,
-    classes_of,
-    damaged,
-    fields_of,
-    index_path,
-    opened,
-    read_index,
-    row_bytes,
-    row_sums,
-    text_of,
-)
+from jointseg_jax.data.cached import store
+from jointseg_jax.data.cached.store import CacheIndex, Field, Note, ShardEntry
 from jointseg_jax.data.cached.texts import PIECE, Texts
 from jointseg_jax.data.classes import Classes
 from jointseg_jax.data.records import BadSample, Record, derive
@@ -63,17 +47,12 @@ class Cache:
     texts: Texts | None = field(init=False, repr=False, compare=False)  # None: nothing reads any
     _starts: list[int] = field(init=False, repr=False, compare=False)  # first record of each shard
     # Shards and notes are opened when they are first read, by whichever thread comes first.
-    _open: dict[int, Shard] = field(init=False, repr=False, compare=False, default_factory=dict)
-    _notes: dict[int, list[Note]] = field(
-        init=False, repr=False, compare=False, default_factory=dict
-    )
-    _lock: AbstractContextManager[bool] = field(
-        init=False, repr=False, compare=False, default_factory=threading.Lock
-    )
+    _shard: Callable[[int], Shard] = field(init=False, repr=False, compare=False)
+    _notes: Callable[[int], list[Note]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        path = index_path(self.root, self.split)
-        index = read_index(path)
+        path = store.index_path(self.root, self.split)
+        index = store.read_index(path)
         if not index.get("complete"):
             raise UserError(
                 f"ERROR [data] {path}: the cache is not finished. Run the same launch/encode.py "
@@ -83,23 +62,27 @@ class Cache:
             self._open_index(index)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             why = f"{type(error).__name__}: {error}"
-            raise UserError(f"ERROR [data] {path}: damaged ({why}). {AGAIN}") from None
+            raise UserError(f"ERROR [data] {path}: damaged ({why}). {store.AGAIN}") from None
 
     def _open_index(self, index: CacheIndex) -> None:
         """Sets the attributes that follow from an index; files of other sizes are refused."""
         shards, tables, root = index["shards"], index["tables"], Path(self.root)
-        check_files(root, [*shards, *tables.values()])
-        fields, text = fields_of(index), text_of(index)
+        store.check_files(root, [*shards, *tables.values()])
+        fields, text = store.fields_of(index), store.text_of(index)
         for entry in shards:
-            if entry["bytes"] != entry["records"] * index["variants"] * row_bytes(fields):
+            if entry["bytes"] != entry["records"] * index["variants"] * store.row_bytes(fields):
                 raise ValueError(f"{entry['file']}: {entry['records']} records of other fields")
         starts = list(itertools.accumulate((s["records"] for s in shards), initial=0))
         texts = Texts(root, tables, text) if text else None
-        classes = classes_of(index)
+        classes = store.classes_of(index)
         derive(self, index=index, classes=classes, fields=fields, texts=texts, _starts=starts)
+        # Without ``self``, whose maps would wait for the collector of cycles to be closed.
+        shard = functools.partial(_opened, root, shards, fields)
+        notes = functools.partial(_noted, root, shards)
+        derive(self, _shard=functools.cache(shard), _notes=functools.cache(notes))
 
     def __reduce__(self) -> tuple[Callable[[], Cache], tuple[()]]:
-        # A copy in a worker opens the files itself: locks and maps do not travel.
+        # A copy in a worker opens the files itself: maps do not travel.
         return functools.partial(Cache, root=self.root, split=self.split), ()
 
     @property
@@ -145,11 +128,7 @@ class Cache:
         return cast(Record, record)
 
     def check_tokenizer(self, tokenizer: Callable[[str], np.ndarray] | None) -> None:
-        """Refuses a tokenizer that does not give the stored token ids.
-
-        Raises:
-          UserError: its vocabulary or length is another.
-        """
+        """Raises UserError for a tokenizer of another vocabulary or length than was encoded."""
         if tokenizer is None or self.texts is None or self.text_is_features:
             return
         # Three records tell: another vocabulary numbers nearly all words differently.
@@ -185,14 +164,11 @@ class Cache:
     def gather(
         self, records: np.ndarray, random: np.ndarray | None = None
     ) -> dict[str, np.ndarray]:
-        """Returns the rows of ``records``, in their order.
+        """Returns the rows of ``records``, in their order, or raises BadSample for a damaged one.
 
         Args:
           random: uniform draws [3, records] that choose crop, mirror and caption; the first of
             each when absent.
-
-        Raises:
-          BadSample: a row is not what was written.
         """
         out = self._rows(records * self.index["variants"] + self._variant(random))
         if self.texts is not None:
@@ -227,7 +203,7 @@ class Cache:
                 for target, row in zip(targets, local):
                     rows_out[target] = block[row]
         for number, words in enumerate(out):
-            self._check(row_sums(words) == sums[:, number], rows, self.fields[number].name)
+            self._check(store.row_sums(words) == sums[:, number], rows, self.fields[number].name)
         return {f.name: f.values(words) for f, words in zip(self.fields, out)}
 
     def _check(self, good: np.ndarray, rows: np.ndarray, name: str) -> None:
@@ -236,22 +212,19 @@ class Cache:
         record = int(rows[np.argmin(good)]) // self.index["variants"]
         shard = bisect.bisect_right(self._starts, record) - 1
         what = f"{name!r} of record {record - self._starts[shard]}"
-        raise damaged(Path(self.root) / self.index["shards"][shard]["file"], "shard", what)
-
-    def _shard(self, number: int) -> Shard:
-        with self._lock:
-            if number not in self._open:
-                path = Path(self.root) / self.index["shards"][number]["file"]
-                check_files(Path(self.root), [self.index["shards"][number]])
-                self._open[number] = opened(path, self.fields)
-            return self._open[number]
+        raise store.damaged(Path(self.root) / self.index["shards"][shard]["file"], "shard", what)
 
     def _note(self, index: int) -> Note:
         """Returns id and captions of a record."""
         shard = bisect.bisect_right(self._starts, index) - 1
-        with self._lock:
-            if shard not in self._notes:
-                name = Path(self.index["shards"][shard]["file"]).with_suffix(".json")
-                content = cast(dict, files.read_json(Path(self.root) / name))
-                self._notes[shard] = content["records"]
-        return self._notes[shard][index - self._starts[shard]]
+        return self._notes(shard)[index - self._starts[shard]]
+
+
+def _opened(root: Path, shards: list[ShardEntry], fields: tuple[Field, ...], number: int) -> Shard:
+    store.check_files(root, [shards[number]])
+    return store.opened(root / shards[number]["file"], fields)
+
+
+def _noted(root: Path, shards: list[ShardEntry], number: int) -> list[Note]:
+    name = Path(shards[number]["file"]).with_suffix(".json")
+    return cast(dict, files.read_json(root / name))["records"]

@@ -17,43 +17,26 @@ from typing import cast
 import numpy as np
 
 from jointseg_jax.data import files
-from jointseg_jax.data.cached import texts
-from jointseg_jax.data.cached.index import (
-    FORMAT,
-    VERSION,
-    CacheIndex,
-    Field,
-    Note,
-    RowFile,
-    ShardEntry,
-    TableEntry,
-    dump,
-    index_path,
-    read_index,
-    shard_name,
-    text_of,
-)
+from jointseg_jax.data.cached import store, texts
+from jointseg_jax.data.cached.store import CacheIndex, Field, Note, RowFile, ShardEntry, TableEntry
 from jointseg_jax.data.records import BadSample
 from jointseg_jax.settings_diff import require_same
 
 
 def begin(root: Path, split: str, head: Mapping[str, object]) -> None:
-    """Opens a cache to write to, or to go on with.
+    """Opens a cache to write to, or to go on with; UserError if it has other settings.
 
     Args:
       head: what is known before the first row: settings, fields, classes, words and counts.
-
-    Raises:
-      UserError: it was begun with other settings.
     """
     root.mkdir(parents=True, exist_ok=True)
-    path = index_path(root, split)
+    path = store.index_path(root, split)
     # Through JSON, to compare what will be in the file: tuples are lists there.
-    head = json.loads(json.dumps({"format": FORMAT, "version": VERSION, **head}))
+    head = json.loads(json.dumps({"format": store.FORMAT, "version": store.VERSION, **head}))
     if not path.exists():
-        files.write(path, dump({"complete": False, **head}))
+        files.write(path, store.dump({"complete": False, **head}))
         return
-    saved = read_index(path)
+    saved = store.read_index(path)
     require_same(
         {k: v for k, v in saved.items() if k not in ("complete", "shards", "tables")},
         head,
@@ -116,7 +99,7 @@ class ShardWriter:
         note: dict[str, object] = {**self._rows.close(), "records": self.notes}
         if self._texts is not None:
             note["text_sha256"] = self._texts.close()
-        files.write(self.root / f"{self.name}.json", dump(note))
+        files.write(self.root / f"{self.name}.json", store.dump(note))
 
 
 def finish(
@@ -127,8 +110,9 @@ def finish(
     Args:
       tokenizer: from a caption to its token ids, where text is words.
     """
-    path = index_path(root, split)
-    before, names = read_index(path), [shard_name(split, n, shards) for n in range(shards)]
+    path = store.index_path(root, split)
+    names = [store.shard_name(split, n, shards) for n in range(shards)]
+    before = store.read_index(path)
     entries: list[ShardEntry] = []
     records: list[Note] = []
     for name in names:
@@ -140,9 +124,12 @@ def finish(
     tables = _texts(root, split, before, records, names, tokenizer)
     # ``complete`` keeps its place before the head: the bytes of an index are compared.
     index = cast(CacheIndex, {**before, "complete": True, "shards": entries, "tables": tables})
-    files.write(path, dump(index))
+    files.write(path, store.dump(index))
     # Last: the parts of the texts are needed again if the work was stopped before the index.
-    remove_strays(root, split, set(names))
+    # What a killed run left goes with them.
+    for stray in root.glob(f"{split}-*-of-*"):
+        if stray.name.split(".")[0] not in names or stray.name.endswith((".tmp", texts.PART)):
+            stray.unlink()
     return index
 
 
@@ -154,7 +141,7 @@ def _texts(
     shards: Sequence[str],
     tokenizer: Callable[[str], np.ndarray] | None,
 ) -> dict[str, TableEntry]:
-    field = text_of(index)
+    field = store.text_of(index)
     if field is None:
         return {}
     keep = index["tables"]["text"] if texts.is_whole(root, index) else None
@@ -167,10 +154,3 @@ def _texts(
     return texts.write(
         root, split, field, names, lambda _: texts.collected(paths, field), keep=keep
     )
-
-
-def remove_strays(root: Path, split: str, names: set[str]) -> None:
-    """Removes what a killed run left of this split, and the parts that are in its tables now."""
-    for path in root.glob(f"{split}-*-of-*"):
-        if path.name.split(".")[0] not in names or path.name.endswith((".tmp", texts.PART)):
-            path.unlink()

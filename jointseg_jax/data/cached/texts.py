@@ -22,17 +22,8 @@ from pathlib import Path
 import numpy as np
 
 from jointseg_jax.data import files
-from jointseg_jax.data.cached.index import (
-    AGAIN,
-    CacheIndex,
-    Field,
-    RowFile,
-    TableEntry,
-    damaged,
-    opened,
-    row_bytes,
-    row_sums,
-)
+from jointseg_jax.data.cached import store
+from jointseg_jax.data.cached.store import CacheIndex, Field, RowFile, TableEntry
 from jointseg_jax.types import UserError
 
 PIECE = 256
@@ -52,7 +43,7 @@ class Texts:
         """Opens the files that the entries of an index name."""
         self.field = field
         self._path = root / entries["text"]["file"]
-        (self._words,), self._sums = opened(self._path, (field,))
+        (self._words,), self._sums = store.opened(self._path, (field,))
         self._starts = _loaded(root, entries["captions"])  # int64 [records + 1]
         self._which = _loaded(root, entries["texts"])  # int32 [texts]
         rows = entries["text"].get("rows")
@@ -84,9 +75,9 @@ class Texts:
     def rows(self, rows: np.ndarray) -> np.ndarray:
         """Returns rows of the table; raises BadSample for one that is not as it was written."""
         words = self._words.take(rows, axis=0)
-        good = row_sums(words) == self._sums[rows, 0]
+        good = store.row_sums(words) == self._sums[rows, 0]
         if not good.all():
-            raise damaged(self._path, "table", f"text {int(rows[np.argmin(good)])}")
+            raise store.damaged(self._path, "table", f"text {int(rows[np.argmin(good)])}")
         return self.field.values(words)
 
 
@@ -108,7 +99,9 @@ def _loaded(root: Path, entry: TableEntry) -> np.ndarray:
     path = root / entry["file"]
     # Read whole once, for a wrong entry would give every record another's text.
     if files.sha256(path) != entry["sha256"]:
-        raise UserError(f"ERROR [data] {path}: damaged (another SHA-256 was written). {AGAIN}")
+        raise UserError(
+            f"ERROR [data] {path}: damaged (another SHA-256 was written). {store.AGAIN}"
+        )
     return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
@@ -185,8 +178,8 @@ def tokenized(
 def collected(paths: Iterable[Path], field: Field) -> NamedRows:
     """Yields the features in those files that exist and have a size that they can have."""
     for path in paths:
-        if path.is_file() and path.stat().st_size % row_bytes((field,)) == 0:
-            (words,), _ = opened(path, (field,))
+        if path.is_file() and path.stat().st_size % store.row_bytes((field,)) == 0:
+            (words,), _ = store.opened(path, (field,))
             for piece in pieces(len(words)):
                 rows = words[piece]
                 yield [name_of(row, field) for row in rows], rows

@@ -18,7 +18,7 @@ import grain
 import numpy as np
 
 from jointseg_jax.config import ReadConfig
-from jointseg_jax.data.cached.index import Note
+from jointseg_jax.data.cached.store import Note
 from jointseg_jax.data.pipeline import Rows, private
 from jointseg_jax.data.records import Record
 from jointseg_jax.data.transforms import Flip, Resize, Transform

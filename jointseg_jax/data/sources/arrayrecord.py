@@ -25,23 +25,8 @@ from typing import Any, TypedDict, cast
 import array_record.python.array_record_module as array_record_module
 import numpy as np
 
-from jointseg_jax.data import files
+from jointseg_jax.data import files, images, labels
 from jointseg_jax.data.classes import Classes
-from jointseg_jax.data.images import (
-    PILLOW_LIMIT,
-    Decoding,
-    decode_image,
-    decode_segment_ids,
-    encode_png,
-    encode_segment_ids,
-)
-from jointseg_jax.data.labels import (
-    ClassesContent,
-    class_list,
-    encode_labels,
-    stored_rule,
-    to_content,
-)
 from jointseg_jax.data.records import BadSample, Record, derive
 from jointseg_jax.types import UserError
 
@@ -52,7 +37,7 @@ VERSION = 1
 # Groups of one: any record is one read away. Uncompressed: PNG and JPEG are compressed already.
 OPTIONS = "group_size:1,uncompressed"
 
-STORED = Decoding(orientation="ignore", pixel_limit=PILLOW_LIMIT)
+STORED = images.Decoding(orientation="ignore", pixel_limit=images.PILLOW_LIMIT)
 """How kept image files are decoded: exactly as they were when they were found to match."""
 
 
@@ -76,7 +61,7 @@ class Manifest(TypedDict):
 
     format: str
     version: int
-    classes: ClassesContent
+    classes: labels.ClassesContent
     splits: dict[str, SplitContent]
 
 
@@ -90,11 +75,11 @@ def pack(record: Record, count: int, original: bytes | None = None) -> bytes:
     # A turned or converted picture is not the file that it came from: such go as PNG.
     kept = original if original and matches(original, record["image"]) else None
     parts = {
-        "image": kept or encode_png(record["image"]),
-        "labels": encode_labels(record["labels"], count),
+        "image": kept or images.encode_png(record["image"]),
+        "labels": labels.encode_labels(record["labels"], count),
     }
     if "segments" in record:
-        parts["segments"] = encode_segment_ids(record["segments"])
+        parts["segments"] = images.encode_segment_ids(record["segments"])
     lengths = {name: len(data) for name, data in parts.items()}
     header = {"id": record["id"], "captions": list(record["captions"]), "parts": lengths}
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
@@ -104,7 +89,7 @@ def pack(record: Record, count: int, original: bytes | None = None) -> bytes:
 def matches(original: bytes, image: np.ndarray) -> bool:
     """Returns True if an image file decodes to exactly this image."""
     try:
-        return np.array_equal(decode_image(original, "", STORED), image)
+        return np.array_equal(images.decode_image(original, "", STORED), image)
     except BadSample:
         return False
 
@@ -119,15 +104,15 @@ def unpack(data: bytes, classes: Classes, where: str) -> Record:
     ends = itertools.accumulate(header["parts"].values(), initial=end)
     spans = dict(zip(header["parts"], itertools.pairwise(ends)))
     parts = {name: data[start:stop] for name, (start, stop) in spans.items()}
-    rule, limit = stored_rule(len(classes)), PILLOW_LIMIT
+    rule, limit = labels.stored_rule(len(classes)), images.PILLOW_LIMIT
     record = Record(
         id=header["id"],
-        image=decode_image(parts["image"], where, STORED),
+        image=images.decode_image(parts["image"], where, STORED),
         labels=rule.read(parts["labels"], where, classes, pixel_limit=limit),
         captions=tuple(header["captions"]),
     )
     if "segments" in parts:
-        record["segments"] = decode_segment_ids(parts["segments"], where, pixel_limit=limit)
+        record["segments"] = images.decode_segment_ids(parts["segments"], where, pixel_limit=limit)
     return record
 
 
@@ -182,7 +167,7 @@ def write_shards(
 
 def open_manifest(folder: Path, split: str, classes: Classes, overwrite: bool) -> Manifest:
     """Returns the ``dataset.json`` to add a split to; refuses other classes and a split twice."""
-    content = to_content(classes)
+    content = labels.to_content(classes)
     path = folder / MANIFEST
     if not path.exists():
         return Manifest(format="jointseg arrayrecord", version=VERSION, classes=content, splits={})
@@ -264,7 +249,7 @@ class ArrayRecords:
         )
         shards = tuple((shard["file"], shard["count"]) for shard in split["shards"])
         starts = list(itertools.accumulate((n for _, n in shards), initial=0))
-        derive(self, classes=class_list(content["classes"], content["swaps"]))
+        derive(self, classes=labels.class_list(content["classes"], content["swaps"]))
         derive(self, shards=shards, _split=split, _starts=starts)
 
     def __reduce__(self) -> tuple[Callable[[], ArrayRecords], tuple[()]]:

@@ -59,17 +59,11 @@ class WithFeatures:
             # no pickle: an object array could run code
             array = np.load(path, allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
-            raise BadSample(
-                str(path),
-                f"feature {field!r} cannot be read ({error})",
-                "one .npy file of numbers per record and field",
-                "Compute it again, or leave the field out of config.data.*.features.",
-            ) from error
+            found = f"feature {field!r} cannot be read ({error})"
+            rule = "one .npy file of numbers per record and field"
+            remedy = "Compute it again, or leave the field out of config.data.*.features."
+            raise BadSample(str(path), found, rule, remedy) from error
         if not np.isfinite(array).all():
-            raise BadSample(
-                str(path),
-                f"feature {field!r} holds NaN or infinity",
-                "all numbers must be finite",
-                "Compute it again.",
-            )
+            found = f"feature {field!r} holds NaN or infinity"
+            raise BadSample(str(path), found, "all numbers must be finite", "Compute it again.")
         return array.astype(np.float32)

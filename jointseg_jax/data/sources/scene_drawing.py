@@ -21,7 +21,6 @@ LIGHT = (-0.5, -0.8)
 LOWEST_CHROMA = 0.2
 """Every pixel keeps at least this ``value * saturation``, so that its hue can be read."""
 
-
 Map = np.ndarray
 """A scalar field over pixels, float; x is [1, width], y is [height, 1]."""
 
@@ -167,19 +166,12 @@ def _paint_region(
 ) -> None:
     """Paints a region from its upper edge down to the bottom of the picture."""
     layers, value, saturation = canvas
-    depth = y - _edge(region, x)
-    v, s = _ground(region, x, y, depth, texture)
+    depth, turn = y - _edge(region, x), 6.2832 * region.offset
+    v, s = _GROUNDS[region.kind](x, y, depth, turn, texture, _grain(region, x, y))
     inside = depth > 0
-    np.copyto(value, v, where=inside)
+    np.copyto(value, v + 0.1 * (region.light - 0.5), where=inside)
     np.copyto(saturation, s, where=inside)
     layers[inside] = layer
-
-
-def _ground(region: Region, x: Map, y: Map, depth: Map, texture: float) -> Ground:
-    """Returns value and saturation of a region everywhere."""
-    turn = 6.2832 * region.offset
-    value, saturation = _GROUNDS[region.kind](x, y, depth, turn, texture, _grain(region, x, y))
-    return value + 0.1 * (region.light - 0.5), saturation
 
 
 def _sky(x: Map, y: Map, depth: Map, turn: float, texture: float, grain: Map) -> Ground:

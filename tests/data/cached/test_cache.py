@@ -10,8 +10,8 @@ import pytest
 
 from jointseg_jax.config import ReadConfig
 from jointseg_jax.data.cached import shard_writer, texts
-from jointseg_jax.data.cached.index import Field, row_bytes, shard_name
 from jointseg_jax.data.cached.reader import Cache
+from jointseg_jax.data.cached.store import Field, read_index, row_bytes, shard_name
 from jointseg_jax.data.cached.views import Views
 from jointseg_jax.data.classes import Classes
 from jointseg_jax.data.labels import to_content
@@ -373,7 +373,7 @@ def test_a_table_of_features_is_made_of_what_there_is(tmp_path):
     spoilt = bytearray(path.read_bytes())
     spoilt[3 * TEXT.stride] ^= 1  # the text of record 5
     path.write_bytes(spoilt)
-    assert not texts.is_whole(tmp_path, shard_writer.read_index(tmp_path / "train.json"))
+    assert not texts.is_whole(tmp_path, read_index(tmp_path / "train.json"))
     name = shard_name("train", 1, SHARDS)
     assert shard_writer.kept(tmp_path, name) and not shard_writer.kept(tmp_path, name, part=True)
     with pytest.raises(UserError, match=r"1 of 4 texts are in no file of the cache any more"):
