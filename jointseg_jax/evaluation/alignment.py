@@ -23,8 +23,7 @@ from jaxtyping import Int64
 
 from jointseg_jax.annotations import masks
 from jointseg_jax.data.sources.scenes import HUES, oracle_labels
-from jointseg_jax.evaluation.confusion import Confusion, Maps, Valid
-from jointseg_jax.evaluation.counts import share_difference, shares
+from jointseg_jax.evaluation.confusion import Confusion, Maps, Valid, share_difference, shares
 from jointseg_jax.training.workdir import Run
 from jointseg_jax.types import VOID, UserError
 
@@ -43,14 +42,13 @@ class Reconstruction:
     def __init__(self, names: Sequence[str]):
         self.names = tuple(names)
         self.whole, self.edges = Confusion(len(names)), Confusion(len(names))
-        self._differences: dict[bool, list[np.ndarray]] = {True: [], False: []}
+        self._differences: list[np.ndarray] = []  # [2, maps]: with VOID and without
 
     def add(self, labels: Maps, decoded: Maps, valid: Valid | None = None) -> None:
         """Counts a batch of maps (or one) and what came back for them."""
         before, after = (shares(maps, len(self.names)) for maps in (labels, decoded))
-        for void, differences in self._differences.items():
-            difference = share_difference(before, after, void=void)
-            differences.append(np.ravel(difference if valid is None else difference[valid]))
+        both = [np.ravel(share_difference(before, after, void=void)) for void in (True, False)]
+        self._differences.append(np.stack(both)[:, slice(None) if valid is None else valid])
         self.whole.add(labels, decoded, valid)
         # All but the edges become VOID in the truth, which a confusion matrix leaves out.
         edge = masks.boundary(labels, EDGE)
@@ -58,19 +56,17 @@ class Reconstruction:
 
     def report(self) -> dict[str, Any]:
         """The numbers as JSON values; None where there was nothing to measure."""
+        differences = np.concatenate([*self._differences, np.zeros((2, 0))], axis=1)
+        mcd = [number(row.mean()) if row.size else None for row in differences]
         return {
             "reconstruction_miou": number(self.whole.miou()),
             "edge_miou": number(self.edges.miou()),
             "worst_class": worst(self.whole, self.names),
             "pixel_accuracy": number(self.whole.pixel_accuracy),
             "per_class_iou": per_class(self.whole, self.names),
-            "reconstruction_mcd": self._mcd(void=True),
-            "reconstruction_mcd_without_void": self._mcd(void=False),
+            "reconstruction_mcd": mcd[0],
+            "reconstruction_mcd_without_void": mcd[1],
         }
-
-    def _mcd(self, *, void: bool) -> float | None:
-        differences = np.concatenate([*self._differences[void], np.zeros(0)])
-        return number(differences.mean()) if differences.size else None
 
 
 class Alignment:
@@ -124,10 +120,10 @@ def worst(confusion: Confusion, names: Sequence[str]) -> dict[str, Any] | None:
     return {"name": names[lowest], "iou": number(iou[lowest])}
 
 
-def number(value: float | np.floating, digits: int = 6) -> float | None:
+def number(value: float | np.floating) -> float | None:
     """A rounded float for JSON; None in place of what is not finite."""
     value = float(value)
-    return round(value, digits) if math.isfinite(value) else None
+    return round(value, 6) if math.isfinite(value) else None
 
 
 def find_judge(run: Run) -> Judge | None:

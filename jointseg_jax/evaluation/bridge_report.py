@@ -18,7 +18,7 @@ import functools
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -64,14 +64,9 @@ def bridge_report(run: Run, num: int, seed: int, steps: Sequence[int]) -> dict[s
     }
 
 
-class Shown(NamedTuple):
-    """A row of the picture."""
-
-    image: np.ndarray  # [height, width, 3] uint8
-    labels: np.ndarray  # [height, width]
-    segmented: np.ndarray  # [height, width]: from the image
-    first: np.ndarray  # [height, width, 3] uint8: from the labels
-    second: np.ndarray  # the same with another perturbation
+Shown = tuple[np.ndarray, ...]
+"""A row of the picture: an image [height, width, 3], its labels [height, width], the labels read
+from it, and two images made from the labels with different perturbations."""
 
 
 def _row(run: Run, num: int, judge: Judge | None, seed: int, steps: int) -> dict[str, Any]:
@@ -95,7 +90,7 @@ def _row(run: Run, num: int, judge: Judge | None, seed: int, steps: int) -> dict
             judged.append((labels, real["labels"][i]))
             if len(judged) % every == 1 % every and len(shown) < SHOWN:
                 pictures = (made[k][i] for k in ("segmented", "first", "second"))
-                shown.append(Shown(real["image"][i], real["labels"][i], *pictures))
+                shown.append((real["image"][i], real["labels"][i], *pictures))
     grid = _save_grid(run, shown, steps)
     alignment, report = _alignment(names, judged, seed), segmentation.report()
     return {
@@ -157,12 +152,11 @@ def _save_grid(run: Run, shown: Sequence[Shown], steps: int) -> Path:
     classes = run.info.classes
     scale = max(1, round(viz.READABLE / run.system.size[0]))
     rows = []
-    for row in shown:
-        maps = [viz.colourise(labels, classes) for labels in (row.labels, row.segmented)]
-        cells = [row.image, *maps, row.first, row.second]
-        rows.append([viz.enlarge(cell, scale) for cell in cells])
+    for image, labels, segmented, first, second in shown:
+        maps = (viz.colourise(drawn, classes) for drawn in (labels, segmented))
+        rows.append([viz.enlarge(cell, scale) for cell in (image, *maps, first, second)])
     words = [["image", "its labels", "labels read", "made from the labels", "the same, again"]]
-    present = np.unique([row.labels for row in shown]).tolist()
+    present = np.unique([labels for _, labels, *_ in shown]).tolist()
     title = f"{steps} solver step{'s' if steps > 1 else ''}"
     sheet = viz.contact_sheet(rows, captions=words, legend=classes, present=present, title=title)
     folder = run.workdir / "evaluation"

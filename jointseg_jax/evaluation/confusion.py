@@ -1,4 +1,4 @@
-"""The confusion matrix of label maps, and what is read out of it.
+"""What label maps hold, compared with others: pixel by pixel, and by the share of a class.
 
 1. ``matrix[g, p]``: pixels of class ``g`` that were labelled ``p``; where the truth is VOID (-1, or
    255 as files have it) a pixel is left out
@@ -10,6 +10,11 @@
 
 A prediction of VOID, or of an id that is no class, is wrong: it counts in ``true_c`` of the pixel's
 class and in no ``predicted_c``.
+
+4. ``share_c = pixels of c / (height width)``; mean count difference (PDM, section 4.1)
+   ``MCD = sum_c |share_c(truth) - share_c(prediction)|``, the mean over images, in [0, 2]: 0 for
+   equal histograms wherever the pixels are, 2 for disjoint ones. VOID is a category of its own, or
+   left out (the shares then stay parts of the whole image); ids that are no class are left out.
 """
 
 from __future__ import annotations
@@ -27,6 +32,9 @@ Maps = Integer[np.ndarray, "*batch height width"]
 Valid = Bool[np.ndarray, "*batch"]
 """Marks the maps of a batch that count."""
 
+Shares = Float[np.ndarray, "*batch categories"]
+"""The part of each map that each class takes, and VOID in the last place."""
+
 
 class Confusion:
     """A confusion matrix that grows batch by batch."""
@@ -37,14 +45,7 @@ class Confusion:
         self._counts = np.zeros((classes, classes + 1), np.int64)  # last column: no class
 
     def add(self, gt: Maps, pred: Maps, valid: Valid | None = None) -> None:
-        """Counts a batch of maps (or one).
-
-        Args:
-          valid: rows to count; all when not given.
-
-        Raises:
-          ValueError: a true label that is neither a class nor VOID.
-        """
+        """Counts a batch of maps (or one), or its ``valid`` rows; no true label may be unknown."""
         if gt.shape != pred.shape:
             raise ValueError(
                 f"Confusion.add: true labels {gt.shape} and predictions {pred.shape} given; "
@@ -55,8 +56,13 @@ class Confusion:
         gt, pred = gt.astype(np.int64).ravel(), pred.astype(np.int64).ravel()
         annotated = ~is_void(gt, self.classes)
         gt, pred = gt[annotated], pred[annotated]
-        self._check(gt)
-        pred = np.where((pred >= 0) & (pred < self.classes), pred, self.classes)
+        wrong = gt[~_is_class(gt, self.classes)]
+        if wrong.size:
+            raise ValueError(
+                f"Confusion.add: true labels {np.unique(wrong)[:8].tolist()} given ({wrong.size} "
+                f"px); they must be 0..{self.classes - 1}, {VOID} or {FILE_VOID}."
+            )
+        pred = np.where(_is_class(pred, self.classes), pred, self.classes)
         # One count per (truth, prediction), with predictions that are no class in the last column.
         flat = np.bincount(gt * (self.classes + 1) + pred, minlength=self._counts.size)
         self._counts += flat.reshape(self._counts.shape)
@@ -69,14 +75,6 @@ class Confusion:
                 "they must be equal."
             )
         self._counts += other._counts
-
-    def _check(self, gt: np.ndarray) -> None:
-        wrong = gt[(gt < 0) | (gt >= self.classes)]
-        if wrong.size:
-            raise ValueError(
-                f"Confusion.add: true labels {np.unique(wrong)[:8].tolist()} given ({wrong.size} "
-                f"px); they must be 0..{self.classes - 1}, {VOID} or {FILE_VOID}."
-            )
 
     @property
     def matrix(self) -> Int64[np.ndarray, "classes classes"]:
@@ -108,7 +106,7 @@ class Confusion:
         if absent not in ("skip", "zero"):
             raise ValueError(f"Confusion.miou: absent={absent!r} given; one of: skip, zero.")
         iou = self.iou
-        return _mean(iou[~np.isnan(iou)]) if absent == "skip" else float(np.nan_to_num(iou).mean())
+        return mean(iou if absent == "skip" else np.nan_to_num(iou))
 
     @property
     def pixel_accuracy(self) -> float:
@@ -118,8 +116,7 @@ class Confusion:
     @property
     def mean_accuracy(self) -> float:
         """The mean over classes in the truth of the share of their pixels that are right."""
-        accuracy = _ratio(self.hits, self.true)
-        return _mean(accuracy[self.true > 0])
+        return mean(_ratio(self.hits, self.true))
 
     @property
     def frequency_weighted_iou(self) -> float:
@@ -134,6 +131,34 @@ def is_void(labels: Integer[np.ndarray, "*shape"], classes: int) -> Bool[np.ndar
     return void | (labels == FILE_VOID) if classes <= FILE_VOID else void
 
 
+def shares(labels: Maps, classes: int) -> Shares:
+    """Returns the shares of each map of a batch, or of one."""
+    flat = labels.astype(np.int64).reshape(-1, labels.shape[-2] * labels.shape[-1])
+    # VOID becomes the last category, and ids that are no class -1: bincount takes none below 0
+    flat = np.where(is_void(flat, classes), classes, np.where(_is_class(flat, classes), flat, -1))
+    # (4) pixels of c / (height width): also of what is no class, so shares need not sum to 1
+    pixels = np.stack([np.bincount(row[row >= 0], minlength=classes + 1) for row in flat])
+    return (pixels / flat.shape[1]).reshape(*labels.shape[:-2], classes + 1)
+
+
+def share_difference(
+    truth: Shares, prediction: Shares, *, void: bool = True
+) -> Float[np.ndarray, "*batch"]:
+    """Returns the summed absolute difference of shares, per map."""
+    # (4) sum_c |share_c(truth) - share_c(prediction)|
+    difference = np.abs(truth - prediction)
+    return np.asarray((difference if void else difference[..., :-1]).sum(axis=-1))
+
+
+def mcd(gt: Maps, pred: Maps, classes: int, *, void: bool = True) -> float:
+    """Returns the mean count difference, with VOID as a category or without."""
+    return float(share_difference(shares(gt, classes), shares(pred, classes), void=void).mean())
+
+
+def _is_class(labels: np.ndarray, classes: int) -> np.ndarray:
+    return (labels >= 0) & (labels < classes)
+
+
 def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
     """part / whole, NaN where whole is 0."""
     return np.divide(part, whole, out=np.full(whole.shape, np.nan), where=whole > 0)
@@ -143,5 +168,7 @@ def _share(part: np.number, whole: np.number) -> float:
     return float(part / whole) if whole else float("nan")
 
 
-def _mean(values: np.ndarray) -> float:
-    return float(values.mean()) if values.size else float("nan")
+def mean(values: Float[np.ndarray, " classes"]) -> float:
+    """The mean over the classes that are not NaN; NaN when all are."""
+    kept = values[~np.isnan(values)]
+    return float(kept.mean()) if kept.size else float("nan")

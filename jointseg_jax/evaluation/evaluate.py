@@ -24,7 +24,7 @@ from jointseg_jax.evaluation.pair_report import joint_report
 from jointseg_jax.systems.autoencode import Autoencode
 from jointseg_jax.systems.bridge import Bridge
 from jointseg_jax.systems.joint import Joint
-from jointseg_jax.training.workdir import Run, load_run
+from jointseg_jax.training.workdir import load_run
 from jointseg_jax.types import UserError
 
 REPORTS = {Joint: joint_report, Autoencode: autoencoder_report, Bridge: bridge_report}
@@ -58,7 +58,11 @@ def evaluate(
         run = dataclasses.replace(run, config=config)
         report["size"] = list(size)
     if refine is not None:
-        run = dataclasses.replace(run, system=_refining(run, refine))
+        codec = getattr(run.system, "codec", None)
+        if not isinstance(codec, LabelAE):
+            raise UserError(f"{workdir}: --refine is for runs of a label_ae codec; leave it out.")
+        codec = dataclasses.replace(codec, refine=refine)
+        run = dataclasses.replace(run, system=dataclasses.replace(run.system, codec=codec))
         report["refine"] = refine
     # By type, not by the name in the config: a system that a notebook composes has none.
     report |= REPORTS[type(run.system)](run, num, seed, steps)
@@ -66,10 +70,3 @@ def evaluate(
     if jax.process_index() == 0:
         (workdir / "evaluation.json").write_text(json.dumps(report, indent=1) + "\n")
     return report
-
-
-def _refining(run: Run, steps: int) -> Autoencode:
-    system = run.system
-    if not (isinstance(system, Autoencode) and isinstance(system.codec, LabelAE)):
-        raise UserError(f"{run.workdir}: --refine is for runs of a label_ae codec; leave it out.")
-    return dataclasses.replace(system, codec=dataclasses.replace(system.codec, refine=steps))

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from jointseg_jax import build
 from jointseg_jax.config import plain
 from jointseg_jax.data.pipeline import evaluation_batches
-from jointseg_jax.evaluation.counts import shares
+from jointseg_jax.evaluation.confusion import shares
 from jointseg_jax.training.workdir import Run
 from jointseg_jax.types import UserError
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -20,7 +20,7 @@ from PIL import Image
 from jointseg_jax import jsonl
 from jointseg_jax.evaluation.alignment import Alignment, Judge, cycle, find_judge, number
 from jointseg_jax.evaluation.codec_report import codec_report
-from jointseg_jax.evaluation.counts import share_difference, shares
+from jointseg_jax.evaluation.confusion import share_difference, shares
 from jointseg_jax.evaluation.held_out import PROMPTS, HeldOutMaps, References, references
 from jointseg_jax.generation.pair_writer import read_mask
 from jointseg_jax.generation.sample import SampleOptions, sample
@@ -88,23 +88,13 @@ class Pair(NamedTuple):
     mask: np.ndarray  # [height, width], VOID where nothing is annotated
 
 
-@runtime_checkable
-class Pairs(Protocol):
-    """Pairs that are made when they are indexed."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> Pair: ...
-
-
 class PairFolder:
     """The first pairs of a folder that ``sample`` has written, each read when it is indexed."""
 
     def __init__(self, folder: Path, num: int):
         self.folder = folder
-        self.lines = list(
-            itertools.islice(jsonl.read_until_damaged(folder / "manifest.jsonl"), num)
-        )
+        lines = jsonl.read_until_damaged(folder / "manifest.jsonl")
+        self.lines = list(itertools.islice(lines, num))
 
     def __len__(self) -> int:
         return len(self.lines)
@@ -116,7 +106,7 @@ class PairFolder:
 
 
 def pairs_report(
-    run: Run, pairs: Pairs, real: np.ndarray, judge: Judge | None, seed: int
+    run: Run, pairs: PairFolder | Sequence[Pair], real: np.ndarray, judge: Judge | None, seed: int
 ) -> dict[str, Any]:
     """Measures alignment, its level of chance and MCD of generated pairs.
 

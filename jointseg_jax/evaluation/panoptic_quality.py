@@ -25,20 +25,20 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Int64, Integer
+from jaxtyping import Bool, Float, Integer
 
 from jointseg_jax.data.classes import Classes
 from jointseg_jax.data.segments import Parts, parts
 from jointseg_jax.evaluation.alignment import Reconstruction, number
-from jointseg_jax.evaluation.confusion import Valid
+from jointseg_jax.evaluation.confusion import Valid, mean
 
 PanopticMaps = Integer[np.ndarray, "*batch height width 2"]
 """(label, segment) per pixel, of a batch of maps or one."""
 
 PerClass = Float[np.ndarray, " classes"]
 
-COUNTS = ("tp", "fp", "fn", "true")
-IOUS = ("iou", "overlap")
+SUMS = ("tp", "fp", "fn", "true", "iou_sum", "overlap")
+"""What is summed over maps, per class."""
 
 
 class PanopticQuality:
@@ -57,10 +57,13 @@ class PanopticQuality:
             )
         self.things, self.stuff = sorted(set(things)), sorted(set(stuff))
         self.categories = np.array(self.things + self.stuff, np.int64)
-        types = dict.fromkeys(COUNTS, np.int64) | dict.fromkeys(IOUS, np.float64)
-        self._sums: dict[str, np.ndarray] = {
-            name: np.zeros(len(self.categories), dtype) for name, dtype in types.items()
-        }
+        classes = len(self.categories)
+        self.tp = np.zeros(classes, np.int64)  # matches
+        self.fp = np.zeros(classes, np.int64)  # predicted segments that match none
+        self.fn = np.zeros(classes, np.int64)  # true segments that none matches
+        self.true = np.zeros(classes, np.int64)  # true segments
+        self.iou_sum = np.zeros(classes)  # of the matches
+        self.overlap = np.zeros(classes)  # IoU of every overlap within a class, matches or not
 
     def add(self, gt: PanopticMaps, pred: PanopticMaps, valid: Valid | None = None) -> None:
         """Counts a batch of (category, instance) maps, or one.
@@ -85,8 +88,8 @@ class PanopticQuality:
                 f"PanopticQuality.merge: things {other.things} and stuff {other.stuff} given, here "
                 f"are {self.things} and {self.stuff}; they must be equal."
             )
-        for name, values in other._sums.items():
-            self._sums[name] += values
+        for name in SUMS:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
 
     def _segments(self, pairs: np.ndarray) -> Parts:
         """Returns the segments of a map, labels being positions in ``categories``; void is last."""
@@ -119,37 +122,13 @@ class PanopticQuality:
         missed &= 2 * gt_outside <= gt.areas
         invented &= 2 * pred_outside <= pred.areas
         category, iou = gt.labels[g], shared / np.maximum(union, 1)  # 0 only where both are void
-        counts = {
-            "tp": category[match],
-            "fn": gt.labels[missed],
-            "fp": pred.labels[invented],
-            "true": gt.labels[~gt_void],
-        }
-        for name, labels in counts.items():
-            self._sums[name] += np.bincount(labels, minlength=classes)
+        self.tp += np.bincount(category[match], minlength=classes)
+        self.fn += np.bincount(gt.labels[missed], minlength=classes)
+        self.fp += np.bincount(pred.labels[invented], minlength=classes)
+        self.true += np.bincount(gt.labels[~gt_void], minlength=classes)
         # (4) sums over the matches; (5) over every overlap within a category
-        for name, rows in zip(IOUS, (match, same)):
-            self._sums[name] += np.bincount(category[rows], iou[rows], minlength=classes)
-
-    @property
-    def tp(self) -> Int64[np.ndarray, " classes"]:
-        """Matches."""
-        return self._sums["tp"].copy()
-
-    @property
-    def fp(self) -> Int64[np.ndarray, " classes"]:
-        """Predicted segments that match none."""
-        return self._sums["fp"].copy()
-
-    @property
-    def fn(self) -> Int64[np.ndarray, " classes"]:
-        """True segments that none matches."""
-        return self._sums["fn"].copy()
-
-    @property
-    def iou_sum(self) -> PerClass:
-        """Summed IoU of the matches."""
-        return self._sums["iou"].copy()
+        self.iou_sum += np.bincount(category[match], iou[match], minlength=classes)
+        self.overlap += np.bincount(category[same], iou[same], minlength=classes)
 
     @property
     def present(self) -> Bool[np.ndarray, " classes"]:
@@ -176,9 +155,8 @@ class PanopticQuality:
     @property
     def modified(self) -> PerClass:
         """Panoptic quality, of stuff without a threshold; NaN for absent classes."""
-        true = self._sums["true"]
-        loose = np.where(true > 0, self._sums["overlap"] / np.maximum(true, 1), np.nan)
-        return np.where(np.arange(len(true)) < len(self.things), self.pq, loose)
+        loose = np.where(self.true > 0, self.overlap / np.maximum(self.true, 1), np.nan)
+        return np.where(np.arange(len(loose)) < len(self.things), self.pq, loose)
 
     def report(self, names: Sequence[str]) -> dict[str, Any]:
         """The numbers as JSON values; None where there was nothing to measure.
@@ -215,12 +193,6 @@ class PanopticReconstruction:
         """The numbers as JSON values, those of the segments as ``reconstruction_pq`` and so on."""
         quality = self.segments.report(self.labels.names)
         return self.labels.report() | {"reconstruction_" + k: v for k, v in quality.items()}
-
-
-def mean(values: PerClass) -> float:
-    """The mean over the classes that are not NaN; NaN when all are."""
-    kept = values[~np.isnan(values)]
-    return float(kept.mean()) if kept.size else float("nan")
 
 
 def _sum(index: np.ndarray, values: np.ndarray, count: int) -> np.ndarray:

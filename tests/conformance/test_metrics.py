@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from jointseg_jax.evaluation.confusion import Confusion
-from jointseg_jax.evaluation.counts import mcd
+from jointseg_jax.evaluation.confusion import Confusion, mcd
 
 
 @pytest.mark.cases("metric_miou*")

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from jointseg_jax.evaluation.counts import mcd, shares
+from jointseg_jax.evaluation.confusion import mcd, shares
 from jointseg_jax.types import FILE_VOID, VOID
 
 MAPS = arrays.arrays(np.int16, (2, 4, 6), elements=st.sampled_from([VOID, 0, 1, 2]))

@@ -14,8 +14,13 @@ from jointseg_jax.codecs.pixels import Pixels, normalise
 from jointseg_jax.config import RunConfig
 from jointseg_jax.data.records import DatasetInfo
 from jointseg_jax.data.sources.scenes import Scenes
-from jointseg_jax.evaluation.codec_report import autoencoder_report, codec_report
-from jointseg_jax.evaluation.pair_images import IDENTICAL, ImageReconstruction, psnr
+from jointseg_jax.evaluation.codec_report import (
+    IDENTICAL,
+    ImageReconstruction,
+    autoencoder_report,
+    codec_report,
+    psnr,
+)
 from jointseg_jax.systems.autoencode import Autoencode
 from jointseg_jax.training.workdir import Run
 
