@@ -46,6 +46,7 @@ The last line of output is one JSON object with all that is on the page. Single 
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import sys
 from pathlib import Path
@@ -69,32 +70,32 @@ CODEC = config_flags.DEFINE_config_file(
 WHAT = flags.DEFINE_enum(
     "what", "train", ["train", "sample", "data", "codec", "masks", "startup"], "See above."
 )
-DATA = flags.DEFINE_bool("data", False, "train: batches of the config's data, not random ones.")
-BATCH = flags.DEFINE_integer(
+flags.DEFINE_bool("data", False, "train: batches of the config's data, not random ones.")
+flags.DEFINE_integer(
     "batch", None, "Rows over all chips; default: config.batch, sample: 16 a chip, codec: 8.", 1
 )
-STEPS = flags.DEFINE_integer("steps", None, "sample: solver steps, not the config's.", 1)
-GIVEN = flags.DEFINE_enum(
+flags.DEFINE_integer("steps", None, "sample: solver steps, not the config's.", 1)
+flags.DEFINE_enum(
     "given", None, ["image", "labels"], "sample: what pairs start from, where a run needs it."
 )
 WORKDIR = flags.DEFINE_string("workdir", None, "sample, codec: a trained run, not a config.")
-CLASSES = flags.DEFINE_integer(
+flags.DEFINE_integer(
     "classes", None, "Number of classes, for data that are not on this machine.", lower_bound=1
 )
-SIZE = flags.DEFINE_integer("size", 512, "masks: side of the maps in pixels.", lower_bound=32)
-AREA = flags.DEFINE_integer("area", 50, "masks: regions of fewer pixels are absorbed.", 2)
-STEP_MS = flags.DEFINE_float("step_ms", 100.0, "data: length of the synthetic step.", 1.0)
+flags.DEFINE_integer("size", 512, "masks: side of the maps in pixels.", lower_bound=32)
+flags.DEFINE_integer("area", 50, "masks: regions of fewer pixels are absorbed.", 2)
+flags.DEFINE_float("step_ms", 100.0, "data: length of the synthetic step.", 1.0)
 REPETITIONS = flags.DEFINE_integer("repetitions", None, "Default: 5; startup: 3.", lower_bound=1)
-WARMUPS = flags.DEFINE_integer("warmups", 2, "Calls after the first that do not count.", 0)
-CALLS = flags.DEFINE_integer("calls", None, "In one repetition; default: about a second's.", 1)
-CACHED = flags.DEFINE_bool(
+flags.DEFINE_integer("warmups", 2, "Calls after the first that do not count.", 0)
+flags.DEFINE_integer("calls", None, "In one repetition; default: about a second's.", 1)
+flags.DEFINE_bool(
     "cached", False, "train: random latents, as from launch/encode.py's cache, not label maps."
 )
 REMAT = flags.DEFINE_enum(
     "remat", None, ["none", "dots", "attn_out", "full"], "train: sets system.denoiser.remat."
 )
 ATTENTION = flags.DEFINE_string("attention", None, "train, sample: sets system.denoiser.attention.")
-TRACE = flags.DEFINE_bool("trace", True, "train, sample: a trace of one more call.")
+flags.DEFINE_bool("trace", True, "train, sample: a trace of one more call.")
 CACHE = flags.DEFINE_bool("cache", False, "Let compiled programs come from the compile cache.")
 
 PLAN = flags.DEFINE_enum("plan", None, ["gpu"], "A fixed list of benchmarks; see above.")
@@ -192,31 +193,18 @@ def _bench_config(flag: str, config: Any) -> Any:
     from jointseg_jax.perf import abstract
     from jointseg_jax.perf.harness import BenchConfig
 
-    name = WORKDIR.value or ("label maps" if config is None else _called(flag))
     values = config.to_dict() if config is not None else {}
     changes = {"remat": REMAT.value, "attention": ATTENTION.value}
     if config is not None and any(changes.values()):
         values = dict(abstract.with_denoiser(RunConfig.parse(values), **changes).values)
+    # Fields are called as the flags; without a flag they have their own defaults.
+    names = [field.name for field in dataclasses.fields(BenchConfig)]
+    given = {k: flags.FLAGS[k].value for k in names if k in flags.FLAGS}
+    given |= {"config": values, "codec": CODEC.value.to_dict() if CODEC.value is not None else {}}
     return BenchConfig(
-        what=WHAT.value,
-        name=name,
-        config=values,
-        codec=CODEC.value.to_dict() if CODEC.value is not None else {},
-        classes=CLASSES.value or 0,
-        batch=BATCH.value or 0,
-        real=DATA.value,
-        cached=CACHED.value,
-        steps=STEPS.value or 0,
-        given=GIVEN.value or "",
-        workdir=WORKDIR.value or "",
-        size=SIZE.value,
-        area=AREA.value,
-        step_ms=STEP_MS.value,
-        warmups=WARMUPS.value,
-        calls=CALLS.value or 0,
-        trace=TRACE.value,
-        cache=CACHE.value,
+        name=WORKDIR.value or ("label maps" if config is None else _called(flag)),
         launcher=str(Path(__file__).with_name("train.py")),
+        **{k: v for k, v in given.items() if v is not None},
     )
 
 

@@ -21,17 +21,16 @@ from jointseg_jax.perf import (
     bench_codec,
     bench_input,
     bench_masks,
-    bench_sampling,
+    bench_model,
     bench_startup,
-    bench_training,
     harness,
 )
 from jointseg_jax.perf.harness import BenchConfig, Timing, Values
 from jointseg_jax.types import UserError
 
 JOBS = {
-    "train": bench_training.prepare,
-    "sample": bench_sampling.prepare,
+    "train": bench_model.prepare_training,
+    "sample": bench_model.prepare_sampling,
     "data": bench_input.prepare,
     "masks": bench_masks.prepare,
     "codec": bench_codec.prepare,
@@ -88,24 +87,26 @@ class Subprocess:
     """A config measured in a process of its own, which gets JSON lines that say what to do next."""
 
     def __init__(self, bench: BenchConfig):
-        command = [sys.executable, "-m", "jointseg_jax.perf.bench"]
         environment = dict(os.environ)
         # Set by flag in this process, which the other does not see.
         if folder := jax.config.jax_compilation_cache_dir:
             environment["JAX_COMPILATION_CACHE_DIR"] = folder
         self.process = subprocess.Popen(
-            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-m", "jointseg_jax.perf.bench"],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
         self.name = bench.name
         self._ask(bench.values())
 
-    def _ask(self, what: object) -> dict:
-        try:
+    def _ask(self, what: object) -> Values:
+        line = ""
+        with contextlib.suppress(BrokenPipeError):
             self.process.stdin.write(json.dumps(what) + "\n")
             self.process.stdin.flush()
             line = self.process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
         # An empty answer: it has ended, and its own words are on stderr.
         if not line:
             status = self.process.wait()
@@ -151,15 +152,14 @@ def interleave(
     """
     # Threads of a resting program spin on CPU; an accelerator belongs to one process.
     apart = len(benches) > 1 and jax.default_backend() == "cpu"
+    processes: list[InProcess | Subprocess] = []
     with contextlib.ExitStack() as stack:
-        processes: list[InProcess | Subprocess] = []
         for bench in benches:
             log(f"preparing {bench.what} of {bench.name}")
-            process = (Subprocess if apart else InProcess)(bench)
+            processes.append((Subprocess if apart else InProcess)(bench))
             # At once, so that the first is closed if preparing the second fails.
-            stack.callback(process.close)
-            process.warm_up()
-            processes.append(process)
+            stack.callback(processes[-1].close)
+            processes[-1].warm_up()
         for turn in range(repetitions):
             log(f"repetition {turn + 1} of {repetitions}")
             for process in processes:
@@ -188,38 +188,23 @@ def set_cache(on: bool) -> None:
     jax.config.update("jax_enable_compilation_cache", on)
 
 
-def serve(process: InProcess, word: str) -> Values:
-    """Does what a ``Subprocess`` asks for."""
-    if word == "result":
-        return dataclasses.asdict(process.result())
-    getattr(process, word)()
-    return {}
-
-
 def main() -> None:
-    """Reads one ``BenchConfig``, then one word a line until the input ends."""
+    """Reads one ``BenchConfig``, then the name of a method a line until the input ends."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print must not get between the answers
-
-    def answer(values: Values) -> None:
-        answers.write(json.dumps(values) + "\n")
-        answers.flush()
-
-    process = None
-    try:
-        for line in sys.stdin:
-            if process is None:
-                bench = BenchConfig.of(json.loads(line))
-                set_cache(bench.cache)
-                process = InProcess(bench)
-                answer({})
-            else:
-                answer(serve(process, json.loads(line)))
-    except UserError as error:
-        answer({"error": str(error)})
-    finally:
-        if process is not None:
-            process.close()
+    with contextlib.ExitStack() as stack:
+        try:
+            bench = BenchConfig.of(json.loads(sys.stdin.readline()))
+            set_cache(bench.cache)
+            process = InProcess(bench)
+            stack.callback(process.close)
+            print("{}", file=answers, flush=True)
+            for line in sys.stdin:
+                found = getattr(process, json.loads(line))()
+                values = {} if found is None else dataclasses.asdict(found)
+                print(json.dumps(values), file=answers, flush=True)
+        except UserError as error:
+            print(json.dumps({"error": str(error)}), file=answers, flush=True)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ Tokens are padded as networks pad them for the backend. Prints one JSON object.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable
 
@@ -24,12 +23,12 @@ import numpy as np
 
 from jointseg_jax.models import attention
 from jointseg_jax.models.packed_attention import attend_packed
-from jointseg_jax.perf.harness import Action, Timing, Values, machine, rounded, wall
+from jointseg_jax.perf import harness
+from jointseg_jax.perf.harness import Action, Values, rounded
 from jointseg_jax.types import Array
 
 SLACK, FLOOR = 2.0, 1e-3
 NAMES = ("y", "dq", "dk", "dv")
-REPETITIONS = 3
 
 Attend = Callable[[Array, Array, Array], Array]
 """q, k, v ``[b, n, heads, size]`` -> y of the same shape."""
@@ -42,11 +41,7 @@ def _packed(q: Array, k: Array, v: Array) -> Array:
     return attend_packed(*flat, heads=heads).reshape(q.shape)
 
 
-BACKENDS: dict[str, Attend] = {
-    "xla": attention.attend_xla,
-    "cudnn": attention.attend_cudnn,
-    "packed": _packed,
-}
+BACKENDS = {"xla": attention.attend_xla, "cudnn": attention.attend_cudnn, "packed": _packed}
 
 
 def with_gradients(attend: Attend) -> Callable[..., tuple[Array, ...]]:
@@ -61,12 +56,9 @@ def with_gradients(attend: Attend) -> Callable[..., tuple[Array, ...]]:
 
 def errors(found: tuple[Array, ...], exact: tuple[Array, ...]) -> dict[str, float]:
     """Relative errors of the result and the gradients, by name."""
-
-    def error(a: Array, b: Array) -> float:
-        x, y = np.asarray(a, np.float64), np.asarray(b, np.float64)
-        return rounded(float(np.linalg.norm(x - y) / np.linalg.norm(y)))
-
-    return {name: error(a, b) for name, a, b in zip(NAMES, found, exact, strict=True)}
+    pairs = ([np.asarray(x, np.float64) for x in pair] for pair in zip(found, exact, strict=True))
+    norm = np.linalg.norm
+    return {name: rounded(float(norm(x - y) / norm(y))) for name, (x, y) in zip(NAMES, pairs)}
 
 
 def measure(backend: str, tokens: int, rows: int, heads: int, size: int, dtype: str) -> Values:
@@ -97,19 +89,13 @@ def measure(backend: str, tokens: int, rows: int, heads: int, size: int, dtype: 
 
 
 def _milliseconds(call: Callable[..., object], inputs: list[Array]) -> float:
-    action = Action(wall(lambda: jax.block_until_ready(call(*inputs))), 0)
-    timing = Timing(images=0)
-    timing.warm_up(action, 1, 10)
-    for _ in range(REPETITIONS):
-        timing.repeat(action)
-    return rounded(1e3 * timing.median)
+    run = harness.wall(lambda: jax.block_until_ready(call(*inputs)))
+    return rounded(1e3 * harness.timed(Action(run), warmups=1, calls=10).median)
 
 
 def main() -> None:
     """Measures what the command line names."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = harness.parser(__doc__)
     parser.add_argument("--backends", default="cudnn", help=f"of {', '.join(BACKENDS)}")
     parser.add_argument("--tokens", default="77,590,593,2129")
     parser.add_argument("--rows", type=int, default=4)
@@ -118,13 +104,13 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     flags = parser.parse_args()
     options = (flags.rows, flags.heads, flags.size, flags.dtype)
-    out: Values = {"machine": machine(), "dtype": flags.dtype, "backends": {}}
+    out: Values = {"machine": harness.machine(), "dtype": flags.dtype, "backends": {}}
+    cases, worst = [], []
     for backend in flags.backends.split(","):
-        counts = [int(n) for n in flags.tokens.split(",")]
-        out["backends"][backend] = [measure(backend, n, *options) for n in counts]
-    cases = [case for rows in out["backends"].values() for case in rows]
-    worst = [max(case["errors"][b].values()) for b, rows in out["backends"].items() for case in rows
-             if b in case["errors"]]  # fmt: skip
+        own = [measure(backend, int(n), *options) for n in flags.tokens.split(",")]
+        out["backends"][backend] = own
+        cases += own
+        worst += [max(c["errors"][backend].values()) for c in own if backend in c["errors"]]
     out["summary"] = {"ok": all(c["ok"] for c in cases), "largest_error": max(worst, default=None)}
     print(json.dumps(out))
 

@@ -11,7 +11,6 @@ median, slowest and fastest of ``--repeats`` stretches of ``--seconds``.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import tempfile
@@ -21,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from jointseg_jax.config import ReadConfig
 from jointseg_jax.data.cached import shard_writer
 from jointseg_jax.data.cached.reader import Cache
 from jointseg_jax.data.cached.store import Field, row_bytes, shard_name
@@ -28,8 +28,8 @@ from jointseg_jax.data.classes import Classes
 from jointseg_jax.data.labels import to_content
 from jointseg_jax.data.pipeline import batches
 from jointseg_jax.data.records import Source
+from jointseg_jax.perf import harness
 
-IDS = 77
 PER_SHARD = 4096
 
 
@@ -43,12 +43,8 @@ def reading_rate(
         while time.perf_counter() - start < seconds:
             samples += len(next(made)["index"])
         rates.append(samples / (time.perf_counter() - start))
-    found = sorted(rates[1:])
-    return {
-        "samples_per_second": round(statistics.median(found)),
-        "slowest": round(found[0]),
-        "fastest": round(found[-1]),
-    }
+    found = {"samples_per_second": statistics.median, "slowest": min, "fastest": max}
+    return {name: round(of(rates[1:])) for name, of in found.items()}
 
 
 def measure(
@@ -56,7 +52,7 @@ def measure(
 ) -> dict[str, int]:
     """The rate of a source's shuffled training batches."""
     # No transforms: reading alone.
-    with batches(source, batch=batch, seed=0, transforms=(), threads=threads) as made:
+    with batches(source, ReadConfig(threads=threads), batch=batch, seed=0, transforms=()) as made:
         found = reading_rate(made, seconds=seconds, repeats=repeats)
     return found | {"records": len(source), "batch": batch, "threads": threads}
 
@@ -64,16 +60,12 @@ def measure(
 def made_up(root: Path, records: int, *, features: bool) -> Cache:
     """Writes a cache of random latents and token ids, or text features."""
     latents = Field(name="latents/image", dtype="float16", shape=(64, 64, 4))
-    text = Field(name="text", dtype="int32", shape=(IDS,))
-    if features:
-        text = Field(name="text", dtype="float16", shape=(IDS, 768))
+    ids = Field(name="text", dtype="int32", shape=(77,))
+    text = Field(name="text", dtype="float16", shape=(77, 768)) if features else ids
     shards = -(-records // PER_SHARD)
-    head = {
-        "settings": {"source": {"name": "made up"}},
-        "classes": to_content(Classes(names=("a",))),
-    }
-    head |= {"words": [], "crops": 1, "flip": None, "variants": 1, "records": records}
-    head |= {"fields": [latents.plain()], "text": text.plain()}
+    head = {"settings": {"source": {"name": "made up"}}, "words": [], "text": text.plain()}
+    head |= {"classes": to_content(Classes(names=("a",))), "fields": [latents.plain()]}
+    head |= {"crops": 1, "flip": None, "variants": 1, "records": records}
     shard_writer.begin(root, "train", head)
     rng = np.random.default_rng(0)
 
@@ -82,8 +74,7 @@ def made_up(root: Path, records: int, *, features: bool) -> Cache:
 
     for number in range(shards):
         own = range(number * PER_SHARD, min((number + 1) * PER_SHARD, records))
-        name = shard_name("train", number, shards)
-        part = text if features else None
+        name, part = shard_name("train", number, shards), text if features else None
         shard = shard_writer.ShardWriter(root, name, [latents], len(own), part)
         for index in own:
             note = {"id": str(index), "captions": [str(index)]}
@@ -95,9 +86,7 @@ def made_up(root: Path, records: int, *, features: bool) -> Cache:
 
 def main() -> None:
     """Measures what the command line names."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = harness.parser(__doc__)
     parser.add_argument("cache", nargs="?", help="folder of a cache")
     parser.add_argument("--split", default="train")
     parser.add_argument("--records", type=int, default=20_000, help="made-up records")

@@ -10,19 +10,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from jointseg_jax.evaluation.confusion import Confusion
-from jointseg_jax.perf import bench_masks, harness, under_test
+from jointseg_jax.perf import abstract, bench_masks, harness
+from jointseg_jax.perf.abstract import ModelUnderTest
 from jointseg_jax.perf.harness import Action, BenchConfig, Benchmark, Values, wall
-from jointseg_jax.perf.under_test import ModelUnderTest
 from jointseg_jax.systems.bridge import IMAGE
-from jointseg_jax.types import Array, Params, UserError
+from jointseg_jax.types import Params, UserError
 
 ROWS = 8
 """Images in a batch by default."""
@@ -60,12 +59,11 @@ def codecs(model: ModelUnderTest) -> dict[str, Coded]:
 
 def inputs(model: ModelUnderTest, rows: int) -> tuple[dict[str, np.ndarray], str]:
     """A host batch with pictures in it, and where it comes from."""
-    spec = model.config.data.train
-    if "root" not in spec or Path(spec["root"]).is_dir():
+    if abstract.is_here(model.config.data.train):
         config = model.config.replace({"batch": rows, "data.cache": ""})  # pictures, not latents
-        with under_test.real_batches(config, model.info) as batches:
+        with abstract.real_batches(config, model.info) as batches:
             return next(batches), "the config's data"
-    made = under_test.random_rows(model, rows, 0)
+    made = abstract.random_rows(model, rows, 0)
     (height, width), count = model.system.size, len(model.info.classes)
     maps = [
         bench_masks.label_map(max(height, width), REGIONS, classes=min(count, 200), seed=n)
@@ -77,7 +75,7 @@ def inputs(model: ModelUnderTest, rows: int) -> tuple[dict[str, np.ndarray], str
 
 def prepare(bench: BenchConfig) -> Benchmark:
     """The benchmark of ``--what codec``."""
-    model = under_test.model_under_test(bench)
+    model = abstract.model_under_test(bench)
     chosen = codecs(model)
     if not chosen:
         raise UserError(
@@ -88,16 +86,17 @@ def prepare(bench: BenchConfig) -> Benchmark:
     rows = len(batch["labels"])
     actions, quality = {}, {}
     for name, coded in chosen.items():
-        encode = jax.jit(coded.codec.encode)
-        decode = jax.jit(coded.codec.decode)
+        encode, decode = jax.jit(coded.codec.encode), jax.jit(coded.codec.decode)
         # On the device already: encoding is timed, not the way there.
         params, values = jax.device_put((coded.params, batch[coded.field]))
         latents = encode(params, values)
+        trained = "trained" if bench.workdir else "random"
         quality[name] = _quality(coded, batch, np.asarray(decode(params, latents)), model)
         quality[name]["latent"] = list(latents.shape[1:])
-        quality[name]["parameters"] = _origin(params, bench)
-        actions[f"{name} encode"] = _action(encode, params, values, rows)
-        actions[f"{name} decode"] = _action(decode, params, latents, rows)
+        quality[name]["parameters"] = trained if jax.tree.leaves(params) else "none"
+        for way, call, x in (("encode", encode, values), ("decode", decode, latents)):
+            run = wall(lambda call=call, p=params, x=x: jax.block_until_ready(call(p, x)))
+            actions[f"{name} {way}"] = Action(run, rows)
     facts = {
         "codecs": {name: type(c.codec).__name__ for name, c in chosen.items()},
         "size": list(model.system.size),
@@ -108,21 +107,7 @@ def prepare(bench: BenchConfig) -> Benchmark:
         "notes": list(model.notes),
     }
 
-    def after(medians: Mapping[str, float]) -> Values:
-        del medians
-        return {"memory": harness.memory()}
-
-    return Benchmark(actions, facts, after)
-
-
-def _origin(params: Params, bench: BenchConfig) -> str:
-    if not jax.tree.leaves(params):
-        return "none"
-    return "trained" if bench.workdir else "random"
-
-
-def _action(call: Callable[..., Array], params: Params, values: Array, rows: int) -> Action:
-    return Action(wall(lambda: jax.block_until_ready(call(params, values))), rows)
+    return Benchmark(actions, facts, lambda medians: {"memory": harness.memory()})
 
 
 def _quality(

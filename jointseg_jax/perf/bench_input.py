@@ -22,8 +22,8 @@ from jointseg_jax import build, sharding
 from jointseg_jax.data.cached.loader import CachedSource
 from jointseg_jax.data.pipeline import make_rows
 from jointseg_jax.data.records import DatasetInfo
-from jointseg_jax.perf import harness, under_test
-from jointseg_jax.perf.harness import LENGTH, MAX_CALLS, Action, BenchConfig, Benchmark, Values
+from jointseg_jax.perf import abstract, harness
+from jointseg_jax.perf.harness import Action, BenchConfig, Benchmark, Values, rounded
 
 STRIDE = 7919
 """From one record to the next: far apart, so that no file is in any cache by its neighbour."""
@@ -36,7 +36,7 @@ class _Input:
     """The config's source, and its batches."""
 
     def __init__(self, bench: BenchConfig):
-        config = bench.run_config()
+        config = abstract.run_config(bench)
         self.batch = config.batch
         self.source = build.source(config, "train")
         self.encoded = isinstance(self.source, CachedSource)
@@ -56,7 +56,7 @@ class _Input:
             instances=build.instances(config),
         )
         self.at = itertools.count()
-        self.batches = under_test.real_batches(config, info)
+        self.batches = abstract.real_batches(config, info)
         # Batches that may be ready: of the pipeline, and two windows of each worker.
         self.ahead = config.data.prefetch * (1 + 2 * config.data.workers)
 
@@ -84,7 +84,8 @@ class _Input:
         """
         self.deliver(1)  # threads and compiled code start
         least = self.ahead + 1
-        return min(max(math.ceil(LENGTH * least / self.deliver(least)), least), MAX_CALLS)
+        count = math.ceil(harness.LENGTH * least / self.deliver(least))
+        return min(max(count, least), harness.MAX_CALLS)
 
     def wait(self, count: int) -> float:
         """Seconds that a device waits in ``count`` steps, after what was ready is used up.
@@ -112,9 +113,7 @@ class _Input:
             "records": len(self.source),
             "batch": self.batch,
             "transforms": [] if self.encoded else list(self.config.data.transforms),
-            "threads": self.config.data.threads,
-            "workers": self.config.data.workers,
-            "prefetch": self.config.data.prefetch,
+            **{k: getattr(self.config.data, k) for k in ("threads", "workers", "prefetch")},
             "step_ms": 1e3 * self.step,
         }
 
@@ -122,13 +121,11 @@ class _Input:
         """Rates, and the part of a step that is waiting."""
         wait, found = medians["wait"], {}
         if "pair" in medians:
-            found["pairs_per_second_per_core"] = float(f"{1 / medians['pair']:.5g}")
+            found["pairs_per_second_per_core"] = rounded(1 / medians["pair"])
         rate = "cached_samples_per_second" if self.encoded else "pairs_per_second"
-        return found | {
-            rate: float(f"{self.batch / medians['batch']:.5g}"),
-            "data_wait": float(f"{wait / (wait + self.step):.4g}"),
-            "memory": harness.memory(),
-        }
+        found[rate] = rounded(self.batch / medians["batch"])
+        wait = rounded(wait / (wait + self.step), 4)
+        return found | {"data_wait": wait, "memory": harness.memory()}
 
 
 def prepare(bench: BenchConfig) -> Benchmark:

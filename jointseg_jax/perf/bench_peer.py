@@ -15,7 +15,7 @@ JSON object that this prints last says ``absent``.
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import importlib
 import json
 import math
@@ -27,13 +27,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 
 from jointseg_jax.models.uvit import UViT, forward_flops, lengths
 from jointseg_jax.perf import harness
-from jointseg_jax.perf.harness import Action, Timing, Values, rounded
+from jointseg_jax.perf.harness import Action, Values, rounded
+from jointseg_jax.rules import by_path
+from jointseg_jax.types import Array, Params, Streams
 
-REPETITIONS = 3
-CEILING = 8192  # side of the product that torch's rate is compared with
+CEILING = {"cuda": 8192, "cpu": 512}
+"""Device -> side of the product that torch's rate is compared with."""
+
+Tensor = Any
+"""A torch tensor: torch is looked for only when the command runs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,230 +99,178 @@ NETWORKS = {
 }  # fmt: skip
 
 
+def measured(
+    network: Network,
+    forward: Callable[[], object],
+    gradients: Callable[[], object],
+    ceiling: Callable[[], float],
+) -> Values:
+    """Times of both calls, and the part of the ceiling (FLOP/s) that their products reach."""
+    module, rows = network.module("bfloat16"), network.rows
+    calls = {"forward": (forward, 2 * rows), "gradients": (gradients, rows)}
+    times = {k: harness.timed(Action(harness.wall(c), n), warmups=2) for k, (c, n) in calls.items()}
+    # Measured after the network, in the same process: the clock of a warm chip.
+    top, flops = ceiling(), forward_flops(module)
+    # A backward pass has two products for each of the forward pass.
+    work = {"forward": 2 * rows * flops, "gradients": 3 * rows * flops}
+    rates = {name: work[name] / timing.median for name, timing in times.items()}
+    return {
+        "rows": rows,
+        "tokens": lengths(module)[0],
+        "times": {name: timing.values() for name, timing in times.items()},
+        "tflops": {name: rounded(rate / 1e12) for name, rate in rates.items()},
+        "ceiling_tflops": rounded(top / 1e12),
+        "mfu": {name: rounded(rate / top) for name, rate in rates.items()},
+    }
+
+
 # --------------------------------------------------------------------------------- here
 
 
 def measure_jax(network: Network) -> Values:
-    """Times of the network here, with the figures of ``harness.speed``."""
+    """Times of the network here, bfloat16 with float32 parameters."""
     module = network.module("bfloat16")
 
-    def apply(params: Mapping, latents: Mapping, times: jax.Array, text: jax.Array) -> dict:
-        labels = dict.fromkeys(latents, times)
-        return module.apply({"params": params}, latents, labels, text)[0]
+    def apply(params: Params, latents: Streams, times: Array, text: Array) -> dict[str, Array]:
+        return module.apply({"params": params}, latents, dict.fromkeys(latents, times), text)[0]
 
-    def loss(params: Mapping, latents: Mapping, times: jax.Array, text: jax.Array) -> jax.Array:
+    def loss(params: Params, latents: Streams, times: Array, text: Array) -> Array:
         made = apply(params, latents, times, text)
         return sum(jnp.mean((made[n] - latents[n]) ** 2) for n in latents)
 
-    init = jax.jit(lambda key: module.init(key, *_example(network))["params"])
-    params = init(jax.random.key(0))
-    actions = {}
-    for name, call, rows in (
-        ("forward", jax.jit(apply), 2 * network.rows),
-        ("gradients", jax.jit(jax.value_and_grad(loss)), network.rows),
-    ):
-        inputs = jax.device_put(network.inputs(rows))
-        run = harness.wall(lambda c=call, x=inputs: jax.block_until_ready(c(params, *x)))
-        actions[name] = Action(run, rows)
-    times = timed(actions)
-    # Measured after the network, in the same process: the clock of a warm chip.
-    flops, ceiling = forward_flops(module), harness.ceiling("bfloat16").flops
+    params = jax.jit(lambda key: initial(module, key))(jax.random.key(0))
+    many, few = (jax.device_put(network.inputs(n * network.rows)) for n in (2, 1))
+    forward, gradients = jax.jit(apply), jax.jit(jax.value_and_grad(loss))
     return {
         "machine": harness.machine(),
         "parameters": sum(x.size for x in jax.tree.leaves(params)),
-        **figures(network, times, flops, ceiling),
+        **measured(
+            network,
+            lambda: jax.block_until_ready(forward(params, *many)),
+            lambda: jax.block_until_ready(gradients(params, *few)),
+            lambda: harness.ceiling("bfloat16").flops,
+        ),
         "memory": harness.memory(),
     }
 
 
-def _example(network: Network) -> tuple[dict, dict, np.ndarray]:
-    latents, times, text = network.inputs(1)
-    return latents, dict.fromkeys(latents, times), text
-
-
-def timed(actions: Mapping[str, Action]) -> dict[str, Timing]:
-    """Warms up and repeats each action."""
-    timings = {}
-    for name, action in actions.items():
-        timings[name] = Timing(images=action.images)
-        timings[name].warm_up(action, 2, 0)
-        for _ in range(REPETITIONS):
-            timings[name].repeat(action)
-    return timings
-
-
-def figures(network: Network, times: Mapping[str, Timing], flops: int, ceiling: float) -> Values:
-    """Times, and the part of the measured ceiling that the network's products reach."""
-    work = {"forward": 2 * network.rows * flops, "gradients": 3 * network.rows * flops}
-    rates = {name: work[name] / timing.median for name, timing in times.items()}
-    return {
-        "rows": network.rows,
-        "tokens": lengths(network.module("bfloat16"))[0],
-        "times": {name: timing.values() for name, timing in times.items()},
-        "tflops": {name: rounded(rate / 1e12) for name, rate in rates.items()},
-        "ceiling_tflops": rounded(ceiling / 1e12),
-        "mfu": {name: rounded(rate / ceiling) for name, rate in rates.items()},
-    }
+def initial(module: UViT, key: Array) -> Params:
+    """Fresh parameters of the network."""
+    return module.lazy_init(key, **module.input_shapes())["params"]
 
 
 # ------------------------------------------------------------------------------- torch
 
 
-def find_torch() -> ModuleType | None:
-    """Torch, or None where it is not installed."""
-    try:
-        return importlib.import_module("torch")
-    except ImportError:
-        return None
+class TorchNetwork:
+    """``(latents, times, text) -> predictions`` in torch, written after models/uvit.py.
 
-
-def torch_network(torch: ModuleType, network: Network) -> Any:
-    """The network as a ``torch.nn.Module``: ``(latents, times, text) -> predictions``.
-
-    Written after models/uvit.py; parameters are named as ``torch_weights`` names them.
+    Attributes:
+      weights: our parameters by path, as ``torch_weights`` returns them.
     """
-    nn, functional = torch.nn, torch.nn.functional
-    # Plain numbers and tuples: what torch.compile sees of the sizes.
-    width, heads, half, order = network.width, network.heads, network.depth // 2, network.norm
-    streams, words = tuple((n, *sizes) for n, sizes in network.streams.items()), network.words
-    slowest = math.log(1e4)  # of the time's frequencies
 
-    class Block(nn.Module):
-        def __init__(self, joins: bool):
-            super().__init__()
-            self.join = nn.Linear(2 * width, width) if joins else None
-            self.join_norm = nn.LayerNorm(width) if joins and order == "post" else None
-            self.attn_norm, self.mlp_norm = nn.LayerNorm(width), nn.LayerNorm(width)
-            self.qkv, self.out = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width)
-            self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+    def __init__(self, torch: ModuleType, network: Network, weights: dict[str, Tensor]):
+        self.torch, self.weights = torch, weights
+        # Plain numbers and tuples: what torch.compile sees of the sizes.
+        self.width, self.heads, self.half = network.width, network.heads, network.depth // 2
+        self.post = network.norm == "post"
+        self.streams = tuple((n, *sizes) for n, sizes in network.streams.items())
 
-        def attention(self, x: Any) -> Any:
-            b, n, _ = x.shape
-            q, k, v = self.qkv(x).reshape(b, n, 3, heads, -1).permute(2, 0, 3, 1, 4)  # [b, h, n, d]
-            y = functional.scaled_dot_product_attention(q, k, v)
-            return self.out(y.transpose(1, 2).reshape(b, n, width))
+    def linear(self, name: str, x: Tensor) -> Tensor:
+        w = self.weights
+        return self.torch.nn.functional.linear(x, w[f"{name}/kernel"], w.get(f"{name}/bias"))
 
-        def mlp(self, x: Any) -> Any:
-            return self.fc2(functional.gelu(self.fc1(x)))
+    def norm(self, name: str, x: Tensor) -> Tensor:
+        scale, bias = self.weights[f"{name}/scale"], self.weights[f"{name}/bias"]
+        return self.torch.nn.functional.layer_norm(x, (self.width,), scale, bias)
 
-        def forward(self, x: Any, skip: Any = None) -> Any:
-            if self.join is not None:
-                x = self.join(torch.cat([x, skip], dim=-1))
-                x = self.join_norm(x) if self.join_norm is not None else x
-            if order == "pre":
-                x = x + self.attention(self.attn_norm(x))
-                return x + self.mlp(self.mlp_norm(x))
-            x = self.attn_norm(x + self.attention(x))
-            return self.mlp_norm(x + self.mlp(x))
+    def attention(self, name: str, x: Tensor) -> Tensor:
+        b, n, _ = x.shape
+        qkv = self.linear(f"{name}/attn/qkv", x).reshape(b, n, 3, self.heads, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [b, h, n, d] each
+        y = self.torch.nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.linear(f"{name}/attn/out", y.transpose(1, 2).reshape(b, n, self.width))
 
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.time_position = nn.Parameter(0.02 * torch.randn(1, 1, width))
-            self.text_in = nn.Linear(words[1], width)
-            self.text_position = nn.Parameter(0.02 * torch.randn(1, words[0], width))
-            self.enter, self.leave = nn.ModuleDict(), nn.ModuleDict()
-            self.positions = nn.ParameterDict()
-            for name, side, c, p in streams:
-                tokens = (side // p) ** 2
-                self.enter[name] = nn.Linear(p * p * c, width)
-                self.leave[name] = nn.Linear(width, p * p * c)
-                self.positions[name] = nn.Parameter(0.02 * torch.randn(1, tokens, width))
-            self.ins = nn.ModuleList(Block(False) for _ in range(half))
-            self.mid = Block(False)
-            self.outs = nn.ModuleList(Block(True) for _ in range(half))
-            self.norm = nn.LayerNorm(width)
+    def mlp(self, name: str, x: Tensor) -> Tensor:
+        hidden = self.torch.nn.functional.gelu(self.linear(f"{name}/mlp/fc1", x))
+        return self.linear(f"{name}/mlp/fc2", hidden)
 
-        def forward(self, latents: Any, times: Any, text: Any) -> Any:
-            steps = torch.arange(width // 2, device=times.device, dtype=torch.float32)
-            angles = times[:, None] * torch.exp(-slowest * steps / (width // 2))
-            time = torch.cat([angles.cos(), angles.sin()], dim=-1)[:, None]  # [b, 1, width]
-            parts = [time + self.time_position, self.text_in(text) + self.text_position]
-            for name, side, c, p in streams:
-                r = side // p
-                x = latents[name].reshape(-1, r, p, r, p, c).permute(0, 1, 3, 2, 4, 5)
-                x = x.reshape(x.shape[0], r * r, p * p * c)  # row-major patches, channel fastest
-                parts.append(self.enter[name](x) + self.positions[name])
-            x, skips = torch.cat(parts, dim=1), []
-            for block in self.ins:
-                x = block(x)
-                skips.append(x)
-            x = self.mid(x)
-            for block in self.outs:
-                x = block(x, skips.pop())
-            x, made, end = self.norm(x), {}, x.shape[1]
-            for name, side, c, p in streams[::-1]:
-                r = side // p
-                own = x[:, end - r * r : end]
-                end -= r * r
-                with torch.autocast(x.device.type, enabled=False):  # heads are float32, as ours
-                    y = self.leave[name](own.float())
-                y = y.reshape(-1, r, r, p, p, c).permute(0, 1, 3, 2, 4, 5)
-                made[name] = y.reshape(-1, side, side, c)
-            return made
+    def block(self, name: str, x: Tensor, skip: Tensor | None = None) -> Tensor:
+        if skip is not None:
+            x = self.linear(f"{name}/join", self.torch.cat([x, skip], dim=-1))
+            x = self.norm(f"{name}/join_norm", x) if self.post else x
+        if self.post:
+            x = self.norm(f"{name}/attn_norm", x + self.attention(name, x))
+            return self.norm(f"{name}/mlp_norm", x + self.mlp(name, x))
+        x = x + self.attention(name, self.norm(f"{name}/attn_norm", x))
+        return x + self.mlp(name, self.norm(f"{name}/mlp_norm", x))
 
-    return Net()
+    def embed(self, latents: Mapping[str, Tensor], times: Tensor, text: Tensor) -> Tensor:
+        """All tokens with their positions, ``[b, n, width]``."""
+        torch, position = self.torch, lambda name: self.weights[f"{name}/position"]
+        steps = torch.arange(self.width // 2, device=times.device, dtype=torch.float32)
+        angles = times[:, None] * torch.exp(-math.log(1e4) * steps / (self.width // 2))
+        time = torch.cat([angles.cos(), angles.sin()], dim=-1)[:, None]  # [b, 1, width]
+        parts = [time + position("time_image")]
+        parts.append(self.linear("context_in/project", text) + position("context_in"))
+        for name, side, c, p in self.streams:
+            r = side // p
+            x = latents[name].reshape(-1, r, p, r, p, c).permute(0, 1, 3, 2, 4, 5)
+            x = x.reshape(-1, r * r, p * p * c)  # row-major patches, channel fastest
+            parts.append(self.linear(f"{name}_in/project", x) + position(f"{name}_in"))
+        return torch.cat(parts, dim=1)
+
+    def __call__(self, latents: Mapping[str, Tensor], times: Tensor, text: Tensor) -> Tensor:
+        x, skips = self.embed(latents, times, text), []
+        for i in range(self.half):
+            x = self.block(f"in_blocks/{i}", x)
+            skips.append(x)
+        x = self.block("mid_block", x)
+        for i in range(self.half):
+            x = self.block(f"out_blocks/{i}", x, skips.pop())
+        x, made, end = self.norm("norm", x), {}, x.shape[1]
+        for name, side, c, p in self.streams[::-1]:
+            r = side // p
+            own, end = x[:, end - r * r : end], end - r * r
+            with self.torch.autocast(x.device.type, enabled=False):  # heads are float32, as ours
+                y = self.linear(f"{name}_out/project", own.float())
+            y = y.reshape(-1, r, r, p, p, c).permute(0, 1, 3, 2, 4, 5)
+            made[name] = y.reshape(-1, side, side, c)
+        return made
 
 
-def torch_weights(params: Mapping[str, Any], network: Network) -> dict[str, np.ndarray]:
-    """Our parameters under the names, and in the shapes, of ``torch_network``."""
-    width, out = network.width, {}
-
-    def linear(name: str, ours: Mapping[str, Any], inputs: int = width) -> None:
-        out[f"{name}.weight"] = np.asarray(ours["kernel"]).reshape(inputs, -1).T
-        if "bias" in ours:
-            out[f"{name}.bias"] = np.asarray(ours["bias"]).reshape(-1)
-
-    def norm(name: str, ours: Mapping[str, Any]) -> None:
-        out[f"{name}.weight"], out[f"{name}.bias"] = map(np.asarray, (ours["scale"], ours["bias"]))
-
-    def block(name: str, ours: Mapping[str, Any]) -> None:
-        linear(f"{name}.qkv", ours["attn"]["qkv"])
-        linear(f"{name}.out", ours["attn"]["out"])
-        linear(f"{name}.fc1", ours["mlp"]["fc1"])
-        linear(f"{name}.fc2", ours["mlp"]["fc2"], 4 * width)
-        for part in ("attn_norm", "mlp_norm", "join_norm"):
-            if part in ours:
-                norm(f"{name}.{part}", ours[part])
-        if "join" in ours:
-            # A x + B skip here is one Linear of the concatenation there.
-            kernels = [np.asarray(ours[k]["kernel"]) for k in ("join", "join_skip")]
-            linear(f"{name}.join", {**ours["join"], "kernel": np.concatenate(kernels)}, 2 * width)
-
-    out["time_position"] = np.asarray(params["time_image"]["position"])[None]
-    linear("text_in", params["context_in"]["project"], network.words[1])
-    out["text_position"] = np.asarray(params["context_in"]["position"])[None]
-    for name, (_, c, p) in network.streams.items():
-        linear(f"enter.{name}", params[f"{name}_in"]["project"], p * p * c)
-        linear(f"leave.{name}", params[f"{name}_out"]["project"])
-        position = np.asarray(params[f"{name}_in"]["position"])
-        out[f"positions.{name}"] = position.reshape(1, -1, width)
-    for i in range(network.depth // 2):
-        block(f"ins.{i}", params["in_blocks"][str(i)])
-        block(f"outs.{i}", params["out_blocks"][str(i)])
-    block("mid", params["mid_block"])
-    norm("norm", params["norm"])
+def torch_weights(params: Params) -> dict[str, np.ndarray]:
+    """Our parameters by path in torch's shapes: kernels ``[out, in]``, positions ``[n, d]``."""
+    out = {}
+    for path, value in by_path(params).items():
+        x = np.asarray(value)
+        if path.endswith("/qkv/kernel"):
+            x = rearrange(x, "i k h d -> (k h d) i")
+        elif path.endswith("/kernel"):
+            x = rearrange(x, "... o -> o (...)")  # [h, d, o] after attention, [i, o] elsewhere
+        elif path.endswith("/position"):
+            x = rearrange(x, "... d -> (...) d")
+        out[path] = x
+    for path in [path for path in out if "/join_skip/" in path]:
+        # A x + B skip here is one product of the concatenation there.
+        both = path.replace("join_skip", "join")
+        out[both] = np.concatenate([out[both], out.pop(path)], axis=1)
     return out
 
 
 def measure_torch(torch: ModuleType, network: Network, *, compiled: bool) -> Values:
     """Times of the network in torch, bfloat16 by autocast, float32 parameters."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     torch.set_float32_matmul_precision("high")  # TF32 for what is float32, as XLA does
     # Parameters stay float32 and are rounded in every product, as here.
-    model = torch_network(torch, network).to(device)
-    run = torch.compile(model) if compiled else model
-
-    def wait() -> None:
-        if device == "cuda":
-            torch.cuda.synchronize()
-
-    def placed(rows: int) -> tuple[Any, Any, Any]:
-        latents, times, text = network.inputs(rows)
-        on = {name: torch.from_numpy(x).to(device) for name, x in latents.items()}
-        return on, torch.from_numpy(times).to(device), torch.from_numpy(text).to(device)
-
-    many, few = placed(2 * network.rows), placed(network.rows)
+    weights = {k: x.to(device).requires_grad_() for k, x in _random(torch, network).items()}
+    run = TorchNetwork(torch, network, weights)
+    run = torch.compile(run) if compiled else run
+    many, few = (
+        jax.tree.map(lambda x: torch.from_numpy(x).to(device), network.inputs(n * network.rows))
+        for n in (2, 1)
+    )
 
     def forward() -> None:
         with torch.no_grad(), torch.autocast(device, torch.bfloat16):
@@ -324,59 +278,51 @@ def measure_torch(torch: ModuleType, network: Network, *, compiled: bool) -> Val
         wait()
 
     def gradients() -> None:
-        model.zero_grad(set_to_none=True)
+        for x in weights.values():
+            x.grad = None
         with torch.autocast(device, torch.bfloat16):
             made = run(*few)
         sum(((made[n] - few[0][n]) ** 2).mean() for n in made).backward()
         wait()
 
-    actions = {
-        "forward": Action(harness.wall(forward), 2 * network.rows),
-        "gradients": Action(harness.wall(gradients), network.rows),
-    }
-    times = timed(actions)
+    def ceiling() -> float:
+        side = CEILING[device]
+        a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
+        product = harness.timed(Action(harness.wall(lambda: (a @ b, wait()))), warmups=2)
+        return 2.0 * side**3 / min(product.repetitions)
+
     out = {
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-        "parameters": sum(p.numel() for p in model.parameters()),
-        **figures(
-            network, times, forward_flops(network.module("bfloat16")), _ceiling(torch, device, wait)
-        ),
+        "parameters": sum(x.numel() for x in weights.values()),
+        **measured(network, forward, gradients, ceiling),
     }
     if device == "cuda":
         out["memory"] = {"chip_peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 3)}
     return out
 
 
-def _ceiling(torch: ModuleType, device: str, wait: Callable[[], None]) -> float:
-    """FLOP/s of a large bfloat16 product in torch."""
-    side = CEILING if device == "cuda" else 512
-    a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
-
-    def product() -> None:
-        a @ b
-        wait()
-
-    times = timed({"product": Action(harness.wall(product))})
-    return 2.0 * side**3 / min(times["product"].repetitions)
+def _random(torch: ModuleType, network: Network) -> dict[str, Tensor]:
+    shapes = jax.eval_shape(lambda: initial(network.module("bfloat16"), jax.random.key(0)))
+    zeros = torch_weights(jax.tree.map(lambda x: np.zeros(x.shape, np.float32), shapes))
+    # Norms start near one, as everywhere.
+    return {k: 0.02 * torch.randn(x.shape) + k.endswith("/scale") for k, x in zeros.items()}
 
 
 def check(torch: ModuleType) -> Values:
     """The largest difference of both networks with the same weights, in float32 on the CPU."""
     differences = {}
     for norm in ("pre", "post"):
-        network = Network(**{**vars(NETWORKS["tiny"]), "norm": norm})
+        network = dataclasses.replace(NETWORKS["tiny"], norm=norm)
         module = network.module("float32")
-        params = module.init(jax.random.key(0), *_example(network))["params"]
+        params = initial(module, jax.random.key(0))
         latents, times, text = network.inputs(2)
         labels = dict.fromkeys(latents, jnp.asarray(times))
         ours, _ = module.apply({"params": params}, latents, labels, text)
-        model = torch_network(torch, network)
-        weights = torch_weights(params, network)
-        model.load_state_dict({k: torch.from_numpy(v.copy()) for k, v in weights.items()})
+        weights = {k: torch.from_numpy(x.copy()) for k, x in torch_weights(params).items()}
         with torch.no_grad():
-            tensors = {n: torch.from_numpy(x) for n, x in latents.items()}
-            theirs = model(tensors, torch.from_numpy(times), torch.from_numpy(text))
+            tensors = jax.tree.map(torch.from_numpy, (latents, times, text))
+            theirs = TorchNetwork(torch, network, weights)(*tensors)
         differences[norm] = max(
             float(np.abs(np.asarray(ours[n]) - theirs[n].numpy()).max()) for n in ours
         )
@@ -385,25 +331,24 @@ def check(torch: ModuleType) -> Values:
 
 def main() -> None:
     """Measures what the command line names."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = harness.parser(__doc__)
     parser.add_argument("--backend", choices=("jax", "eager", "compiled", "check"), required=True)
     parser.add_argument("--network", choices=tuple(NETWORKS), default="small")
     flags = parser.parse_args()
-    network, names = NETWORKS[flags.network], {"backend": flags.backend, "network": flags.network}
-    if flags.backend == "check":
-        jax.config.update("jax_platforms", "cpu")  # a GPU is left to torch
-    torch = None if flags.backend == "jax" else find_torch()
+    network, out = NETWORKS[flags.network], vars(flags)
     if flags.backend == "jax":
-        out = measure_jax(network)
-    elif torch is None:
-        out = {"absent": "torch is not installed here"}
-    elif flags.backend == "check":
-        out = check(torch)
+        print(json.dumps(out | measure_jax(network)))
+        return
+    jax.config.update("jax_platforms", "cpu")  # a GPU is left to torch
+    try:
+        torch = importlib.import_module("torch")
+    except ImportError:
+        out["absent"] = "torch is not installed here"
     else:
-        out = measure_torch(torch, network, compiled=flags.backend == "compiled")
-    print(json.dumps(names | out))
+        compiled = flags.backend == "compiled"
+        own = flags.backend == "check"
+        out |= check(torch) if own else measure_torch(torch, network, compiled=compiled)
+    print(json.dumps(out))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ Prints one JSON object: updates, seconds and the report of the run (alignment mI
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import subprocess
@@ -20,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from jointseg_jax.perf.harness import cores
+from jointseg_jax.perf import harness
 
 TRIAL_STEPS = 200
 FINISH = 40.0  # seconds for what a trial does not have: sampling and judging 256 pairs
@@ -51,9 +50,7 @@ def step_seconds(metrics: Path) -> float:
 
 def main() -> None:
     """Trains twice, prints the report."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = harness.parser(__doc__)
     parser.add_argument("--launcher", required=True, help="path of launch/train.py")
     parser.add_argument("--config", default="configs/quickstart.py")
     parser.add_argument("--seconds", type=float, default=240.0)
@@ -62,7 +59,7 @@ def main() -> None:
     flags = parser.parse_args()
     start = time.monotonic()
     # Made scenes are drawn by the host: one thread would keep a fast device waiting.
-    words = [f"--config={flags.config}", f"--config.data.workers={min(cores() // 2, 8)}"]
+    words = [f"--config={flags.config}", f"--config.data.workers={min(harness.cores() // 2, 8)}"]
     with tempfile.TemporaryDirectory() as folder:
         trial = Path(folder) / "trial"
         short = (f"--config.steps={flags.trial_steps}", "--config.finish.num=0")

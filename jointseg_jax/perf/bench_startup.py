@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import json
 import os
 import re
@@ -16,9 +16,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
+from jointseg_jax.perf import abstract
 from jointseg_jax.perf.harness import Action, BenchConfig, Benchmark, Values
 from jointseg_jax.types import UserError
 
@@ -43,7 +44,7 @@ class _Startup:
 
     def __init__(self, bench: BenchConfig):
         quiet = {"log.every": 1, "finish.num": 0, "preview.every": 0}
-        config = bench.run_config().replace(quiet)
+        config = abstract.run_config(bench).replace(quiet)
         if config.steps < 2:
             raise UserError("ERROR [flags] --what=startup: config.steps must be 2 or more.")
         self.launcher, self.batch = bench.launcher, config.batch
@@ -53,29 +54,24 @@ class _Startup:
         self.runs = 0
         self.compiled: dict[str, list[float]] = {"cold": [], "warm": []}
 
-    def cold(self, count: int) -> float:
-        """Seconds until the first update, with an empty cache."""
-        return sum(self._start("cold", new_cache=True) for _ in range(count))
+    def start(self, kind: str, count: int) -> float:
+        """Seconds until the first update; ``warm`` starts have the cache of the last cold one."""
+        return sum(self._start(kind) for _ in range(count))
 
-    def warm(self, count: int) -> float:
-        """Seconds until the first update, with the cache of the last cold start."""
-        return sum(self._start("warm", new_cache=False) for _ in range(count))
-
-    def _start(self, kind: str, *, new_cache: bool) -> float:
+    def _start(self, kind: str) -> float:
         self.runs += 1
-        workdir = self.root / f"run{self.runs}"
-        if new_cache:
+        workdir, output = self.root / f"run{self.runs}", self.root / f"output{self.runs}.txt"
+        if kind == "cold":
             self.cache = self.root / f"cache{self.runs}"
         command = [sys.executable, self.launcher]
         command += [f"--config={self.root}/config.py", f"--workdir={workdir}"]
         # A cache of its own, so that the user's neither helps nor is filled.
         environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(self.cache)}
-        output = self.root / f"output{self.runs}.txt"
         with output.open("w") as out:
             # From here on everything counts that a user waits for.
             start = time.perf_counter()
             process = subprocess.Popen(command, env=environment, stdout=out, stderr=out)
-            with _ended(process):
+            try:
                 while not _updated(workdir / "metrics.jsonl"):
                     seconds = time.perf_counter() - start
                     if process.poll() is not None or seconds > PATIENCE:
@@ -85,6 +81,9 @@ class _Startup:
                         )
                     time.sleep(POLL)
                 seconds = time.perf_counter() - start
+            finally:
+                process.kill()
+                process.wait()
         found = re.search(r"update compiled in ([\d.]+) s", output.read_text())
         self.compiled[kind].append(float(found.group(1)) if found else -1.0)
         return seconds
@@ -100,16 +99,6 @@ class _Startup:
         return {"compile_s": self.compiled}
 
 
-@contextlib.contextmanager
-def _ended(process: subprocess.Popen) -> Iterator[None]:
-    """Ends the process on the way out."""
-    try:
-        yield
-    finally:
-        process.kill()
-        process.wait()
-
-
 def _updated(metrics: Path) -> bool:
     """Returns True if a run has logged the loss of an update."""
     if not metrics.exists():
@@ -121,5 +110,6 @@ def _updated(metrics: Path) -> bool:
 def prepare(bench: BenchConfig) -> Benchmark:
     """The benchmark of ``--what startup``."""
     startup = _Startup(bench)
-    actions = {"cold": Action(startup.cold, warm=False), "warm": Action(startup.warm, warm=False)}
+    runs = {kind: functools.partial(startup.start, kind) for kind in ("cold", "warm")}
+    actions = {kind: Action(run, warm=False) for kind, run in runs.items()}
     return Benchmark(actions, startup.facts(), startup.after, startup.folder.cleanup)

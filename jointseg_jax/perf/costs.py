@@ -43,15 +43,10 @@ from jointseg_jax.perf.hlo import Instruction, Module, Visit, num_bytes, sizes
 from jointseg_jax.profiling import FORWARD_FLOPS
 from jointseg_jax.training.step import TrainStep
 
-COLLECTIVES = (
-    "all-gather",
-    "all-reduce",
-    "reduce-scatter",
-    "all-to-all",
-    "ragged-all-to-all",
-    "collective-permute",
-    "collective-broadcast",
-)
+COLLECTIVES = {
+    *("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all"),
+    *("collective-permute", "collective-broadcast"),
+}
 
 SCATTERED = re.compile(r"all-reduce-?_?scatter")
 """Computations in which an all-reduce is one half of a reduce-scatter."""
@@ -163,14 +158,8 @@ def _convolution(convolution: Instruction, left: str, right: str) -> int:
     def field(name: str, default: str) -> list[str]:
         return fields[name].split("x") if name in fields else [default] * len(spatial)
 
-    rows = zip(
-        spatial,
-        field("stride", "1"),
-        field("pad", "0_0"),
-        field("lhs_dilate", "1"),
-        field("rhs_dilate", "1"),
-    )
-    for axis, stride, pad, spread, step in rows:
+    names = {"stride": "1", "pad": "0_0", "lhs_dilate": "1", "rhs_dilate": "1"}
+    for axis, stride, pad, spread, step in zip(spatial, *(field(*n) for n in names.items())):
         # Of ``pad=low_high`` the low end says where the window starts; it may be negative.
         low = int(re.match(r"-?\d+", pad).group())
         sides = (taken[axis], kernel[axis], made[axis])
@@ -227,11 +216,12 @@ def part_of(instruction: Instruction) -> str:
     name = instruction.attribute(r'op_name="([^"]*)"') or ""
     step = next((step for step, sign in PASSES.items() if re.search(sign, name)), None)
     if step is None:
-        return "outside the network"
+        return ELSEWHERE
     words = [word for word in re.split(r"[/()]+", name) if word in PARTS]
     return f"{step} {words[-1] if words else 'rest'}"
 
 
+ELSEWHERE = "outside the network"
 NETWORKS = "|".join(kind.__name__ for kind in FORWARD_FLOPS)
 
 PASSES = {
@@ -260,20 +250,12 @@ def ideal_bytes(program: TrainStep, dtype: jax.typing.DTypeLike) -> int:
     """
     wire = jnp.dtype(dtype).itemsize
     # Averages are kept of the trained parameters alone.
-    trained = set(rules.paths(program.state.ema))
-    places = rules.by_path(program.state.params)
-    moments = _split_moments(program)
-    return sum(
-        _needed(leaf, wire, path in trained, path in moments) for path, leaf in places.items()
-    )
-
-
-def _split_moments(program: TrainStep) -> set[str]:
-    """Paths of parameters of which optimizer state of the same shape is split."""
-    split = [
-        path for path, leaf in rules.by_path(program.state.opt).items() if _parts(leaf.sharding) > 1
-    ]
-    return {p for p in rules.paths(program.state.params) if any(q.endswith("/" + p) for q in split)}
+    trained, places = set(rules.paths(program.state.ema)), rules.by_path(program.state.params)
+    optimizer = rules.by_path(program.state.opt)
+    split = [path for path, leaf in optimizer.items() if _parts(leaf.sharding) > 1]
+    # Optimizer state lies under the path of its parameter: .../mu/PATH.
+    moments = {p for p in places if any(path.endswith("/" + p) for path in split)}
+    return sum(_needed(x, wire, p in trained, p in moments) for p, x in places.items())
 
 
 def _parts(place: jax.sharding.NamedSharding) -> int:

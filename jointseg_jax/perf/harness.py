@@ -9,8 +9,11 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import dataclasses
 import datetime
+import functools
 import importlib.metadata
 import math
 import os
@@ -21,15 +24,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jointseg_jax.chips import peak_flops
-from jointseg_jax.config import RunConfig, SystemConfig, from_plain, plain
-from jointseg_jax.perf.abstract import Config
+from jointseg_jax.config import from_plain, plain
 from jointseg_jax.types import UserError
+
+Config = Mapping[str, Any]
+"""A run's config (or a part of it) as plain nested mappings."""
 
 Values = dict[str, object]
 """Plain values, ready for JSON."""
@@ -37,7 +42,10 @@ Values = dict[str, object]
 
 @dataclass(frozen=True, kw_only=True)
 class BenchConfig:
-    """What is to be measured, in plain values, so that another process can be asked."""
+    """What is to be measured, in plain values, so that another process can be asked.
+
+    Fields with the name of a flag of ``launch/benchmark.py`` are set by it.
+    """
 
     what: str  # a name of ``bench.JOBS``
     name: str  # how the config is called on the page
@@ -45,7 +53,7 @@ class BenchConfig:
     codec: Config = field(default_factory=dict)  # of the run that would train an absent codec
     classes: int = 0  # number of classes, for data that are not on this machine
     batch: int = 0  # rows over all chips; 0: the config's (train), 16 a chip (sample), 8 (codec)
-    real: bool = False  # train: batches of the config's data, through its pipeline
+    data: bool = False  # train: batches of the config's data, through its pipeline
     cached: bool = False  # train: random batches as a cache that is still to be made would hold
     steps: int = 0  # of the solver; 0: the config's
     given: str = ""  # the batch field that sampling starts from, or empty
@@ -58,14 +66,6 @@ class BenchConfig:
     trace: bool = True  # train, sample: one more call under the profiler
     cache: bool = False  # compiled programs may come from the compile cache
     launcher: str = ""  # startup: path of ``launch/train.py``
-
-    def run_config(self) -> RunConfig:
-        """The config, with the rows of this benchmark where it says how many."""
-        return RunConfig.parse({**self.config, **({"batch": self.batch} if self.batch else {})})
-
-    def codec_system(self) -> SystemConfig | None:
-        """The system that would train an absent codec, if one was named."""
-        return SystemConfig.parse(self.codec["system"]) if self.codec else None
 
     def values(self) -> Values:
         """Plain values, of which ``of`` makes an equal one."""
@@ -110,6 +110,13 @@ class Benchmark(NamedTuple):
     close: Callable[[], None] = lambda: None  # frees what is held outside this process
 
 
+def parser(doc: str | None) -> argparse.ArgumentParser:
+    """The command line of a module, whose docstring is its help."""
+    return argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
 # ------------------------------------------------------------------------------- timing
 
 LENGTH = 1.0
@@ -121,22 +128,19 @@ MAX_CALLS = 200
 
 def wall(call: Callable[[], object]) -> Callable[[int], float]:
     """An action's ``run`` by the wall clock."""
-    return _timed(call, time.perf_counter)
+    return functools.partial(_timed, time.perf_counter, call)
 
 
 def on_processor(call: Callable[[], object]) -> Callable[[int], float]:
     """An action's ``run`` by the time of all processors that worked for this process."""
-    return _timed(call, time.process_time)
+    return functools.partial(_timed, time.process_time, call)
 
 
-def _timed(call: Callable[[], object], clock: Callable[[], float]) -> Callable[[int], float]:
-    def run(count: int) -> float:
-        start = clock()
-        for _ in range(count):
-            call()
-        return clock() - start
-
-    return run
+def _timed(clock: Callable[[], float], call: Callable[[], object], count: int) -> float:
+    start = clock()
+    for _ in range(count):
+        call()
+    return clock() - start
 
 
 @dataclass(kw_only=True)
@@ -172,25 +176,36 @@ class Timing:
         return median(self.repetitions)
 
     @property
+    def rate(self) -> float:
+        """Images per second; 0.0 where the action is not about images."""
+        return self.images / self.median if self.images and self.median > 0 else 0.0
+
+    @property
     def per_image(self) -> list[float]:
         """Seconds of one image in each repetition, or of one call where there are no images."""
         return [seconds / max(self.images, 1) for seconds in self.repetitions]
 
     def values(self) -> Values:
         """Plain values: times in ms, and images/s where the action is about images."""
-        times = {
-            "median_ms": self.median,
-            "min_ms": min(self.repetitions),
-            "max_ms": max(self.repetitions),
-        }
-        out: Values = {k: rounded(1e3 * v) for k, v in times.items()}
+        figures = (self.median, min(self.repetitions), max(self.repetitions))
+        names = ("median_ms", "min_ms", "max_ms")
+        out: Values = {k: rounded(1e3 * v) for k, v in zip(names, figures)}
         if math.isfinite(self.first):
             out["first_ms"] = rounded(1e3 * self.first)
             out["warmup_ms"] = [rounded(1e3 * v) for v in self.warmups]
         out |= {"repetitions": len(self.repetitions), "calls": self.calls}
-        if self.images and self.median > 0:
-            out |= {"images": self.images, "images_per_second": rounded(self.images / self.median)}
+        if self.rate:
+            out |= {"images": self.images, "images_per_second": rounded(self.rate)}
         return out
+
+
+def timed(action: Action, *, warmups: int, calls: int = 0, repetitions: int = 3) -> Timing:
+    """Warms one action up and repeats it."""
+    timing = Timing(images=action.images)
+    timing.warm_up(action, warmups, calls)
+    for _ in range(repetitions):
+        timing.repeat(action)
+    return timing
 
 
 def ratio(one: Sequence[float], other: Sequence[float]) -> dict[str, float]:
@@ -201,9 +216,9 @@ def ratio(one: Sequence[float], other: Sequence[float]) -> dict[str, float]:
     return dict(zip(("median", "min", "max"), map(rounded, values)))
 
 
-def rounded(value: float) -> float:
+def rounded(value: float, digits: int = 5) -> float:
     """Five significant digits: more than any of this is worth."""
-    return float(f"{value:.5g}")
+    return float(f"{value:.{digits}g}")
 
 
 # ------------------------------------------------------------------------------ machine
@@ -213,7 +228,10 @@ PACKAGES = ("jointseg_jax", "jax", "jaxlib", "libtpu", "flax", "numpy", "scipy",
 
 def machine() -> Values:
     """The machine that figures are taken on: chips, host, versions, load, as of now."""
-    device = jax.devices()[0]
+    device, versions = jax.devices()[0], {}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
     return {
         "platform": device.platform,
         "device": device.device_kind,
@@ -224,7 +242,7 @@ def machine() -> Values:
         "load": round(os.getloadavg()[0], 1),
         "date": datetime.date.today().isoformat(),
         "python": platform.python_version(),
-        "versions": {name: v for name in PACKAGES if (v := _version(name))},
+        "versions": versions,
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
     }
 
@@ -242,27 +260,20 @@ def num_chips() -> int:
 
 def memory() -> dict[str, float]:
     """GiB: the most that a chip held so far, and the most that this process did on the host."""
-    # CPU devices have no statistics.
-    found = [d.memory_stats() or {} for d in jax.local_devices()]
-    peaks = [stats["peak_bytes_in_use"] for stats in found if "peak_bytes_in_use" in stats]
     unit = 2**10 if platform.system() == "Darwin" else 1  # bytes there, KiB elsewhere
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit / 2**20
+    # CPU devices have no statistics.
+    peaks = [(d.memory_stats() or {}).get("peak_bytes_in_use") for d in jax.local_devices()]
+    chip = max((peak for peak in peaks if peak is not None), default=None)
     out = {"host_peak_gib": round(host, 3)}
-    return out | ({"chip_peak_gib": round(max(peaks) / 2**30, 3)} if peaks else {})
-
-
-def _version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
+    return out if chip is None else out | {"chip_peak_gib": round(chip / 2**30, 3)}
 
 
 def _processor() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, "") or platform.processor() or platform.machine()
 
 
 # --------------------------------------------------------- what the machine can do at most
@@ -300,9 +311,9 @@ def ceiling(dtype: str, sizes: tuple[int, ...] = (), seconds: float = 0.1) -> Ce
 
 def _product_seconds(size: int, dtype: str, length: float) -> float:
     device = jax.local_devices()[0]
-    keys = jax.random.split(jax.random.key(size))
     # Random, never constant: chips draw less power, and so run faster, on zeros.
     draw = jax.jit(lambda key: jax.random.normal(key, (size, size), dtype))
+    keys = jax.random.split(jax.random.key(size))
     left, right = (jax.device_put(draw(key), device) for key in keys)
     product = jax.jit(jnp.matmul)
     # Compiles, so that it is not timed.

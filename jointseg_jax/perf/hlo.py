@@ -45,8 +45,7 @@ class Instruction(NamedTuple):
     @property
     def operands(self) -> list[str]:
         """Names of the operands."""
-        parts = _split(self.rest)
-        return [part.split(" ")[-1].lstrip("%") for part in parts if part]
+        return [part.split(" ")[-1].lstrip("%") for part in _split(self.rest) if part]
 
     def attribute(self, pattern: str) -> str | None:
         """The first group of a pattern in the line, or None."""
@@ -172,34 +171,31 @@ class Module:
 
 def _parse(name: str, rest: str) -> Instruction | None:
     """Splits ``TYPE OP(...`` where the type ends: at a space outside all brackets."""
-    depth = 0
-    for i, letter in enumerate(rest):
-        if letter in "([{":
-            depth += 1
-        elif letter in ")]}":
-            depth -= 1
-        elif letter == " " and depth == 0:
-            found = OPERATION.match(rest[i + 1 :])
-            return Instruction(name, rest[:i], *found.groups()) if found else None
-    return None
+    end = next((i for i, letter, depth in _depths(rest) if letter == " " and depth == 0), None)
+    found = None if end is None else OPERATION.match(rest[end + 1 :])
+    return Instruction(name, rest[:end], *found.groups()) if found else None
 
 
 def _split(text: str) -> list[str]:
     """The parts of a list up to its closing bracket, comments left out."""
-    depth, start, parts = 0, 0, []
+    start, parts = 0, []
     # Long tuples are numbered, /*index=5*/, and the marks hold no brackets but commas may follow.
     text = re.sub(r"/\*.*?\*/", "", text)
-    for i, letter in enumerate(text):
-        if letter in "([{":
-            depth += 1
-        elif letter in ")]}":
-            depth -= 1
-            if depth < 0:
-                return [*parts, text[start:i].strip()]
-        elif letter == "," and depth == 0:
+    for i, letter, depth in _depths(text + ")"):
+        if (letter == "," and depth == 0) or depth < 0:
             parts.append(text[start:i].strip())
             start = i + 1
-    return [*parts, text[start:].strip()]
+        if depth < 0:
+            break
+    return parts
+
+
+def _depths(text: str) -> Iterator[tuple[int, str, int]]:
+    """Each letter's place, the letter, and how many brackets are open after it."""
+    depth = 0
+    for i, letter in enumerate(text):
+        depth += (letter in "([{") - (letter in ")]}")
+        yield i, letter, depth
 
 
 def _called(instruction: Instruction) -> list[str]:

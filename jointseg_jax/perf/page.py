@@ -20,13 +20,28 @@ Row = Mapping[str, Any]
 MAX_PARTS = 10
 """Parts of the estimate that are shown."""
 
+REFUSED = """
+What takes memory away: fewer rows per chip (--batch_per_chip), --remat=full, more chips
+to split the state over (--config.sharding=zero1 or fsdp with --config.mesh), accumulate."""
+
 
 def report_page(report: Report, heading: str) -> str:
     """A compiler's report, one fact a line."""
     values = report.values()
-    lines = [heading, *_program(report, values)]
+    data, fsdp, model = report.lowered.mesh
+    rows = values["batch"] / (data * fsdp)
+    lines = [
+        heading,
+        "",
+        _figure("chips", f"{values['chips']:,}", f"mesh data {data} x fsdp {fsdp} x model {model}"),
+        _figure("batch", f"{values['batch']:,}", f"{rows:g} per data-parallel shard"),
+        _figure("compiled in", f"{values['compile_s']:.1f} s", "; ".join(values["notes"])),
+        *(_figure("option", "", f"{k}={v}") for k, v in values["compiler_options"].items()),
+        "",
+    ]
     if report.refusal:
-        return "\n".join([*lines, *_refused(report)])
+        said = ("  " + part for line in report.refusal.splitlines() for part in wrap(line, 96))
+        return "\n".join([*lines, "DOES NOT FIT. The compiler says:", *said, REFUSED])
     return "\n".join([*lines, *_hbm(values), *_traffic(values), *_work(report, values)])
 
 
@@ -38,42 +53,19 @@ def _number(value: int | float | None, unit: str) -> str:
     return "not known" if value is None else f"{value:,.4g} {unit}"
 
 
-def _program(report: Report, values: Row) -> list[str]:
-    data, fsdp, model = report.lowered.mesh
-    rows = values["batch"] / (data * fsdp)
-    return [
-        "",
-        _figure("chips", f"{values['chips']:,}", f"mesh data {data} x fsdp {fsdp} x model {model}"),
-        _figure("batch", f"{values['batch']:,}", f"{rows:g} per data-parallel shard"),
-        _figure("compiled in", f"{values['compile_s']:.1f} s", "; ".join(values["notes"])),
-        *(_figure("option", "", f"{k}={v}") for k, v in values["compiler_options"].items()),
-    ]
-
-
-def _refused(report: Report) -> list[str]:
-    return [
-        "",
-        "DOES NOT FIT. The compiler says:",
-        *("  " + part for line in report.refusal.splitlines() for part in wrap(line, 96)),
-        "",
-        "What takes memory away: fewer rows per chip (--batch_per_chip), --remat=full, more chips",
-        "to split the state over (--config.sharding=zero1 or fsdp with --config.mesh), accumulate.",
-    ]
-
-
 def _hbm(values: Row) -> list[str]:
     share = values["hbm_share"]
     verdict = "fits" if share <= TIGHT else f"fits, but above {TIGHT:.0%}: tight"
-    gib = {k: f"{values[k]:.3f} GiB" for k in values if k.endswith("_gb")}
-    return [
-        "",
-        "HBM per chip, the compiler's plan",
-        _figure("arguments", gib["arguments_gb"], "parameters, optimizer state, batch"),
-        _figure("outputs", gib["outputs_gb"], f"{gib['shared_gb']} of it in the arguments' place"),
-        _figure("temporaries", gib["temporaries_gb"], "activations, gradients"),
-        _figure("code", gib["code_gb"]),
-        _figure("peak", gib["hbm_gb"], f"{share:.1%} of {values['hbm_limit_gb']} GiB: {verdict}"),
-    ]
+    remarks = {
+        "arguments": "parameters, optimizer state, batch",
+        "outputs": f"{values['shared_gb']:.3f} GiB of it in the arguments' place",
+        "temporaries": "activations, gradients",
+        "code": "",
+    }
+    rows = [_figure(k, f"{values[f'{k}_gb']:.3f} GiB", text) for k, text in remarks.items()]
+    peak = f"{share:.1%} of {values['hbm_limit_gb']} GiB: {verdict}"
+    rows.append(_figure("peak", f"{values['hbm_gb']:.3f} GiB", peak))
+    return ["HBM per chip, the compiler's plan", *rows, ""]
 
 
 def _traffic(values: Row) -> list[str]:
@@ -85,43 +77,38 @@ def _traffic(values: Row) -> list[str]:
     if ratio := values["collective_ratio"]:
         total += f"; {ratio:.3f} x what there must be"
     rows.append(_figure("together", f"{values['collective_gb']:.4f} GB", total))
-    return ["", "Collectives per chip, bytes x trip count", *rows]
+    return ["Collectives per chip, bytes x trip count", *rows, ""]
 
 
 def _work(report: Report, values: Row) -> list[str]:
-    ratio = ""
-    if values["matmul_ratio"]:
-        # Kernels of our own are not in the program's text, so neither side counts attention then.
-        apart = "no attention; " if values["not_estimated"] else ""
-        ratio = f"{values['matmul_ratio']:.3f} x analytic ({apart}remat, padding, codecs)"
-    analytic, matmul = (_number(values[k], "TFLOP") for k in ("analytic_tflop", "matmul_tflop"))
-    roofline, estimate = (_number(values[k], "ms") for k in ("roofline_ms", "estimate_ms"))
-    lines = [
-        "",
-        "Work per chip and run",
-        _figure("analytic FLOPs", analytic, "of the network alone, by its sizes"),
-        _figure("matmul FLOPs", matmul, ratio),
-        _figure("roofline", roofline, f"at {report.chip.peak} TFLOP/s"),
-        _figure("estimated computation", estimate, "by the compiler's cycles; not measured"),
+    kernels, ratio, peak = values["not_estimated"], values["matmul_ratio"], report.chip.peak
+    # Kernels of our own are not in the program's text, so neither side counts attention then.
+    apart = "no attention; " if kernels else ""
+    products = f"{ratio:.3f} x analytic ({apart}remat, padding, codecs)" if ratio else ""
+    rows = [
+        ("analytic FLOPs", "analytic_tflop", "TFLOP", "of the network alone, by its sizes"),
+        ("matmul FLOPs", "matmul_tflop", "TFLOP", products),
+        ("roofline", "roofline_ms", "ms", f"at {peak} TFLOP/s"),
+        ("estimated computation", "estimate_ms", "ms", "by the compiler's cycles; not measured"),
     ]
+    lines = [_figure(name, _number(values[k], unit), text) for name, k, unit, text in rows]
     parts = list(values["estimate_parts_ms"].items())
-    lines += [_figure("  " + name, f"{ms:.3f} ms") for name, ms in parts[:MAX_PARTS]]
     if rest := parts[MAX_PARTS:]:
-        lines.append(_figure("  the rest", f"{sum(ms for _, ms in rest):.3f} ms"))
-    for kernel, count in values["not_estimated"].items():
-        lines.append(_figure("not in the estimate", f"{count:,} x", kernel))
-    if values["not_estimated"]:
-        remark = f"if at {report.chip.attention:.0%} of the peak, as packed is by its schedule"
-        lines.append(_figure("attention kernels", _number(values["kernel_ms"], "ms"), remark))
+        parts = [*parts[:MAX_PARTS], ("the rest", sum(ms for _, ms in rest))]
+    lines += [_figure("  " + name, f"{ms:.3f} ms") for name, ms in parts]
+    lines += [_figure("not in the estimate", f"{n:,} x", kernel) for kernel, n in kernels.items()]
+    if kernels:
+        text = f"if at {report.chip.attention:.0%} of the peak, as packed is by its schedule"
+        lines.append(_figure("attention kernels", _number(values["kernel_ms"], "ms"), text))
     together = "with collectives, nothing hidden; to compare"
     lines.append(_figure("step", _number(values["step_ms"], "ms"), together))
     if values["mfu"] is not None:
         lines.append(_figure("MFU", f"{values['mfu']:.1%}", "roofline / step: of that estimate"))
     squares = ", ".join(values["squares"][:2]) + (", ..." if values["squares"][2:] else "")
     lines.append(_figure("N x N buffers", str(len(values["squares"])), squares))
-    for loop in values["unknown_loops"]:
-        lines.append(_figure("counted once", loop, "a loop that ends when its data say so"))
-    return lines
+    once = "a loop that ends when its data say so"
+    lines += [_figure("counted once", loop, once) for loop in values["unknown_loops"]]
+    return ["Work per chip and run", *lines]
 
 
 # ------------------------------------------------------------------ what was measured
@@ -138,10 +125,9 @@ def bench_page(results: list[Result], what: str) -> str:
         if len(results) > 1:
             lines += ["", f"--- {result.name}"]
             if result.machine["platform"] != "cpu":
-                lines += _row(
-                    "NOTE", "both configs are on the chip: its peak memory is that of both"
-                )
-        lines += ["", "Measured", *_pairs(result.facts), "", *_times(result.timings)]
+                text = "both configs are on the chip: its peak memory is that of both"
+                lines += _row("NOTE", text)
+        lines += ["", "Measured", *_pairs(result.facts), "", *_times(result.timings), ""]
         lines += _after(result)
     return "\n".join(lines)
 
@@ -161,18 +147,16 @@ def comparison(one: Result, other: Result, ratios: Mapping[str, Mapping[str, flo
 
 def _machine(machine: Row) -> list[str]:
     versions = ", ".join(f"{k} {v}" for k, v in machine["versions"].items())
-    device = f"{machine['devices']} x {machine['device']}"
     rows = {
-        "device": f"{device} ({machine['platform']})",
+        "device": f"{machine['devices']} x {machine['device']} ({machine['platform']})",
         "host": f"{machine['processor']}, {machine['cores']} cores; {machine['date']}",
         "versions": f"python {machine['python']}, {versions}",
     }
     if machine["xla_flags"]:
         rows["XLA_FLAGS"] = machine["xla_flags"]
-    load = machine["load"]
     # One core's worth of load is the measurement's own.
-    if load > 1 + BUSY * machine["cores"]:
-        rows["NOTE"] = f"load {load}: other work runs here; times are too long"
+    if machine["load"] > 1 + BUSY * machine["cores"]:
+        rows["NOTE"] = f"load {machine['load']}: other work runs here; times are too long"
     return _rows(rows.items())
 
 
@@ -210,12 +194,15 @@ def _pairs(values: Row) -> list[str]:
     return lines + _rows((k.replace("_", " "), text_of(v)) for k, v in rest.items())
 
 
-def text_of(value: object) -> str:
-    """A plain value for a reader."""
-    if isinstance(value, Mapping):
-        return ", ".join(f"{k} {_nested(v)}" for k, v in value.items()) or "none"
-    if isinstance(value, list | tuple):
-        return ", ".join(map(text_of, value)) or "none"
+def text_of(value: object, inside: bool = False) -> str:
+    """A plain value for a reader; a list or mapping inside of a mapping stands in brackets."""
+    if isinstance(value, Mapping | list | tuple):
+        if isinstance(value, Mapping):
+            texts = [f"{k} {text_of(v, True)}" for k, v in value.items()]
+        else:
+            texts = [*map(text_of, value)]
+        text = ", ".join(texts) or "none"
+        return f"({text})" if inside and not isinstance(value, tuple) else text
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int):
@@ -223,52 +210,34 @@ def text_of(value: object) -> str:
     return f"{value:.5g}" if isinstance(value, float) else str(value)
 
 
-def _nested(value: object) -> str:
-    text = text_of(value)
-    return f"({text})" if isinstance(value, Mapping | list) else text
-
-
-HEADS = ("first", "warm-up", "median", "min", "max")
-
-
 def _times(timings: Mapping[str, Timing]) -> list[str]:
-    head = f"  {'seconds of a call':<20}" + "".join(f"{h:>10}" for h in HEADS) + "     calls"
-    return [head + "  images/s", *(_time(name, timing) for name, timing in timings.items())]
-
-
-def _time(name: str, timing: Timing) -> str:
-    last = timing.warmups[-1] if timing.warmups else timing.first
-    shown = (timing.first, last, timing.median, min(timing.repetitions), max(timing.repetitions))
-    # NaN: there was no such call.
-    figures = "".join(f"{'-' if s != s else f'{s:.4g}':>10}" for s in shown)
-    calls = f"{len(timing.repetitions)} x {timing.calls}"
-    rate = timing.images / timing.median if timing.images and timing.median else 0.0
-    return f"  {name:<20}{figures}{calls:>10}" + (f"{rate:>10,.4g}" if rate else f"{'-':>10}")
+    heads = "".join(f"{head:>10}" for head in ("first", "warm-up", "median", "min", "max"))
+    lines = [f"  {'seconds of a call':<20}{heads}     calls  images/s"]
+    for name, t in timings.items():
+        last = t.warmups[-1] if t.warmups else t.first
+        shown = (t.first, last, t.median, min(t.repetitions), max(t.repetitions))
+        # NaN: there was no such call.
+        figures = "".join(f"{'-' if s != s else f'{s:.4g}':>10}" for s in shown)
+        calls, rate = f"{len(t.repetitions)} x {t.calls}", f"{t.rate:,.4g}" if t.rate else "-"
+        lines.append(f"  {name:<20}{figures}{calls:>10}{rate:>10}")
+    return lines
 
 
 def _after(result: Result) -> list[str]:
     rest = dict(result.after)
     speed, trace, memory = (rest.pop(k, None) for k in ("speed", "trace", "memory"))
-    lines = [""]
-    if speed is not None:
-        lines += _speed(speed, result)
+    lines = [] if speed is None else _speed(speed, result)
     if memory is not None:
-        lines += _row("peak memory", _memory(memory))
-    lines += _pairs(rest)
-    return lines + (_trace(trace) if trace is not None else [])
-
-
-def _memory(memory: Row) -> str:
-    chip = memory.get("chip_peak_gib")  # CPUs do not count
-    device = f"{chip} GiB on a chip" if chip else "not reported by this device"
-    return f"{device}; {memory['host_peak_gib']} GiB on the host, in this process"
+        chip = memory.get("chip_peak_gib")  # CPUs do not count
+        device = f"{chip} GiB on a chip" if chip else "not reported by this device"
+        host = f"{memory['host_peak_gib']} GiB on the host, in this process"
+        lines += _row("peak memory", f"{device}; {host}")
+    return lines + _pairs(rest) + ([] if trace is None else _trace(trace))
 
 
 def _speed(speed: Row, result: Result) -> list[str]:
-    timing = result.timings.get("update") or result.timings["sampler"]
-    chips = result.machine["chips"]
-    rate = timing.images / timing.median
-    rows = {"images/s": f"{rate:,.4g}; {rate / chips:,.4g} per chip ({chips})"}
+    timing, chips = next(iter(result.timings.values())), result.machine["chips"]
+    rows = {"images/s": f"{timing.rate:,.4g}; {timing.rate / chips:,.4g} per chip ({chips})"}
     ceiling = f"{speed['ceiling_tflops']:.4g} TFLOP/s, measured: {speed['ceiling_of']}"
     if "mfu" not in speed:
         return _rows((rows | {"ceiling": ceiling, "model FLOPs": "not known"}).items())

@@ -14,7 +14,6 @@ something it needs is not installed.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import os
 import signal
@@ -27,6 +26,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
+from jointseg_jax.perf.harness import rounded
+
 ERROR_TEXT = 3000
 """Characters of a failed command's output that its record keeps."""
 
@@ -37,6 +38,7 @@ ENVIRONMENT = {
 """Variables of every command, unless the user has set them."""
 
 Record = dict[str, object]
+Log = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,9 +53,7 @@ class Job:
     retry: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
-def run_plan(
-    jobs: Sequence[Job], out: Path, *, minutes: float, cwd: Path, log: Callable[[str], None]
-) -> Record:
+def run_plan(jobs: Sequence[Job], out: Path, *, minutes: float, cwd: Path, log: Log) -> Record:
     """Runs the jobs and returns the summary, which is in ``out`` too.
 
     Args:
@@ -62,46 +62,41 @@ def run_plan(
       log: called with a line for every job and part.
     """
     out.mkdir(parents=True, exist_ok=True)
-    start, records = time.monotonic(), []
+    start, rows = time.monotonic(), []
     # In order of value: what comes last is what a short slot can do without.
     for job in jobs:
         left = 60 * minutes - (time.monotonic() - start)
-        record = _run_job(job, out, left, minutes, cwd, log)
-        records.append(record)
-        summary = {
-            "minutes": minutes,
-            "seconds": round(time.monotonic() - start, 1),
-            "rows": [row for record in records for row in rows_of(record)],
-        }
+        record: Record = {"job": job.name, "estimate_s": job.estimate, "limit_s": job.limit}
+        if left < job.estimate:
+            text = f"it needs about {job.estimate:.0f} s and {max(left, 0):.0f} s are left of "
+            record |= {"status": "skipped", "reason": f"{text}--plan_minutes={minutes:g}"}
+            log(f"{job.name}: skipped; {record['reason']}")
+        else:
+            end = time.monotonic() + min(job.limit, left)
+            _run_job(job, record, out, end, cwd, log)
+        _write(out / f"{job.name}.json", record)
+        rows += rows_of(record)
+        spent = round(time.monotonic() - start, 1)
+        summary = {"minutes": minutes, "seconds": spent, "rows": rows}
         _write(out / "summary.json", summary)
     return summary
 
 
-def _run_job(
-    job: Job, out: Path, left: float, minutes: float, cwd: Path, log: Callable[[str], None]
-) -> Record:
-    record: Record = {"job": job.name, "estimate_s": job.estimate, "limit_s": job.limit}
-    if left < job.estimate:
-        reason = f"it needs about {job.estimate:.0f} s and {max(left, 0):.0f} s are left of "
-        record |= {"status": "skipped", "reason": f"{reason}--plan_minutes={minutes:g}"}
-        log(f"{job.name}: skipped; {record['reason']}")
-    else:
-        end, parts = time.monotonic() + min(job.limit, left), {}
-        waiting = list(job.parts.items())
-        while waiting:
-            name, command = waiting.pop(0)
-            found = parts[name] = run_command(command, end - time.monotonic(), cwd)
-            log(f"{job.name}, {name}: {found['status']}, {found['seconds']} s")
-            words = next((w for key, w in job.retry.items() if key in found.get("error", "")), None)
-            if found["status"] == "failed" and words and name in job.parts:
-                waiting.insert(0, (f"{name} {' '.join(words)}", (*command, *words)))
-            states = [part["status"] for part in parts.values()]
-            # One failure marks the job, whatever else it brought.
-            worst = next((s for s in ("failed", "out of time", "absent") if s in states), "done")
-            record |= {"status": worst, "parts": parts}
-            _write(out / f"{job.name}.json", record)
-    _write(out / f"{job.name}.json", record)
-    return record
+def _run_job(job: Job, record: Record, out: Path, end: float, cwd: Path, log: Log) -> None:
+    """Runs the parts until the clock shows ``end``, and writes the record after each."""
+    waiting, parts = list(job.parts.items()), {}
+    while waiting:
+        name, command = waiting.pop(0)
+        found = parts[name] = run_command(command, end - time.monotonic(), cwd)
+        log(f"{job.name}, {name}: {found['status']}, {found['seconds']} s")
+        words = next((w for key, w in job.retry.items() if key in found.get("error", "")), None)
+        if found["status"] == "failed" and words and name in job.parts:
+            waiting.insert(0, (f"{name} {' '.join(words)}", (*command, *words)))
+        states = [part["status"] for part in parts.values()]
+        # One failure marks the job, whatever else it brought.
+        worst = next((s for s in ("failed", "out of time", "absent") if s in states), "done")
+        record |= {"status": worst, "parts": parts}
+        _write(out / f"{job.name}.json", record)
 
 
 def run_command(command: Sequence[str], seconds: float, cwd: Path) -> Record:
@@ -110,53 +105,38 @@ def run_command(command: Sequence[str], seconds: float, cwd: Path) -> Record:
     record: Record = {"command": " ".join(words), "seconds": 0.0}
     if seconds <= 0:
         return record | {"status": "out of time", "error": "not started: the job's time is over"}
-    start = time.monotonic()
-    with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
+    # The package of ``cwd`` is found without being installed.
+    path = os.pathsep.join(filter(None, (str(cwd), os.environ.get("PYTHONPATH"))))
+    environment = {**ENVIRONMENT, **os.environ, "PYTHONPATH": path}
+    start, status = time.monotonic(), None
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         # A group of its own, so that readers and compilers end with it, in the same session, so
         # that nothing outlives a machine that is taken back.
         process = subprocess.Popen(
-            words,
-            cwd=cwd,
-            env=_environment(cwd),
-            stdout=stdout,
-            stderr=stderr,
-            process_group=0,
+            words, cwd=cwd, env=environment, stdout=out, stderr=err, process_group=0
         )
         try:
-            status = process.wait(timeout=seconds)
-        except subprocess.TimeoutExpired:
-            status = None
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                status = process.wait(timeout=seconds)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        texts = [_read(stream) for stream in (stdout, stderr)]
+        printed, errors = _read(out), _read(err)
     record["seconds"] = round(time.monotonic() - start, 1)
+    tail = (errors.strip() or printed.strip())[-ERROR_TEXT:]
     if status is None:
-        text = f"ended after {seconds:.0f} s\n{_tail(texts)}"
+        text = f"ended after {seconds:.0f} s\n{tail}"
         return record | {"status": "out of time", "error": text}
-    values = _last_object(texts[0])
+    values = _last_object(printed)
     if status != 0 or values is None:
-        text = f"exit status {status}\n{_tail(texts)}"
-        return record | {"status": "failed", "error": text}
+        return record | {"status": "failed", "error": f"exit status {status}\n{tail}"}
     return record | {"status": "absent" if "absent" in values else "done", "values": values}
-
-
-def _environment(cwd: Path) -> dict[str, str]:
-    """The user's variables; the package of ``cwd`` is found without being installed."""
-    path = os.pathsep.join(filter(None, (str(cwd), os.environ.get("PYTHONPATH"))))
-    return {**ENVIRONMENT, **os.environ, "PYTHONPATH": path}
 
 
 def _read(stream: IO[bytes]) -> str:
     stream.seek(0)
     return stream.read().decode(errors="replace")
-
-
-def _tail(texts: Sequence[str]) -> str:
-    """The end of what a command printed; of its errors, unless there are none."""
-    stdout, stderr = texts
-    return (stderr.strip() or stdout.strip())[-ERROR_TEXT:]
 
 
 def _last_object(text: str) -> dict | None:
@@ -187,27 +167,19 @@ def rows_of(record: Record) -> list[Record]:
     for part, found in record["parts"].items():
         head = {"job": name, "part": part, "status": found["status"]}
         values = found.get("values", {})
-        if "error" in found or "absent" in values:
-            text = found.get("error") or values["absent"]
+        if text := found.get("error") or values.get("absent"):
             rows.append(head | {"note": " ".join(text.split())[:300]})
         elif "times" in values:
             rows += [head | {"what": what} | _figures(values, what) for what in values["times"]]
         else:
             rows.append(head | values.get("summary", {}))
-    return _beside_jax(rows)
-
-
-def _beside_jax(rows: list[Record]) -> list[Record]:
-    """Adds how many times our time a peer takes; parts are called ``NETWORK BACKEND``."""
-    ours = {
-        (row["part"].removesuffix(" jax"), row.get("what")): row["median_ms"]
-        for row in rows
-        if row["part"].endswith(" jax") and "median_ms" in row
-    }
+    # Beside a peer's time, how many times ours it is; parts are called NETWORK BACKEND.
+    times = {(row["part"], row.get("what")): row.get("median_ms") for row in rows}
     for row in rows:
-        own = ours.get((row["part"].rpartition(" ")[0], row.get("what")))
-        if own and "median_ms" in row and not row["part"].endswith(" jax"):
-            row["times_ours"] = float(f"{row['median_ms'] / own:.4g}")
+        network, _, backend = row["part"].rpartition(" ")
+        own = times.get((f"{network} jax", row.get("what")))
+        if own and "median_ms" in row and backend != "jax":
+            row["times_ours"] = rounded(row["median_ms"] / own, 4)
     return rows
 
 
@@ -278,30 +250,25 @@ def gpu_jobs(out: Path, *, smoke: bool) -> list[Job]:
         for network, backends in networks.items()
         for backend in backends
     }
+    jobs = {
+        "attention": {"numerics": (*attention, *tiny)},
+        "jodiffusion": {"train": (*jodiffusion, *train), "sample": (*jodiffusion, *sample)},
+        "pdm": {"train": (*pdm, "--what=train"), "sample": (*pdm, *pairs)},
+        "peer": {"check": (*peer, "--backend=check"), **peers},
+        "quickstart": {"train": (*quickstart, *short)},
+    }
     slower = 4 if smoke else 1  # a CPU that does other work too
-    jobs = [
-        Job(name="attention", parts={"numerics": (*attention, *tiny)}, estimate=30, limit=90),
+    return [
         Job(
-            name="jodiffusion",
-            parts={"train": (*jodiffusion, *train), "sample": (*jodiffusion, *sample)},
-            estimate=90,
-            limit=330,
-            retry=retry,
-        ),
-        Job(
-            name="pdm",
-            parts={"train": (*pdm, "--what=train"), "sample": (*pdm, *pairs)},
-            estimate=60,
-            limit=150,
-            retry=retry,
-        ),
-        Job(
-            name="peer",
-            parts={"check": (*peer, "--backend=check"), **peers},
-            estimate=60,
-            limit=200,
-        ),
-        # Four minutes, and the start and end of two runs; less if less is left.
-        Job(name="quickstart", parts={"train": (*quickstart, *short)}, estimate=120, limit=300),
+            name=name,
+            parts=parts,
+            estimate=estimate,
+            limit=slower * limit,
+            retry=retry if name in ("jodiffusion", "pdm") else {},
+        )
+        for (name, parts), (estimate, limit) in zip(jobs.items(), SECONDS, strict=True)
     ]
-    return [dataclasses.replace(job, limit=slower * job.limit) for job in jobs]
+
+
+SECONDS = ((30, 90), (90, 330), (60, 150), (60, 200), (120, 300))
+"""Estimate and limit of each job. The last: four minutes, and the start and end of two runs."""

@@ -19,11 +19,11 @@ from jointseg_jax import build, profiling, sharding
 from jointseg_jax.config import RunConfig, SystemConfig
 from jointseg_jax.generation.sampler import PER_DEVICE, jit_sample_batch, sampling_params
 from jointseg_jax.perf import abstract
-from jointseg_jax.perf.abstract import Shapes, System
+from jointseg_jax.perf.abstract import System
 from jointseg_jax.perf.costs import ideal_bytes
 from jointseg_jax.systems.system import LATENTS, Generator
 from jointseg_jax.training.step import check_batch, make_train_step, with_shardings
-from jointseg_jax.types import UserError
+from jointseg_jax.types import Params, UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,26 +77,23 @@ def lower_training(
         check_batch(config, mesh)
     except UserError as error:
         raise UserError(f"{error} Or give rows per chip: --batch_per_chip=N.") from error
-    system, frozen, notes = _system(config, missing)
+    system, frozen, note = _system(config, missing)
     # The same function that training calls, so that the program is the run's to the letter.
-    program = make_train_step(system, config, mesh)
-    rows = abstract.training_shapes(
-        config, system, config.batch, frozen if missing.cached else None
-    )
+    program, cached = make_train_step(system, config, mesh), frozen if missing.cached else None
+    batch = abstract.training_shapes(config, system, config.batch, cached)
     # Codecs are whole on every chip.
-    everywhere = sharding.replicated(mesh)
+    everywhere, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)
     with jax.set_mesh(mesh):
-        lowered = program.update.lower(
-            program.state, _at(frozen, everywhere), _at(rows, sharding.batch_sharding(mesh))
-        )
+        lowered = program.update.lower(program.state, _at(frozen, everywhere), _at(batch, rows))
     forward, denoiser = profiling.forward_flops(system), getattr(system, "denoiser", None)
+    latents = [name.removeprefix(LATENTS) for name in batch if name.startswith(LATENTS)]
     return Lowered(
         program=lowered,
         mesh=tuple(mesh.devices.shape),
         batch=config.batch,
         # A backward pass has two products for each of the forward pass.
         flops=3.0 * forward * config.batch if forward else None,
-        notes=(*notes, *_from_cache(rows)),
+        notes=(note, *_named("latents read from a cache: ", latents)),
         attention=profiling.attention_share(system),
         lengths=profiling.lengths(system),
         passes=KERNEL_PASSES[getattr(denoiser, "remat", "none") == "full"] / 3.0,
@@ -125,68 +122,51 @@ def lower_sampling(
     """
     # Sampling splits rows alone: every chip has the whole network.
     mesh = sharding.make_mesh((-1, 1, 1), devices)
-    system, frozen, notes = _system(config, missing)
-    if not isinstance(system, Generator):
-        raise UserError(
-            "ERROR [flags] --what=sample: this config trains a codec; it makes no pairs."
-        )
-    system = abstract.with_steps(system, steps)
+    system, frozen, note = _system(config, missing)
+    system = abstract.sampling_system(system, steps, given)
     batch = (per_chip or PER_DEVICE) * len(devices)
     fields = abstract.batch_shapes(config, system, batch)
     known = {given: fields[given]} if given else {}
-    try:
-        system.check_condition(known)
-    except ValueError as error:
-        raise UserError(f"{error} On the command line: --given=labels or --given=image.") from error
     # Shapes alone: a billion parameters are never in this machine's memory.
     params = jax.eval_shape(
         lambda key: sampling_params(system, system.init(key)), jax.random.key(0)
     )
     rows, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
-    text = _at(fields["text"], rows) if system.text is not None else None
-    indices = jax.ShapeDtypeStruct((batch,), jnp.uint32, sharding=rows)
-    seed = jax.ShapeDtypeStruct((), jnp.uint32, sharding=everywhere)
+    text = fields["text"] if system.text is not None else None
+    indices, seed = (jax.ShapeDtypeStruct(shape, jnp.uint32) for shape in ((batch,), ()))
     with jax.set_mesh(mesh):
         lowered = jit_sample_batch(system, mesh).lower(
-            _at(params, everywhere),
-            _at(frozen, everywhere),
-            text,
-            _at(known, rows),
-            seed,
-            indices,
+            *_at((params, frozen), everywhere),
+            *_at((text, known), rows),
+            _at(seed, everywhere),
+            _at(indices, rows),
         )
     each = profiling.sampling_flops(system, known)
+    kinds = {name: stream.codec.kind for name, stream in system.streams.items()}
+    latents = [name for name, kind in kinds.items() if kind == "latents" and name != "text"]
     return Lowered(
         program=lowered,
         mesh=tuple(mesh.devices.shape),
         batch=batch,
         flops=each * batch if each else None,
-        notes=(*notes, *_undecoded(system)),
+        notes=(note, *_named("not decoded, for their latents were cached: ", latents)),
         attention=profiling.attention_share(system),
         lengths=profiling.lengths(system),
         ideal=0,  # rows do not meet
     )
 
 
-def _system(
-    config: RunConfig, missing: Missing
-) -> tuple[System | Generator, dict[str, Any], tuple[str, ...]]:
+def _system(config: RunConfig, missing: Missing) -> tuple[System | Generator, Params, str]:
     """The system, the shapes of its frozen parameters, and what was made up."""
     info = abstract.dataset_info(config, missing.classes)
     codecs = abstract.codecs(config, info, missing.codec)
     words = f"{len(info.vocabulary)} words" if info.vocabulary else "no words"
-    notes = (f"{len(info.classes)} classes, {words}",)
-    return build.system(config.system, info, codecs.specs), codecs.frozen, notes
+    note = f"{len(info.classes)} classes, {words}"
+    return build.system(config.system, info, codecs.specs), codecs.frozen, note
 
 
-def _from_cache(batch: Shapes) -> tuple[str, ...]:
-    names = [name.removeprefix(LATENTS) for name in batch if name.startswith(LATENTS)]
-    return (f"latents read from a cache: {', '.join(names)}",) if names else ()
-
-
-def _undecoded(system: Generator) -> tuple[str, ...]:
-    names = [k for k, s in system.streams.items() if s.codec.kind == "latents" and k != "text"]
-    return (f"not decoded, for their latents were cached: {', '.join(names)}",) if names else ()
+def _named(text: str, names: Sequence[str]) -> tuple[str, ...]:
+    return (text + ", ".join(names),) if names else ()
 
 
 def _at(shapes: PyTree, place: jax.sharding.NamedSharding) -> PyTree:

@@ -9,7 +9,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 import re
 import time
 from collections.abc import Mapping
@@ -19,7 +21,7 @@ import jax
 
 from jointseg_jax.chips import Chip
 from jointseg_jax.perf.costs import Costs, costs
-from jointseg_jax.perf.harness import Values
+from jointseg_jax.perf.harness import Values, rounded
 from jointseg_jax.perf.hlo import Module
 from jointseg_jax.perf.programs import Lowered
 from jointseg_jax.types import UserError
@@ -33,17 +35,20 @@ TIGHT = 0.85
 class Memory:
     """GiB of one chip's HBM by the compiler's plan."""
 
+    peak: float
     arguments: float
     outputs: float
     shared: float  # outputs that take the place of arguments
     temporaries: float
     code: float
-    peak: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What the compiler made of a program; without ``memory`` and ``costs`` where it refused."""
+    """What the compiler made of a program; without ``memory`` and ``costs`` where it refused.
+
+    Figures are of one chip, and None where something they follow from is unknown.
+    """
 
     lowered: Lowered
     chip: Chip
@@ -62,9 +67,7 @@ class Report:
     @property
     def roofline_ms(self) -> float | None:
         """Analytic FLOPs / chips / peak: no program of this network can be faster."""
-        if self.lowered.flops is None:
-            return None
-        return self.lowered.flops / self.chips / self.chip.peak / 1e9
+        return _over(self.lowered.flops, self.chips, self.chip.peak, 1e9)
 
     @property
     def estimate_ms(self) -> float | None:
@@ -82,11 +85,9 @@ class Report:
         """
         if self.roofline_ms is None or self.costs is None:
             return None
-        if not self.costs.kernels:
-            return 0.0
         # Attention's part of the network's FLOPs, times the kernel's products for one forward pass.
         share = self.lowered.attention * self.lowered.passes
-        return self.roofline_ms * share / self.chip.attention
+        return self.roofline_ms * share / self.chip.attention if self.costs.kernels else 0.0
 
     @property
     def matmul_ratio(self) -> float | None:
@@ -101,26 +102,22 @@ class Report:
 
     @property
     def collective_bytes(self) -> int | None:
-        """Bytes of all collectives on one chip."""
-        if self.costs is None:
-            return None
-        return sum(traffic.bytes for traffic in self.costs.collectives.values())
+        """Bytes of all collectives."""
+        traffic = self.costs.collectives.values() if self.costs is not None else None
+        return None if traffic is None else sum(t.bytes for t in traffic)
 
     @property
     def collective_ratio(self) -> float | None:
         """Bytes of collectives / those that there must be (``costs.ideal_bytes``)."""
-        if not self.lowered.ideal or self.costs is None:
-            return None
-        return self.collective_bytes / self.lowered.ideal
+        return _over(self.collective_bytes, self.lowered.ideal) if self.lowered.ideal else None
 
     @property
     def ici_ms(self) -> float | None:
-        """Bytes of all collectives on one chip / its links together.
+        """Bytes of all collectives / a chip's links together.
 
         Waiting takes at least this long unless it is hidden behind computation.
         """
-        moved = self.collective_bytes
-        return None if moved is None else moved / self.chip.ici / 1e6
+        return _over(self.collective_bytes, self.chip.ici, 1e6)
 
     @property
     def step_ms(self) -> float | None:
@@ -131,12 +128,12 @@ class Report:
     @property
     def mfu(self) -> float | None:
         """Model FLOP utilization if a run took ``step_ms``."""
-        return None if None in (self.step_ms, self.roofline_ms) else self.roofline_ms / self.step_ms
+        return _over(self.roofline_ms, self.step_ms) if self.step_ms else None
 
     @property
     def image_ms(self) -> float | None:
         """``step_ms`` over the rows that one chip does."""
-        return None if self.step_ms is None else self.step_ms * self.chips / self.lowered.batch
+        return _over(self.step_ms and self.step_ms * self.chips, self.lowered.batch)
 
     def values(self) -> Values:
         """The report as plain values: sizes in GiB, traffic in GB (10^9), times in ms."""
@@ -154,47 +151,40 @@ class Report:
         }
         if self.memory is None or self.costs is None:
             return found | {"refusal": self.refusal}
-        return found | self._memory_values(self.memory) | self._cost_values(self.costs)
-
-    def _memory_values(self, m: Memory) -> Values:
         # GiB in spite of the names, which scripts read.
-        sizes = {
-            "hbm_gb": m.peak,
-            "arguments_gb": m.arguments,
-            "outputs_gb": m.outputs,
-            "shared_gb": m.shared,
-            "temporaries_gb": m.temporaries,
-            "code_gb": m.code,
-        }
-        share = {"hbm_share": _rounded(m.peak, self.chip.hbm)}
-        return {k: _rounded(v) for k, v in sizes.items()} | share
+        sizes = {f"{k}_gb".replace("peak", "hbm"): v for k, v in vars(self.memory).items()}
+        found |= {k: _rounded(v) for k, v in sizes.items()}
+        found["hbm_share"] = _rounded(self.memory.peak, self.chip.hbm)
+        return found | self._cost_values(self.costs)
 
     def _cost_values(self, costs: Costs) -> Values:
-        cycles_per_ms = 1e6 * self.chip.clock
+        per_ms = 1e6 * self.chip.clock
+        traffic = costs.collectives.items()
         return {
             "matmul_tflop": _rounded(costs.flops, 1e12),
             "estimate_ms": _rounded(self.estimate_ms),
-            "estimate_parts_ms": {k: _rounded(v, cycles_per_ms) for k, v in costs.cycles.items()},
+            "estimate_parts_ms": {k: _rounded(v, per_ms) for k, v in costs.cycles.items()},
             "not_estimated": costs.kernels,
-            "kernel_ms": _rounded(self.kernel_ms),
-            "step_ms": _rounded(self.step_ms),
-            "image_ms": _rounded(self.image_ms),
-            "mfu": _rounded(self.mfu),
+            **{k: _rounded(getattr(self, k)) for k in ("kernel_ms", "step_ms", "image_ms", "mfu")},
             "matmul_ratio": _rounded(self.matmul_ratio),
             "squares": list(costs.squares),
             "collective_gb": _rounded(self.collective_bytes, 1e9),
             "collective_ratio": _rounded(self.collective_ratio),
             "collectives": {
-                k: {"count": t.count, "gb": _rounded(t.bytes, 1e9)}
-                for k, t in costs.collectives.items()
+                k: {"count": t.count, "gb": _rounded(t.bytes, 1e9)} for k, t in traffic
             },
             "ici_ms": _rounded(self.ici_ms),
             "unknown_loops": list(self.unknown_loops),
         }
 
 
+def _over(value: int | float | None, *units: int | float) -> float | None:
+    """The value divided by each of the units; None of None."""
+    return None if value is None else functools.reduce(operator.truediv, units, value)
+
+
 def _rounded(value: int | float | None, unit: float = 1.0) -> float | None:
-    return None if value is None else float(f"{value / unit:.5g}")
+    return None if value is None else rounded(value / unit)
 
 
 def compiled(
@@ -206,6 +196,7 @@ def compiled(
       UserError: the compiler refuses for another reason than memory (an option it does not know).
     """
     start, options = time.perf_counter(), dict(options or {})
+    report = functools.partial(Report, lowered=lowered, chip=chip, options=options)
     # The compiler plans memory; what does not fit is an error of compiling, not of running.
     try:
         done = lowered.program.compile(compiler_options=options)
@@ -213,34 +204,27 @@ def compiled(
         seconds, refusal = time.perf_counter() - start, _shortened(str(error))
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise UserError(f"ERROR [compiler] {refusal}") from error
-        report = Report(
-            lowered=lowered, chip=chip, seconds=seconds, options=options, refusal=refusal
-        )
-        return report, ""
-    seconds = time.perf_counter() - start
-    text = done.as_text()
+        return report(seconds=seconds, refusal=refusal), ""
+    seconds, text = time.perf_counter() - start, done.as_text()
     module = Module(text)
-    report = Report(
-        lowered=lowered,
-        chip=chip,
-        seconds=seconds,
-        memory=_memory(done),
-        costs=costs(module, lowered.lengths),
-        unknown_loops=tuple(sorted(module.unknown_loops)),  # filled while ``costs`` counted
-        options=options,
-    )
-    return report, text
+    found = costs(module, lowered.lengths)
+    loops = tuple(sorted(module.unknown_loops))  # filled while ``costs`` counted
+    return report(seconds=seconds, memory=_memory(done), costs=found, unknown_loops=loops), text
 
 
 def _memory(done: jax.stages.Compiled) -> Memory:
     stats = done.memory_analysis()
-    arguments, outputs = stats.argument_size_in_bytes, stats.output_size_in_bytes
-    shared, temporaries = stats.alias_size_in_bytes, stats.temp_size_in_bytes
-    sum_of_all = arguments + outputs - shared + temporaries
-    peak = getattr(stats, "peak_memory_in_bytes", 0) or sum_of_all  # older jaxlibs do not say
-    sizes = (arguments, outputs, shared, temporaries, stats.generated_code_size_in_bytes, peak)
-    names = ("arguments", "outputs", "shared", "temporaries", "code", "peak")
-    return Memory(**{name: size / GIB for name, size in zip(names, sizes)})
+    sizes = {
+        "arguments": stats.argument_size_in_bytes,
+        "outputs": stats.output_size_in_bytes,
+        "shared": stats.alias_size_in_bytes,
+        "temporaries": stats.temp_size_in_bytes,
+        "code": stats.generated_code_size_in_bytes,
+    }
+    # Older jaxlibs do not say.
+    together = sizes["arguments"] + sizes["outputs"] - sizes["shared"] + sizes["temporaries"]
+    sizes["peak"] = getattr(stats, "peak_memory_in_bytes", 0) or together
+    return Memory(**{name: size / GIB for name, size in sizes.items()})
 
 
 def _shortened(message: str, lines: int = 24) -> str:

@@ -32,6 +32,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jointseg_jax import chips, sharding
+from jointseg_jax.models import attention, packed_attention
+from jointseg_jax.perf import harness
 from jointseg_jax.types import Array, UserError
 
 BUNDLE = re.compile(r"\s*(?:0x[0-9a-f]+|0)\s*(?:[A-Z]{2}\s*)?:\s*(>*)")
@@ -102,9 +105,6 @@ def program(
     backend: str, device: jax.Device, flags: argparse.Namespace, queries: int | None
 ) -> Callable[[], None]:
     """Compiles attention forward and backward, as the layers call it, for one device."""
-    from jointseg_jax import sharding
-    from jointseg_jax.models import attention, packed_attention
-
     if backend == "packed":
         fields = {"heads": flags.heads, "count": flags.tokens, "queries": queries}
         attend = functools.partial(packed_attention.attend_packed, **fields)
@@ -128,9 +128,6 @@ def program(
 def lines(flags: argparse.Namespace, folder: Path) -> Iterator[str]:
     """The table, a line at a time."""
     jax.config.update("jax_platforms", "cpu")  # nothing runs
-    from jointseg_jax import chips
-    from jointseg_jax.models import packed_attention
-
     chip, device = chips.chip_of(flags.topology), chips.devices_of(flags.topology)[0]
     product = 2 * flags.tokens**2 * flags.heads * flags.size * flags.rows  # its FLOPs
     yield f"{'kernel':<36}{'queries':>8}{'1000 cycles':>13}{'of the peak':>13}"
@@ -149,9 +146,7 @@ def lines(flags: argparse.Namespace, folder: Path) -> Iterator[str]:
 
 def main() -> None:
     """Prints a line for each kernel."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = harness.parser(__doc__)
     parser.add_argument("--topology", default="v5e:1x1", help="v5e:1x1, v5p:2x2x1 or v6e:1x1")
     parser.add_argument("--attention", default="packed,splash", help="of packed, splash")
     parser.add_argument("--heads", type=int, default=24)

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -49,7 +50,7 @@ class Grid:
     rows: Sequence[int]
 
     def __len__(self) -> int:
-        return len(self.attention) * len(self.sharding) * len(self.remat) * len(self.rows)
+        return math.prod(map(len, vars(self).values()))
 
 
 class Trial(NamedTuple):
@@ -63,16 +64,16 @@ class Trial(NamedTuple):
     @property
     def fits(self) -> bool:
         """Returns True if the compiler took it and its peak is at most ``TIGHT`` of HBM."""
-        found = self.report
-        if found is None or found.memory is None:
+        made = self.report
+        if made is None or made.memory is None:
             return False
-        return found.memory.peak <= report.TIGHT * found.chip.hbm
+        return made.memory.peak <= report.TIGHT * made.chip.hbm
 
     @property
     def order(self) -> tuple[float, int]:
         """What the best is chosen by: least ``image_ms``, then fewest rows."""
-        time = self.report.image_ms if self.report is not None else None
-        return (float("inf") if time is None else time, self.setting.rows)
+        time = self.report and self.report.image_ms
+        return (math.inf if time is None else time, self.setting.rows)
 
 
 def configured(config: RunConfig, setting: Setting, chips: int) -> RunConfig:
@@ -108,18 +109,16 @@ def trials(
       compiled: compiles a lowered program, as ``report.compiled`` does.
     """
 
-    def tried(setting: Setting) -> Trial:
-        changed = configured(config, setting, len(devices))
-        try:
-            lowered = programs.lower_training(changed, devices, missing=missing)
-            made, _ = compiled(lowered, chip, options)
-        except UserError as error:
-            return Trial(setting, tuple(changed.mesh), None, str(error))
-        return Trial(setting, lowered.mesh, made, made.refusal)
-
     for choice in itertools.product(grid.attention, grid.sharding, grid.remat):
         for rows in sorted(grid.rows):
-            trial = tried(Setting(*choice, rows))
+            setting = Setting(*choice, rows)
+            changed = configured(config, setting, len(devices))
+            try:
+                lowered = programs.lower_training(changed, devices, missing=missing)
+                made, _ = compiled(lowered, chip, options)
+                trial = Trial(setting, lowered.mesh, made, made.refusal)
+            except UserError as error:
+                trial = Trial(setting, tuple(changed.mesh), None, str(error))
             yield trial
             if not trial.fits:
                 break  # more rows need more memory

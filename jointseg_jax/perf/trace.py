@@ -13,7 +13,6 @@
 from __future__ import annotations
 
 import collections
-import contextlib
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -22,13 +21,11 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 
-from jointseg_jax.perf.costs import part_of
+from jointseg_jax.perf.costs import ELSEWHERE, part_of
 from jointseg_jax.perf.hlo import Module
 
 TOP = 10
 """Operations that are listed."""
-
-ELSEWHERE = "outside the network"
 
 
 class Event(NamedTuple):
@@ -64,8 +61,11 @@ def traced(run: Callable[[], object], text: str, calls: int = 1) -> dict[str, ob
       run: makes ``calls`` calls of the program and waits for their end.
       text: of the optimized program; without it there are no parts.
     """
+    options = jax.profiler.ProfileOptions()
+    # Python's own calls would fill the trace and slow what is traced.
+    options.python_tracer_level = 0
     with tempfile.TemporaryDirectory() as folder:
-        with _tracing(folder):
+        with jax.profiler.trace(folder, profiler_options=options):
             run()
         lines = [line for path in Path(folder).rglob("*.xplane.pb") for line in events(path)]
     rows = table(lines, parts(text) if text else {}, calls)
@@ -73,19 +73,14 @@ def traced(run: Callable[[], object], text: str, calls: int = 1) -> dict[str, ob
     for row in rows:
         by_part[row.part] += row.share
     return {
-        "operations": [_plain(row) for row in rows[:TOP]],
+        "operations": [
+            {"name": r.name, "part": r.part, "ms": round(r.milliseconds, 4)}
+            | {"share": round(r.share, 4), "count": round(r.count, 1)}
+            for r in rows[:TOP]
+        ],
         "operations_ms": round(sum(row.milliseconds for row in rows), 4),
         "parts": {k: round(v, 4) for k, v in by_part.most_common(TOP)} if text else {},
     }
-
-
-@contextlib.contextmanager
-def _tracing(folder: str) -> Iterator[None]:
-    # Python's own calls would fill the trace and slow what is traced.
-    options = jax.profiler.ProfileOptions()
-    options.python_tracer_level = 0
-    with jax.profiler.trace(folder, profiler_options=options):
-        yield
 
 
 def events(path: Path) -> list[list[Event]]:
@@ -116,10 +111,8 @@ def _short(name: str) -> str:
 
 def parts(text: str) -> dict[str, str]:
     """The part of the network that each instruction of a program belongs to."""
-    found = {}
-    for computation in Module(text).computations.values():
-        found |= {name: part_of(instruction) for name, instruction in computation.items()}
-    return found
+    every = (i for found in Module(text).computations.values() for i in found.items())
+    return {name: part_of(instruction) for name, instruction in every}
 
 
 def own_times(line: Iterable[Event]) -> Iterator[tuple[str, float]]:
@@ -153,13 +146,3 @@ def table(lines: Iterable[Iterable[Event]], part: dict[str, str], calls: int = 1
         Row(name, where, own / 1e6 / calls, own / total, counts[name, where] / calls)
         for (name, where), own in times.most_common()
     ]
-
-
-def _plain(row: Row) -> dict[str, object]:
-    return {
-        "name": row.name,
-        "part": row.part,
-        "ms": round(row.milliseconds, 4),
-        "share": round(row.share, 4),
-        "count": round(row.count, 1),
-    }

@@ -139,8 +139,7 @@ def test_attention_that_is_right_is_ok_and_what_is_not_is_not(monkeypatch):
 def test_the_peer_has_the_sizes_of_the_papers(name):
     network = bench_peer.NETWORKS[name]
     module = network.module("bfloat16")
-    inputs = jax.eval_shape(lambda: bench_peer._example(network))
-    shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs)
+    shapes = jax.eval_shape(lambda: bench_peer.initial(module, jax.random.key(0)))
     millions = sum(x.size for x in jax.tree.leaves(shapes)) / 1e6
     tokens = bench_peer.lengths(module)[0]
     assert (tokens, round(millions)) == {"small": (590, 45), "large": (2126, 954)}[name]
@@ -149,9 +148,9 @@ def test_the_peer_has_the_sizes_of_the_papers(name):
 def test_every_parameter_goes_to_the_peer():
     network = bench_peer.NETWORKS["tiny"]
     module = network.module("float32")
-    shapes = jax.eval_shape(module.init, jax.random.key(0), *bench_peer._example(network))["params"]
+    shapes = jax.eval_shape(lambda: bench_peer.initial(module, jax.random.key(0)))
     params = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), shapes)
-    weights = bench_peer.torch_weights(params, network)
+    weights = bench_peer.torch_weights(params)
     assert sum(w.size for w in weights.values()) == sum(x.size for x in jax.tree.leaves(params))
 
 

@@ -11,14 +11,14 @@ import pytest
 from jointseg_jax import profiling
 from jointseg_jax.config import RunConfig
 from jointseg_jax.perf import (
+    abstract,
     bench,
     bench_codec,
     bench_input,
-    bench_sampling,
+    bench_model,
     bench_startup,
     harness,
     page,
-    under_test,
 )
 from jointseg_jax.perf.harness import BenchConfig
 from jointseg_jax.types import UserError
@@ -46,23 +46,23 @@ def trained(config_of):
 
 
 def test_random_rows_are_shaped_as_the_pipelines(config_of):
-    found = under_test.model_under_test(config_of("train"))
-    made = under_test.random_rows(found, found.config.batch, 0)
-    with under_test.real_batches(found.config, found.info) as batches:
+    found = abstract.model_under_test(config_of("train"))
+    made = abstract.random_rows(found, found.config.batch, 0)
+    with abstract.real_batches(found.config, found.info) as batches:
         real = next(batches)
     real.pop("index")
     assert {k: (v.shape, v.dtype) for k, v in made.items()} == {
         k: (v.shape, v.dtype) for k, v in real.items()
     }
     assert all(len(np.unique(v)) > 3 for v in made.values())  # nothing constant
-    assert not np.array_equal(made["image"], under_test.random_rows(found, 8, 1)["image"])
+    assert not np.array_equal(made["image"], abstract.random_rows(found, 8, 1)["image"])
 
 
 def test_training_is_the_update_of_a_run(trained, config_of):
     here, found = trained
     state = here.benchmark.actions["update"].run.__self__.state
     assert int(state.step) == 4  # the first call, a warm-up, a repetition, and one for the trace
-    system = under_test.model_under_test(config_of("train")).system
+    system = abstract.model_under_test(config_of("train")).system
     assert found.after["finite"] and math.isfinite(found.after["loss"])
     assert found.facts["tokens"] == max(s.stop for s in system.denoiser.spans().values())
     assert found.facts["batch"] == 8 and found.facts["flops_by"] == "3 x forward"
@@ -93,7 +93,7 @@ def test_the_page_says_what_the_last_line_says(trained):
 @pytest.mark.slow
 def test_pairs_are_sampled_and_written(config_of):
     request = config_of("sample", steps=1, batch=8)
-    job = bench_sampling.prepare(request)
+    job = bench_model.prepare_sampling(request)
     try:
         assert job.facts["steps"] == 1 and job.facts["decoded"]
         assert job.actions["sampler"].run(1) > 0 and job.actions["written"].run(2) > 0
@@ -152,8 +152,8 @@ def test_round_trips_of_exact_codecs(config_of):
 def test_labels_for_codecs_without_data(config_of, tmp_path):
     request = config_of("codec", batch=2)
     absent = {"data.train": {"name": "folders", "root": str(tmp_path / "no")}}
-    found = under_test.model_under_test(request)._replace(
-        config=request.run_config().replace(absent)
+    found = abstract.model_under_test(request)._replace(
+        config=abstract.run_config(request).replace(absent)
     )
     batch, origin = bench_codec.inputs(found, 2)
     assert origin == "random images and blobs" and batch["labels"].shape == (2, 16, 16)
@@ -166,7 +166,7 @@ def test_what_cannot_be_measured_is_refused(config_of):
     with pytest.raises(UserError, match="steps must be 2 or more"):
         bench_startup.prepare(dataclasses.replace(config_of("startup"), config=alone))
     with pytest.raises(UserError, match=r"--batch=12: must be a multiple of the 8 devices"):
-        bench_sampling.prepare(config_of("sample", batch=12))
+        bench_model.prepare_sampling(config_of("sample", batch=12))
 
 
 def test_a_sampler_without_a_result_is_refused(config_of):
@@ -177,13 +177,13 @@ def test_a_sampler_without_a_result_is_refused(config_of):
     system["denoiser"] = {k: v for k, v in system["denoiser"].items() if k != "share"}
     request = dataclasses.replace(config_of("sample"), config={**config, "system": system})
     with pytest.raises(UserError, match="compiled to nothing"):
-        bench_sampling.prepare(request)
+        bench_model.prepare_sampling(request)
 
 
 def test_a_started_run_has_the_config_it_was_given(config_of):
     job = bench_startup.prepare(config_of("startup", launcher="launch/train.py"))
     try:
-        starting = job.actions["cold"].run.__self__
+        starting = job.actions["cold"].run.func.__self__
         names = {}
         exec((starting.root / "config.py").read_text(), names)
         config = RunConfig.parse(names["get_config"]().to_dict())
