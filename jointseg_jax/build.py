@@ -17,19 +17,7 @@ from jointseg_jax.codecs.image_tiny import ImageTiny
 from jointseg_jax.codecs.label_ae import LabelAE
 from jointseg_jax.codecs.palette import Palette
 from jointseg_jax.codecs.pixels import Latents, Pixels
-from jointseg_jax.config import (
-    RAISE,
-    DataConfig,
-    Problems,
-    RunConfig,
-    Spec,
-    SystemConfig,
-    accepts,
-    check_spec,
-    construct,
-    make,
-    plain,
-)
+from jointseg_jax.config import RAISE, DataConfig, Problems, RunConfig, SystemConfig, plain
 from jointseg_jax.data import tokenizer as data_text
 from jointseg_jax.data.cached.reader import Cache
 from jointseg_jax.data.cached.store import index_path
@@ -45,6 +33,7 @@ from jointseg_jax.models.text import TEXTS
 from jointseg_jax.models.two_stream import TwoStream
 from jointseg_jax.models.uvit import UViT
 from jointseg_jax.settings_diff import require_same
+from jointseg_jax.specs import Spec, accepts, check_spec, construct, make
 from jointseg_jax.systems.autoencode import Autoencode
 from jointseg_jax.systems.bridge import IMAGE, STATE, Bridge
 from jointseg_jax.systems.joint import TEXT_STREAM, Joint

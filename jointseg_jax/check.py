@@ -16,22 +16,14 @@ from typing import Any
 
 from jointseg_jax import build, sharding
 from jointseg_jax.build import SOURCES, TRANSFORMS
-from jointseg_jax.config import (
-    Problems,
-    RunConfig,
-    Spec,
-    StartConfig,
-    SystemConfig,
-    check_spec,
-    from_plain,
-    make,
-)
+from jointseg_jax.config import Problems, RunConfig, StartConfig, SystemConfig, from_plain
 from jointseg_jax.data import files
 from jointseg_jax.data.classes import Classes
 from jointseg_jax.data.labels import read_classes
 from jointseg_jax.data.records import DatasetInfo
 from jointseg_jax.data.sources.layouts import LAYOUTS, published_classes
 from jointseg_jax.data.sources.scenes import Scenes
+from jointseg_jax.specs import Spec, check_spec, make
 from jointseg_jax.training.optimizer import OPTIMIZERS
 from jointseg_jax.training.step import check_rows
 from jointseg_jax.training.workdir import changed, copied_spec

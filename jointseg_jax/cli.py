@@ -1,12 +1,15 @@
 """What every launcher does around its library call: flags, errors, logging, exit status.
 
 A user's mistake (``UserError``, a bad flag, an unknown config override) is one block of text and
-exit status 2; a bug keeps its traceback. Of several processes the first alone prints results, and
-one that cannot go on without another says so and exits with ``distributed.PEER_LOST``.
+exit status 2; a bug keeps its traceback. absl and ml_collections stop at the first mistake of a
+command line; here every ``--config.PATH=VALUE`` is looked at by itself, against the config it would
+change. Of several processes the first alone prints results, and one that cannot go on without
+another says so and exits with ``distributed.PEER_LOST``.
 """
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import json
@@ -16,30 +19,37 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from absl import app, flags
 
-from jointseg_jax import distributed, overrides
+from jointseg_jax import distributed
 from jointseg_jax.data.records import BadSample
 from jointseg_jax.types import UserError
 
 USAGE_ERROR = 2
 
-
 MISREAD = (AttributeError, LookupError, OSError, TypeError, ValueError, flags.Error, UserError)
 """What absl and ml_collections raise about a command line."""
 
+KINDS: dict[type, tuple[flags.ArgumentParser, str]] = {
+    bool: (flags.BooleanParser(), "true or false"),
+    int: (flags.IntegerParser(), "a whole number (int), written in digits"),
+    float: (flags.FloatParser(), "a number (float)"),
+}
+"""How a field of this type is read from text, and what to say where it cannot be."""
 
-def run(main: Callable[[], int | None], check: Callable[[], list[str]] | None = None) -> None:
+# ------------------------------------------------------------------- the command line
+
+
+def run(main: Callable[[], int | None], check: Callable[[], list[str]] = list) -> None:
     """Parses flags, calls ``main`` and exits with its status.
 
     Args:
       check: further mistakes, to be told with those of the command line where it has any.
     """
-    parse = functools.partial(_parse, check=check or (lambda: []))
-    app.run(lambda argv: _guarded(main), flags_parser=parse)
+    app.run(lambda argv: _guarded(main), flags_parser=functools.partial(_parse, check=check))
 
 
 def _parse(argv: Sequence[str], check: Callable[[], list[str]]) -> list[str]:
@@ -51,7 +61,9 @@ def _parse(argv: Sequence[str], check: Callable[[], list[str]]) -> list[str]:
     except MISREAD as error:
         found = _misread(argv) or [f"ERROR [flags] {_text(error)}"]
     if found:
-        _refuse("\n".join([*found, *_rest(check), "See --help."]))
+        with contextlib.suppress(flags.Error, OSError):  # there are no values, or no config
+            found += check()
+        _refuse("\n".join([*found, "See --help."]))
     return rest
 
 
@@ -63,10 +75,9 @@ def _require_files() -> None:
 
 def _stray(words: Sequence[str]) -> list[str]:
     """What to say of words that are no flags."""
-    unknown = [word.lstrip("-").partition("=")[0] for word in words[1:] if word.startswith("-")]
     plain = [word for word in words[1:] if not word.startswith("-")]
     found = []
-    for name in unknown:
+    for name in (word.lstrip("-").partition("=")[0] for word in words[1:] if word not in plain):
         close = difflib.get_close_matches(name, list(flags.FLAGS), n=1)
         hint = f"; did you mean --{close[0]}?" if close else "."
         found.append(f"ERROR [flags] there is no flag --{name}{hint}")
@@ -81,13 +92,13 @@ def _stray(words: Sequence[str]) -> list[str]:
 
 def _misread(argv: Sequence[str]) -> list[str]:
     """All mistakes of a command line whose overrides cannot be read; leaves the good ones read."""
-    plain, given = overrides.split(argv)
+    plain, given = split_overrides(argv)
     try:
         rest = _read(plain)
         _require_files()
         names = {override.flag for override in given} & set(flags.FLAGS)
         configs = {name: flags.FLAGS[name].value for name in names}
-        wrong = {override: overrides.mistake(override, configs) for override in given}
+        wrong = {override: mistake(override, configs) for override in given}
         _read([*plain, *(word for o in given if wrong[o] is None for word in o.words)])
     except MISREAD as error:
         return [f"ERROR [flags] {_text(error)}"]
@@ -112,12 +123,73 @@ def _read(argv: Sequence[str]) -> list[str]:
     return flags.FLAGS(sys.argv, known_only=True)
 
 
-def _rest(check: Callable[[], list[str]]) -> list[str]:
-    """What ``check`` finds, where the flags have been read far enough for it."""
+class Override(NamedTuple):
+    """``--FLAG.PATH=VALUE``; ``value`` is None for a bare switch."""
+
+    flag: str
+    path: str
+    value: str | None
+    words: tuple[str, ...]
+
+
+def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[Override]]:
+    """The words of a command line without its overrides, and the overrides."""
+    plain, found, words = [], [], list(argv)
+    while words:
+        given = (words.pop(0),)
+        match = re.fullmatch(r"--?(?:no)?(\w+)\.([^=]+)(?:=(.*))?", given[0], re.DOTALL)
+        if match is None:
+            plain += given
+            continue
+        flag, path, value = match.groups()
+        if value is None and words and not words[0].startswith("-"):
+            value = words.pop(0)
+            given += (value,)
+        found.append(Override(flag, path, value, given))
+    return plain, found
+
+
+def mistake(override: Override, configs: Mapping[str, Any]) -> str | None:
+    """What is wrong with an override, or None.
+
+    Args:
+      configs: nested mappings by the name of their flag.
+    """
+    flag, path, text, words = override
+    if flag not in configs:
+        return f"{words[0]}: there is no flag --{flag} with fields."
+    node, where, given = configs[flag], flag, f"--{flag}.{path}"
+    for name in (name.partition("[")[0] for name in path.split(".")):
+        if not hasattr(node, "items"):
+            return f"{given}: {where} is {node!r} ({type(node).__name__}) and has no fields."
+        names = list(node)
+        if name not in names:
+            close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+            hint = f" (did you mean {' or '.join(f'{where}.{c}' for c in close)}?)" if close else ""
+            fields = ", ".join(names)
+            return f"{given}: {where} has no field {name!r}{hint}; its fields: {fields}."
+        node, where = node[name], f"{where}.{name}"
+    if type(node) not in KINDS or text is None:
+        return None
+    parser, wanted = KINDS[type(node)]
     try:
-        return check()
-    except (flags.Error, OSError):  # there are no values, or no config
-        return []
+        parser.parse(text)
+    except (ValueError, TypeError):
+        return f"{given}={text}: {text!r} is not {wanted}{_example(text, node)}."
+    return None
+
+
+def _example(text: str, value: bool | int | float) -> str:
+    """``, as 10000`` for the text 1e4 where an int is wanted; else the value of now."""
+    if isinstance(value, bool):
+        return ""
+    with contextlib.suppress(ValueError, OverflowError):
+        if float(text) == int(float(text)):
+            return f", as {int(float(text))}"
+    return f", as {value}"
+
+
+# ------------------------------------------------------------------ errors, log, result
 
 
 def _guarded(main: Callable[[], int | None]) -> None:
@@ -173,6 +245,8 @@ def last_line(values: dict[str, Any]) -> None:
         print(json.dumps(values), flush=True)
 
 
+# ------------------------------------------------------------------- flags, processes
+
 OPTIONAL: set[str] = set()
 """Flags that may stand without a value, which then is the empty text."""
 
@@ -195,9 +269,8 @@ def _with_values(argv: Sequence[str]) -> list[str]:
 
 def define_process_flags() -> None:
     """Defines the flags of a launcher that may run as several processes; see ``start``."""
-    flags.DEFINE_string(
-        "coordinator", None, "HOST:PORT of process 0; on SLURM, TPU pods and GKE it is found."
-    )
+    where = "HOST:PORT of process 0; on SLURM, TPU pods and GKE it is found."
+    flags.DEFINE_string("coordinator", None, where)
     flags.DEFINE_integer("num_processes", None, "How many processes this run has.", lower_bound=1)
     flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.", lower_bound=0)
     flags.DEFINE_integer(
@@ -214,13 +287,9 @@ def start(*, saves: bool = False) -> None:
     Args:
       saves: whether SIGTERM is answered by saving; else it ends the process.
     """
-    values = flags.FLAGS
-    given = distributed.Flags(
-        coordinator=values.coordinator,
-        num_processes=values.num_processes,
-        process_id=values.process_id,
-    )
-    distributed.initialise(given, heartbeat=values.heartbeat_seconds)
+    names = ("coordinator", "num_processes", "process_id")
+    given = distributed.Flags(**{name: flags.FLAGS[name].value for name in names})
+    distributed.initialise(given, heartbeat=flags.FLAGS.heartbeat_seconds)
     if not saves:  # jax's service catches it, and would only note it
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     use_compile_cache()

@@ -2,9 +2,8 @@
 
 ``RunConfig.parse(mapping)`` reads the nested mapping of a config file. Each setting is a field: it
 has its default, its documentation is the comment behind it (``config_help`` shows both), and its
-rules are checked when the object is made. Parts that are chosen by name (sources, codecs,
-processes, solvers, networks, optimizers) stay specs, ``{"name": ..., **fields}``: the constructor
-that the name stands for is their schema, see ``make``.
+rules are checked when the object is made. Parts that are chosen by name (sources, codecs, solvers,
+networks, optimizers) stay ``specs``, whose schema is the constructor that the name stands for.
 
 ``Problems`` collects texts, so that one walk can report everything that is wrong at once; with
 ``RAISE`` in its place the same walk stops at the first.
@@ -14,20 +13,16 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import difflib
-import inspect
 import math
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, NamedTuple, TypeVar, get_type_hints
 
+from jointseg_jax.specs import Spec, closest
 from jointseg_jax.types import UserError
 
 T = TypeVar("T")
-Spec = Mapping[str, Any]
-"""``{"name": ..., **fields}``: what stands for an object in a config."""
-
 PathRules = Sequence[tuple[Any, ...]]
 """``(regex, value)`` rules over tree paths, see ``rules``."""
 
@@ -112,23 +107,20 @@ class Part:
         cls.PATH = path or cls.PATH
 
     def __post_init__(self) -> None:
-        texts = self._whole_numbers() + self.errors()
-        if texts:
+        if texts := [*self._whole_numbers(), *self.errors()]:
             raise Refused(texts)
 
-    def errors(self) -> list[str]:
-        """Returns a sentence for each rule that the values break, whole numbers apart."""
-        return []
+    def errors(self) -> Iterator[str]:
+        """Yields a sentence for each rule that the values break, whole numbers apart."""
+        yield from ()
 
-    def _whole_numbers(self) -> list[str]:
-        texts = []
+    def _whole_numbers(self) -> Iterator[str]:
         for name, hint in get_type_hints(type(self), include_extras=True).items():
             for rule in getattr(hint, "__metadata__", ()):
                 value = getattr(self, name)
                 if type(value) is not int or value < rule.value:  # a bool is no number here
                     least = f"must be a whole number, {rule.value} or more."
-                    texts.append(f"config.{self.PATH}{name} = {value!r}: {least}")
-        return texts
+                    yield f"config.{self.PATH}{name} = {value!r}: {least}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,9 +135,9 @@ class ReadConfig(Part, path="data."):
 
     BAD: ClassVar[tuple[str, ...]] = ("replace", "stop")
 
-    def errors(self) -> list[str]:
-        good = self.bad in self.BAD
-        return [] if good else [f"config.data.bad = {self.bad!r}: one of: {', '.join(self.BAD)}."]
+    def errors(self) -> Iterator[str]:
+        if self.bad not in self.BAD:
+            yield f"config.data.bad = {self.bad!r}: one of: {', '.join(self.BAD)}."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,12 +196,9 @@ class SystemConfig:
     @property
     def given(self) -> dict[str, Any]:
         """All fields that are set, those of ``options`` among them, without the name."""
-        keep = {}
-        for f in dataclasses.fields(self):
-            value = getattr(self, f.name)
-            if f.name not in ("name", "options") and value != f.default and value != {}:
-                keep[f.name] = value
-        return keep | dict(self.options)
+        own = {f.name: f.default for f in dataclasses.fields(self)}
+        values = {k: getattr(self, k) for k in own if k not in ("name", "options")}
+        return {k: v for k, v in values.items() if v not in (own[k], {})} | dict(self.options)
 
     def codecs(self) -> dict[str, CodecPlace]:
         """The codecs that make inputs into latents, by the name of their parameters."""
@@ -246,22 +235,17 @@ class StartConfig(Part, path="start."):
         """True if no other weights are named."""
         return not (self.workdir or self.file)
 
-    def errors(self) -> list[str]:
-        head, texts = "config.start: start:", []
+    def errors(self) -> Iterator[str]:
+        head, file = "config.start: start:", f"file={self.file!r}"
         if self.workdir and self.file:
-            texts.append(
-                f"{head} workdir={self.workdir!r} and file={self.file!r}: give one of the two, or "
-                "neither for a fresh start."
-            )
+            both = f"{head} workdir={self.workdir!r} and {file}"
+            yield f"{both}: give one of the two, or neither for a fresh start."
         if self.file and self.architecture is None:
-            texts.append(
-                f"{head} file={self.file!r} and architecture=None: a file needs the reference's "
-                "own config of its network (embed_dim, depth, ...)."
-            )
+            needs = "a file needs the reference's own config of its network (embed_dim, depth, ...)"
+            yield f"{head} {file} and architecture=None: {needs}."
         if self.init_map_stream not in self.MAP_STREAM:
             known = ", ".join(self.MAP_STREAM)
-            texts.append(f"{head} init_map_stream={self.init_map_stream!r}: one of {known}.")
-        return texts
+            yield f"{head} init_map_stream={self.init_map_stream!r}: one of {known}."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -299,19 +283,14 @@ class NanConfig(Part, path="nan."):
     POLICIES: ClassVar[tuple[str, ...]] = ("skip", "stop", "rollback")
     ON_SPIKE: ClassVar[tuple[str, ...]] = ("count", "rollback")
 
-    def errors(self) -> list[str]:
-        texts = []
+    def errors(self) -> Iterator[str]:
+        known, spikes = ", ".join(self.POLICIES), ", ".join(self.ON_SPIKE)
         if self.policy not in self.POLICIES or self.limit < 0:
-            texts.append(
-                f"config.nan: policy {self.policy!r} must be one of {', '.join(self.POLICIES)} and "
-                f"limit {self.limit} at least 0."
-            )
+            policy = f"config.nan: policy {self.policy!r} must be one of {known}"
+            yield f"{policy} and limit {self.limit} at least 0."
         if self.on_spike not in self.ON_SPIKE or not (self.spike == 0 or self.spike > 1):
-            texts.append(
-                f"config.nan: on_spike {self.on_spike!r} must be one of {', '.join(self.ON_SPIKE)} "
-                f"and spike {self.spike} above 1, or 0 (off)."
-            )
-        return texts
+            on_spike = f"config.nan: on_spike {self.on_spike!r} must be one of {spikes}"
+            yield f"{on_spike} and spike {self.spike} above 1, or 0 (off)."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -321,10 +300,9 @@ class WatchdogConfig(Part, path="watchdog."):
     seconds: float | int = 1800  # without a step, before stacks are written; 0: off
     abort: bool = False  # also end the process then; the same command goes on
 
-    def errors(self) -> list[str]:
-        if self.seconds >= 0:
-            return []
-        return [f"config.watchdog: seconds = {self.seconds!r} must be 0 (off) or more."]
+    def errors(self) -> Iterator[str]:
+        if not self.seconds >= 0:  # NaN too
+            yield f"config.watchdog: seconds = {self.seconds!r} must be 0 (off) or more."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -376,10 +354,9 @@ class RunConfig(Part):
     evaluate: EvaluateConfig = EvaluateConfig()
     values: Mapping[str, Any] = field(default_factory=dict, repr=False)  # as given, to be stored
 
-    def errors(self) -> list[str]:
-        if 0 <= self.ema < 1:
-            return []
-        return [f"config.ema = {self.ema}: must lie in [0, 1); 0 keeps no average."]
+    def errors(self) -> Iterator[str]:
+        if not 0 <= self.ema < 1:
+            yield f"config.ema = {self.ema}: must lie in [0, 1); 0 keeps no average."
 
     @classmethod
     def parse(cls, values: Mapping[str, Any], problems: Problems | None = None) -> RunConfig:
@@ -404,7 +381,7 @@ class RunConfig(Part):
             raise UserError(f"config.{', config.'.join(missing)}: missing.")
         given: dict[str, Any] = {k: v for k, v in values.items() if k in known}
         for name in PARTS.keys() & given.keys():
-            given[name] = _part(name, given[name], f"config.{name}", problems)
+            given[name] = _part(name, given[name], problems)
         given["system"] = SystemConfig.parse(given["system"])
         return _made(cls, given | {"values": values}, problems)
 
@@ -421,22 +398,16 @@ class RunConfig(Part):
 
 
 PARTS: Mapping[str, type[Part]] = {
-    "data": DataConfig,
-    "start": StartConfig,
-    "log": LogConfig,
-    "preview": PreviewConfig,
-    "checkpoint": CheckpointConfig,
-    "nan": NanConfig,
-    "watchdog": WatchdogConfig,
-    "profile": ProfileConfig,
-    "finish": FinishConfig,
-    "evaluate": EvaluateConfig,
+    name: kind
+    for name, kind in get_type_hints(RunConfig).items()
+    if isinstance(kind, type) and issubclass(kind, Part)
 }
+"""The groups of settings by their name in a config."""
 
 
-def _part(name: str, values: Mapping[str, Any], where: str, problems: Problems) -> Part:
+def _part(name: str, values: Mapping[str, Any], problems: Problems) -> Part:
     part: Any = PARTS[name]
-    fields = {f.name: f for f in dataclasses.fields(part)}
+    where, fields = f"config.{name}", {f.name: f for f in dataclasses.fields(part)}
     _refuse_unknown(values, fields, where, problems)
     unset = (dataclasses.MISSING, dataclasses.MISSING)
     required = {k for k, f in fields.items() if (f.default, f.default_factory) == unset}
@@ -466,110 +437,9 @@ def _refuse_unknown(
 ) -> None:
     for name in sorted(set(values) - set(known)):
         problems.note(
-            f"{where}: {where.rpartition('.')[2]} has no field {name!r}{_closest(name, known)}; "
+            f"{where}: {where.rpartition('.')[2]} has no field {name!r}{closest(name, known)}; "
             f"its fields: {', '.join(known)}."
         )
-
-
-# ------------------------------------------------------------------------ specs to objects
-
-
-def make(table: Mapping[str, Callable[..., Any]], spec: Spec, *, where: str, **extra: Any) -> Any:
-    """Returns ``table[spec["name"]](**rest_of_spec, **extra)``.
-
-    Args:
-      table: the names that may stand here and what each constructs.
-      spec: ``name`` and keyword arguments, left as it is.
-      where: the config path of ``spec``, for messages (``"system.denoiser"``).
-      extra: arguments that the caller supplies; a spec may not set them.
-
-    Raises:
-      UserError: unknown name, unknown or missing argument, or the constructor's own ``ValueError``.
-    """
-    fields = {k: v for k, v in spec.items() if k != "name"}
-    named = find(table, spec, where=where)
-    return construct(named, fields, where=where, name=spec["name"], **extra)
-
-
-def construct(
-    constructor: Callable[..., T], fields: Mapping[str, Any], *, where: str, name: str, **extra: Any
-) -> T:
-    """Returns ``constructor(**fields, **extra)``; its refusal names the config path.
-
-    Raises:
-      UserError: a field that it does not know or needs, or its own ``ValueError``.
-    """
-    check_fields(constructor, fields, where=where, name=name, given=extra)
-    try:
-        return constructor(**fields, **extra)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"config.{where}: {name}: {error}") from error
-
-
-def check_spec(
-    table: Mapping[str, Callable[..., Any]], spec: Spec, *, where: str, given: Collection[str] = ()
-) -> Callable[..., Any]:
-    """Returns the constructor that a spec names, without calling it.
-
-    Args:
-      given: arguments that the spec may not set.
-
-    Raises:
-      UserError: unknown name, or unknown argument.
-    """
-    constructor = find(table, spec, where=where)
-    fields = [k for k in spec if k != "name"]
-    check_fields(constructor, fields, where=where, name=spec["name"], given=given)
-    return constructor
-
-
-def find(table: Mapping[str, T], spec: Spec, *, where: str) -> T:
-    """What a spec's name stands for in a table.
-
-    Raises:
-      UserError: it has none, or an unknown one.
-    """
-    if "name" not in spec:
-        raise UserError(f"config.{where}: needs a `name`, one of: {', '.join(sorted(table))}.")
-    name = spec["name"]
-    if name not in table:
-        raise UserError(
-            f"config.{where}.name: {name!r} is unknown{_closest(name, table)}; "
-            f"one of: {', '.join(sorted(table))}."
-        )
-    return table[name]
-
-
-def check_fields(
-    constructor: Callable[..., Any],
-    fields: Collection[str],
-    *,
-    where: str,
-    name: str,
-    given: Collection[str] = (),
-) -> None:
-    """Refuses (UserError) fields that a constructor does not take, or that the caller supplies."""
-    accepted = [n for n in accepts(constructor) if n not in given]
-    if unknown := sorted(set(fields) - set(accepted)):
-        raise UserError(
-            f"config.{where}: {name} has no field {', '.join(map(repr, unknown))}"
-            f"{_closest(unknown[0], accepted)}; its fields: {', '.join(accepted)}."
-        )
-
-
-def accepts(constructor: Callable[..., Any]) -> list[str]:
-    """The keyword arguments that a spec may give a constructor."""
-    return [
-        p.name
-        for p in inspect.signature(constructor).parameters.values()
-        # Linen modules also take `parent` and `name`, which are no settings
-        if p.kind is not p.VAR_KEYWORD and p.name not in ("self", "parent", "name")
-    ]
-
-
-def _closest(word: str, words: Collection[str]) -> str:
-    close = difflib.get_close_matches(str(word), [str(w) for w in words], n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 # ------------------------------------------------------------------------------- JSON

@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from jointseg_jax import build
-from jointseg_jax.config import PARTS, RunConfig, SystemConfig, accepts
+from jointseg_jax.config import PARTS, RunConfig, SystemConfig
+from jointseg_jax.specs import accepts
 from jointseg_jax.systems.autoencode import Autoencode
 from jointseg_jax.systems.bridge import Bridge
 from jointseg_jax.systems.joint import Joint

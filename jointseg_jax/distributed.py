@@ -28,15 +28,9 @@ from typing import Any
 
 from jointseg_jax.types import UserError
 
-HEARTBEAT = 10
-"""Seconds without a sign of life after which a process counts as dead."""
-
-PATIENCE = 300
-"""Seconds that processes wait for one another at the start."""
-
-PEER_LOST = 76
-"""Exit status of a process that could not go on without another: run the same command again."""
-
+HEARTBEAT = 10  # seconds without a sign of life after which a process counts as dead
+PATIENCE = 300  # seconds that processes wait for one another at the start
+PEER_LOST = 76  # exit status of one that lost another: run the same command again
 _PORTS = range(61440, 65536)  # above the ports that Linux hands out by itself
 _PARTING = 5  # seconds that a failing process waits for others that fail with it
 _BROKEN = ("Gloo", "closed by peer", "Connection reset", "NCCL", "coordination service")
@@ -108,34 +102,28 @@ def settings(
 
 def _of_flags(flags: Flags, slurm: Settings | None) -> Settings:
     values = {f"--{k}": v for k, v in dataclasses.asdict(flags).items()}
-    missing = [k for k, v in values.items() if v is None]
-    if flags.coordinator is None or flags.num_processes is None or flags.process_id is None:
+    if missing := [k for k, v in values.items() if v is None]:
         given = " ".join(f"{k}={v}" for k, v in values.items() if v is not None)
         raise UserError(
             f"ERROR [processes] {given}: {', '.join(missing)} missing. Several processes need "
             "--coordinator=HOST:PORT --num_processes=N --process_id=I, the first two the same "
             "everywhere; one process needs none of them."
         )
-    _require_index(flags.process_id, flags.num_processes, "--process_id", "--num_processes")
-    host, _, port = flags.coordinator.rpartition(":")
+    coordinator, processes, process = values.values()
+    _require_index(process, processes, "--process_id", "--num_processes")
+    host, _, port = coordinator.rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 2**16:
         raise UserError(
-            f"ERROR [processes] --coordinator={flags.coordinator}: give HOST:PORT of process 0, "
+            f"ERROR [processes] --coordinator={coordinator}: give HOST:PORT of process 0, "
             "a port that is free there, as node7:12345."
         )
-    asked = (flags.num_processes, flags.process_id)
-    if slurm is not None and asked != (slurm.processes, slurm.process):
+    if slurm is not None and (processes, process) != (slurm.processes, slurm.process):
         raise UserError(
-            f"ERROR [processes] --num_processes={asked[0]} --process_id={asked[1]} in task "
+            f"ERROR [processes] --num_processes={processes} --process_id={process} in task "
             f"{slurm.process} of {slurm.processes} of a SLURM step: these contradict each other. "
             "Leave the flags out: SLURM's own settings are enough."
         )
-    return Settings(
-        origin="flags",
-        coordinator=flags.coordinator,
-        processes=flags.num_processes,
-        process=flags.process_id,
-    )
+    return Settings(origin="flags", coordinator=coordinator, processes=processes, process=process)
 
 
 def _of_slurm(environment: Mapping[str, str]) -> Settings | None:
@@ -236,7 +224,7 @@ def initialise(flags: Flags, *, heartbeat: int = HEARTBEAT, patience: int = PATI
             heartbeat_timeout_seconds=heartbeat,
         )
     except (RuntimeError, ValueError) as error:
-        mark_unconnected()
+        _run.unconnected = True
         raise UserError(f"{failure}\njax says: {str(error).splitlines()[0]}") from error
     detach()
     _introduce(found)
@@ -247,15 +235,9 @@ def _introduce(found: Settings) -> None:
     import jax
 
     index, count = jax.process_index(), jax.process_count()
-    log.info(
-        "process %d of %d (%s): %d of %d devices (%s)",
-        index,
-        count,
-        found.origin,
-        jax.local_device_count(),
-        jax.device_count(),
-        jax.devices()[0].device_kind,
-    )
+    devices = f"{jax.local_device_count()} of {jax.device_count()} devices"
+    kind = jax.devices()[0].device_kind
+    log.info(f"process {index} of {count} ({found.origin}): {devices} ({kind})")
     if count > 1:
         report_if_killed(
             f"process {index} of {count} ended abruptly: it was killed, or it could not go on "
@@ -341,7 +323,7 @@ def gather(text: str) -> list[str]:
     """The texts of all processes, in their order, on the first; an empty list on the others."""
     if not several():
         return [text]
-    key, state = f"jointseg_jax/gather/{next(_run.gathered)}", _state()
+    key, state = f"jointseg_jax/gather/{next(_run.calls)}", _state()
     if state.process_id:
         _client().key_value_set(f"{key}/{state.process_id}", text)
         return []
@@ -354,7 +336,7 @@ def share(text: str) -> str:
     """The first process's text, on all of them."""
     if not several():
         return text
-    key = f"jointseg_jax/share/{next(_run.shared)}"
+    key = f"jointseg_jax/share/{next(_run.calls)}"
     if is_first():
         _client().key_value_set(key, text)
         return text
@@ -396,19 +378,13 @@ def _awaited(key: str, who: str, seconds: int = 60) -> str:
 class _Run:
     """What a process keeps of its part in the run."""
 
-    unconnected: bool = False  # the other processes were not found
+    unconnected: bool = False  # the other processes were not found: nothing is sent to them
     reporter: subprocess.Popen[bytes] | None = None
     # every process calls gather and share in the same order: the n-th calls belong together
-    gathered: Iterator[int] = dataclasses.field(default_factory=itertools.count)
-    shared: Iterator[int] = dataclasses.field(default_factory=itertools.count)
+    calls: Iterator[int] = dataclasses.field(default_factory=itertools.count)
 
 
 _run = _Run()
-
-
-def mark_unconnected() -> None:
-    """Notes that the other processes were not found: nothing is sent to them from now on."""
-    _run.unconnected = True
 
 
 def _client() -> Any:

@@ -34,8 +34,7 @@ from jointseg_jax.training.step import check_batch
 from jointseg_jax.training.workdir import copied_spec, load_codecs
 
 T = TypeVar("T")
-MAX_LISTED = 20
-"""How many bad records of a split are listed."""
+MAX_LISTED = 20  # bad records of a split
 
 
 @dataclasses.dataclass
@@ -57,7 +56,7 @@ class Findings:
             self.problems.note(str(error))
         return None
 
-    def note(self, texts: Sequence[str]) -> None:
+    def note(self, *texts: str) -> None:
         """Collects problems, each once."""
         for text in texts:
             self.problems.note(text)
@@ -65,17 +64,11 @@ class Findings:
     def page(self) -> str:
         """The result as text."""
         width = max((len(part) for part, _ in self.rows), default=0)
-        lines = [
-            textwrap.fill(
-                text,
-                100,
-                initial_indent=f"  {part:<{width}}  ",
-                subsequent_indent=" " * (width + 4),
-                break_long_words=False,
-                break_on_hyphens=False,
-            )
-            for part, text in self.rows
-        ]
+        page = textwrap.TextWrapper(100, break_long_words=False, break_on_hyphens=False)
+        page.subsequent_indent, lines = " " * (width + 4), []
+        for part, text in self.rows:
+            page.initial_indent = f"  {part:<{width}}  "
+            lines.append(page.fill(text))
         if not self.problems:
             return "\n".join(["valid: this run can start; nothing was trained or written.", *lines])
         count = f"{len(self.problems)} problem{'s' if len(self.problems) > 1 else ''}"
@@ -104,19 +97,20 @@ def validate(
     if topology is not None:
         jax.config.update("jax_platforms", "cpu")  # what a program is lowered on; nothing runs
     config, wrong = check.checked(values, workdir)
-    findings.note(wrong)
+    findings.note(*wrong)
     if not wrong:
         findings.add("config", f"{config.steps:,} steps of {config.batch:,} rows")
     sources = {split: _data(config, split, limit, findings) for split in ("train", "val")}
     source, path = sources["train"], Path(workdir)
     saved = None if source is None else _checkpoint(config, path, source, allow, findings)
-    devices = findings.attempt(lambda: _devices(topology))
+    devices = findings.attempt(
+        lambda: present_devices() if topology is None else chips.devices_of(topology)
+    )
     mesh = devices and findings.attempt(lambda: sharding.make_mesh(config.mesh, devices))
     divides = mesh and findings.attempt(lambda: check_batch(config, mesh) or True)
     if wrong or source is None or not divides:
-        findings.add(
-            "not looked at", "memory, which takes a config, data and a mesh that go together"
-        )
+        needed = "memory, which takes a config, data and a mesh that go together"
+        findings.add("not looked at", needed)
         return findings
     info = DatasetInfo.of(source, captions=0)
     _batch(config, source, info, findings)
@@ -137,25 +131,20 @@ def _data(config: RunConfig, split: str, limit: int, findings: Findings) -> Sour
     source = findings.attempt(lambda: build.source(config, split))
     if source is None or len(source) == 0:
         if len(findings.problems) == before:  # else the listing has said so
-            findings.note([f"ERROR [data] config.data.{split}: there is not one record in it."])
+            findings.note(f"ERROR [data] config.data.{split}: there is not one record in it.")
         return None
-    if isinstance(source, CachedSource):
-        return _encoded(source, split, findings)
+    if isinstance(source, CachedSource):  # every row is read and compared with its sum
+        damage = [str(problem) for problem in source.damage()]
+        findings.note(*damage)
+        if damage:
+            return None
+        findings.add(f"data.{split}", f"{len(source):,} encoded records read, none damaged")
+        return source
     threads = max(config.data.threads, 1)
     looked = scan(source, threads=threads, limit=limit or None, spread=True)
-    findings.note(bad_records(looked, split, len(source)))
+    findings.note(*bad_records(looked, split, len(source)))
     if not looked.bad:
         findings.add(f"data.{split}", described(looked, len(source)))
-    return source
-
-
-def _encoded(source: CachedSource, split: str, findings: Findings) -> CachedSource | None:
-    """An encoded data set: every row is read and held against its sum."""
-    damage = [str(problem) for problem in source.damage()]
-    findings.note(damage)
-    if damage:
-        return None
-    findings.add(f"data.{split}", f"{len(source):,} encoded records read, none damaged")
     return source
 
 
@@ -168,9 +157,8 @@ def bad_records(looked: Report, split: str, total: int) -> list[str]:
         for index, problem in looked.bad
     ]
     more = f"; the first {MAX_LISTED} are above" if len(texts) > MAX_LISTED else ""
-    texts = texts[:MAX_LISTED]
     return [
-        *texts,
+        *texts[:MAX_LISTED],
         f"ERROR [data] config.data.{split}: {len(looked.bad)} bad among {looked.count:,} records "
         f"looked at{more}. Fix them, or write shards without them with launch/prepare.py.",
     ]
@@ -202,7 +190,7 @@ def _batch(config: RunConfig, source: Source, info: DatasetInfo, findings: Findi
     tokenizer = build.tokenizer(config.system, info.vocabulary)
 
     def make() -> dict[str, np.ndarray]:
-        made = batches(
+        with batches(
             source,
             ReadConfig(threads=1, prefetch=1),
             batch=2,
@@ -210,8 +198,7 @@ def _batch(config: RunConfig, source: Source, info: DatasetInfo, findings: Findi
             transforms=build.transforms(config.data),
             tokenizer=tokenizer.encode if tokenizer else None,
             instances=build.instances(config),
-        )
-        with made:
+        ) as made:
             return next(made)
 
     rows = findings.attempt(make)
@@ -222,10 +209,6 @@ def _batch(config: RunConfig, source: Source, info: DatasetInfo, findings: Findi
 
 
 # ---------------------------------------------------------------- devices, memory
-
-
-def _devices(topology: str | None) -> list[Any]:
-    return present_devices() if topology is None else chips.devices_of(topology)
 
 
 def present_devices() -> list[Any]:
@@ -255,36 +238,26 @@ def _memory(
     chip = chips.chip_of(topology) if topology else present_chip()
     made = findings.attempt(lambda: report.compiled(lowered, chip)[0])
     if made is not None:
-        _fits(made, topology or _kind(devices), findings)
+        _fits(made, topology or f"{len(devices)} x {devices[0].device_kind}", findings)
     shapes = lowered.program.args_info[0][0]
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), shapes)
-
-
-def _kind(devices: list[Any]) -> str:
-    return f"{len(devices)} x {devices[0].device_kind}"
 
 
 def _fits(made: report.Report, where: str, findings: Findings) -> None:
     data, fsdp, model = made.lowered.mesh
     rows = made.lowered.batch / (data * fsdp)
-    findings.add(
-        "mesh",
-        f"data {data} x fsdp {fsdp} x model {model} on {where}; {rows:g} rows per data shard",
-    )
+    mesh = f"data {data} x fsdp {fsdp} x model {model} on {where}"
+    findings.add("mesh", f"{mesh}; {rows:g} rows per data shard")
     memory, limit = made.memory, made.chip.hbm
     remedy = (
         "Take fewer rows (config.batch), give config.system.denoiser.remat='full', or split the "
         "state (config.sharding zero1 or fsdp, config.mesh)."
     )
     if memory is None:
-        findings.note([f"config.batch: does not fit. {remedy} The compiler says:\n{made.refusal}"])
+        findings.note(f"config.batch: does not fit. {remedy} The compiler says:\n{made.refusal}")
     elif memory.peak > limit:
-        findings.note(
-            [
-                f"config.batch: the update takes {_size(memory.peak)} on each device, which has "
-                f"{_size(limit)}. {remedy}"
-            ]
-        )
+        takes = f"the update takes {_size(memory.peak)} on each device, which has {_size(limit)}"
+        findings.note(f"config.batch: {takes}. {remedy}")
     else:
         share = memory.peak / limit
         tight = ", tight" if share > report.TIGHT else ""
@@ -344,15 +317,13 @@ def _checkpoint(
     findings.attempt(lambda: resume.require_settings(meta, current, allow, workdir))
     if len(findings.problems) == before:
         left = max(config.steps - meta["step"], 0)
-        findings.add(
-            "checkpoint",
-            f"the run goes on from step {meta['step']:,} in {workdir}; {left:,} steps are left",
-        )
+        where = f"the run goes on from step {meta['step']:,} in {workdir}"
+        findings.add("checkpoint", f"{where}; {left:,} steps are left")
     return meta
 
 
 def _arrays(saved: dict[str, Any] | None, state: Any, workdir: Path, findings: Findings) -> None:
-    """Holds the arrays of the newest checkpoint against those of this model, unread."""
+    """Compares the arrays of the newest checkpoint with those of this model, unread."""
     if saved is None:
         return
     kinds = {path: kind for path, (kind, _) in saved["checkpoint"]["leaves"].items()}
@@ -382,6 +353,6 @@ def _disk(config: RunConfig, workdir: Path, state: Any, findings: Findings) -> N
     text = f"{keep - 1} checkpoints of {each} are kept; {free / 1e9:.1f} GB are free"
     if keep * size > free:
         remedy = f"Free some, or lower config.checkpoint.keep = {keep - 1}."
-        findings.note([f"--workdir={workdir}: {text}. {remedy}"])
+        findings.note(f"--workdir={workdir}: {text}. {remedy}")
     else:
         findings.add("disk", text)

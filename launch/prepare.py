@@ -38,10 +38,10 @@ from tqdm import tqdm
 
 from jointseg_jax import cli
 from jointseg_jax.build import SOURCES
-from jointseg_jax.config import make
 from jointseg_jax.data.prepare import prepare
 from jointseg_jax.data.records import Source
 from jointseg_jax.data.sources.layouts import LAYOUTS
+from jointseg_jax.specs import make
 from jointseg_jax.types import UserError
 
 KINDS = (*LAYOUTS, "tfds", "scenes")

@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 from safetensors.flax import save_file as save_flax
 from safetensors.numpy import save_file
 
-from jointseg_jax import overrides, sharding
+from jointseg_jax import cli, sharding
 from jointseg_jax.check import checked
 from jointseg_jax.config import Problems, RunConfig
 from jointseg_jax.data.classes import Classes
@@ -241,9 +241,9 @@ def test_paths_that_cannot_be_read_or_written(tmp_path):
 
 
 def override(*words):
-    plain, found = overrides.split(["train.py", "--config", "c.py", *words])
+    plain, found = cli.split_overrides(["train.py", "--config", "c.py", *words])
     assert plain == ["train.py", "--config", "c.py"]
-    return [overrides.mistake(o, {"config": ConfigDict(config())}) for o in found]
+    return [cli.mistake(o, {"config": ConfigDict(config())}) for o in found]
 
 
 @pytest.mark.parametrize(

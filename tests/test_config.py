@@ -5,7 +5,7 @@ import dataclasses
 import flax.linen as nn
 import pytest
 
-from jointseg_jax.config import make
+from jointseg_jax.specs import make
 from jointseg_jax.types import UserError
 
 

@@ -18,10 +18,11 @@ import pytest
 from ml_collections import ConfigDict
 
 from jointseg_jax import build, rules, sharding
-from jointseg_jax.config import RunConfig, SystemConfig, from_plain, make, plain
+from jointseg_jax.config import RunConfig, SystemConfig, from_plain, plain
 from jointseg_jax.data.classes import Classes
 from jointseg_jax.data.records import DatasetInfo
 from jointseg_jax.models.uvit import UViT
+from jointseg_jax.specs import make
 from jointseg_jax.training import init_from
 from jointseg_jax.training import state as states
 from jointseg_jax.training.optimizer import OPTIMIZERS

@@ -13,7 +13,17 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = "jointseg_jax"
 
-FOUNDATION = {"types", "rules", "rng", "sharding", "config", "chips", "settings_diff", "jsonl"}
+FOUNDATION = {
+    "types",
+    "rules",
+    "rng",
+    "sharding",
+    "config",
+    "specs",
+    "chips",
+    "settings_diff",
+    "jsonl",
+}
 LOOPS = {"training", "generation", "evaluation"}
 PROCESSES = {"distributed"}
 
@@ -39,8 +49,7 @@ ALLOWED = {
     "check": {"data", "build", "weights", "training"} | FOUNDATION,
     "config_help": {"systems", "transport", "build", "training"} | FOUNDATION,
     "validate": {"perf", "data", "build", "check"} | LOOPS | FOUNDATION,
-    "overrides": set(),
-    "cli": {"data", "overrides"} | PROCESSES | FOUNDATION,
+    "cli": {"data"} | PROCESSES | FOUNDATION,
     "configs": {"presets"},
 }
 """Part of the package (or top folder) -> the parts it may import; ``launch`` may import all."""

@@ -15,7 +15,7 @@ import optax
 from jaxtyping import PyTree
 
 from jointseg_jax import rules
-from jointseg_jax.config import make
+from jointseg_jax.specs import make
 
 DECAY_MATRICES = ((r"(bias|scale|position|embedding)$", False), (r"", True))
 """Weight decay on kernels only."""

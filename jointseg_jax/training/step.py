@@ -18,8 +18,9 @@ import optax
 from jaxtyping import PyTree
 
 from jointseg_jax import chips, rules, sharding
-from jointseg_jax.config import RunConfig, make
+from jointseg_jax.config import RunConfig
 from jointseg_jax.rng import row_keys
+from jointseg_jax.specs import make
 from jointseg_jax.systems.system import Batch, Objective
 from jointseg_jax.training import init_from
 from jointseg_jax.training.optimizer import OPTIMIZERS

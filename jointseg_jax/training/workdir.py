@@ -12,9 +12,10 @@ import jax.numpy as jnp
 from safetensors.numpy import load_file
 
 from jointseg_jax import build, rules
-from jointseg_jax.config import CodecPlace, RunConfig, Spec, SystemConfig, from_plain
+from jointseg_jax.config import CodecPlace, RunConfig, SystemConfig, from_plain
 from jointseg_jax.data import files
 from jointseg_jax.data.records import DatasetInfo
+from jointseg_jax.specs import Spec
 from jointseg_jax.training import state as states
 from jointseg_jax.training.checkpoints import Checkpoints
 from jointseg_jax.types import Params, UserError

@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
-from jointseg_jax.config import make
 from jointseg_jax.data.classes import Classes
 from jointseg_jax.data.transforms import TRANSFORMS, Flip, Resize, resize_labels
+from jointseg_jax.specs import make
 from jointseg_jax.types import VOID, UserError
 
 

@@ -17,11 +17,12 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from jointseg_jax import build, presets, rules, sharding
-from jointseg_jax.config import RunConfig, SystemConfig, make, plain
+from jointseg_jax.config import RunConfig, SystemConfig, plain
 from jointseg_jax.data.classes import Classes
 from jointseg_jax.data.records import DatasetInfo
 from jointseg_jax.models.uvit import UViT
 from jointseg_jax.rng import sample_keys
+from jointseg_jax.specs import make
 from jointseg_jax.training import init_from, workdir
 from jointseg_jax.training import state as states
 from jointseg_jax.training.checkpoints import Checkpoints
