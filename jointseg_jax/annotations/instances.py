@@ -65,7 +65,7 @@ def _voted(labels: np.ndarray, segments: np.ndarray) -> np.ndarray:
     inside = segments > 0
     votes = parts(part[inside], labels[inside])
     winner = np.zeros(len(areas), np.int64)
-    chosen, label = _largest(votes.labels, votes.segments, votes.areas)
+    chosen, label = masks.heaviest(votes.labels, votes.segments, votes.areas)
     winner[chosen] = label
     return np.where(inside, winner[part], labels)
 
@@ -85,7 +85,7 @@ def _completed(labels: np.ndarray, segments: np.ndarray, isthing: Sequence[bool]
     edges = parts(np.concatenate(touching), np.concatenate(instance))
     # A region without an instance beside it becomes a new one, of a number nobody has.
     numbers = segments.max() + 1 + np.arange(len(areas))
-    chosen, number = _largest(edges.labels, edges.segments, edges.areas)
+    chosen, number = masks.heaviest(edges.labels, edges.segments, edges.areas)
     numbers[chosen] = number
     return np.where(loose, numbers[region], segments)
 
@@ -107,16 +107,6 @@ def _neighbours() -> list[tuple[tuple[slice, slice], tuple[slice, slice]]]:
     whole, head, tail = slice(None), slice(None, -1), slice(1, None)
     left, right, upper, lower = (whole, head), (whole, tail), (head, whole), (tail, whole)
     return [(left, right), (right, left), (upper, lower), (lower, upper)]
-
-
-def _largest(
-    groups: np.ndarray, values: np.ndarray, weights: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the groups, and of each the value of the largest weight (of equals the smallest)."""
-    # Sorted so that the best value of a group is where the group begins.
-    order = np.lexsort((values, -weights, groups))
-    best = order[np.diff(groups[order], prepend=-1) != 0]
-    return groups[best], values[best]
 
 
 def _check(

@@ -261,13 +261,22 @@ def _winners(
     edge = np.bincount(row, touching.edge) > 0
     largest = np.zeros(len(pairs), np.int64)
     np.maximum.at(largest, row, areas[touching.other])
-    pairs, votes, largest = pairs[edge], votes[edge], largest[edge]
-    small, ranks = np.divmod(pairs, count)
-    # commonest label first; of equals that of the largest region it touches, then the smallest
-    order = np.lexsort((ranks, -largest, -votes, small))
-    small, ranks = small[order], ranks[order]
-    best = np.diff(small, prepend=NONE) != 0
-    return small[best], ranks[best]
+    # the commonest label; of equals that of the largest region it touches, then the smallest
+    return heaviest(*np.divmod(pairs[edge], count), votes[edge], largest[edge])
+
+
+def heaviest(
+    groups: np.ndarray, values: np.ndarray, *weights: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the groups, and of each the value of most weight.
+
+    Args:
+      weights: each decides where those before it are equal; at last the smallest value wins.
+    """
+    # Sorted so that the best value of a group is where the group begins.
+    order = np.lexsort((values, *(-weight for weight in reversed(weights)), groups))
+    best = order[np.diff(groups[order], prepend=-1) != 0]
+    return groups[best], values[best]
 
 
 def connected(ranks: LabelMap) -> tuple[np.ndarray, np.ndarray]:
@@ -320,12 +329,8 @@ def _ranked(labels: np.ndarray) -> Ranked:
     table = np.zeros(len(values), np.int32)
     table[present] = np.arange(len(present))
     values = values[present]
-    return Ranked(table[codes], values, _rank(values, 0), _rank(values, void))
-
-
-def _rank(values: np.ndarray, value: int) -> int:
-    matches = np.flatnonzero(values == value)
-    return int(matches[0]) if len(matches) else NONE
+    rank = {value: i for i, value in enumerate(values.tolist())}
+    return Ranked(table[codes], values, rank.get(0, NONE), rank.get(void, NONE))
 
 
 def _with_margin(

@@ -152,7 +152,9 @@ def contact_sheet(
         strips.insert(0, _texts([title], wide, 2, size=15)[0])
     if legend is not None:
         strips.append(legend_strip(legend, wide, present))
-    return _framed(_stack([_padded(s, s.shape[0], wide) for s in strips], 2 * GAP))
+    sheet = _stack(strips, 2 * GAP)
+    # white as ``PAPER`` is, in all channels
+    return np.pad(sheet, ((2 * GAP, 2 * GAP), (2 * GAP, 2 * GAP), (0, 0)), constant_values=255)
 
 
 def legend_strip(classes: Classes, width: int, present: Sequence[int] | None = None) -> Picture:
@@ -262,18 +264,13 @@ def _texts(texts: Sequence[str], width: int, most: int, size: int = 12) -> list[
 
 def _wrapped(words: list[str], font: Font, width: int, most: int) -> list[str]:
     """Breaks words into lines of a width in pixels; what does not fit ends in dots."""
-    done: list[str] = []
-    line = ""
+    lines: list[str] = []
     for word in words:
-        longer = f"{line} {word}".strip()
-        if line and font.getlength(longer) > width:
-            done.append(line)
-            longer = word
-        line = longer
-    done = [*done, line] if line else done
-    if len(done) > most:
-        done = [*done[: most - 1], done[most - 1] + " ..."]
-    return done
+        if lines and font.getlength(longer := f"{lines[-1]} {word}") <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines if len(lines) <= most else [*lines[: most - 1], lines[most - 1] + " ..."]
 
 
 def _stack(pictures: Sequence[np.ndarray], gap: int) -> np.ndarray:
@@ -289,11 +286,4 @@ def _stack(pictures: Sequence[np.ndarray], gap: int) -> np.ndarray:
 def _padded(picture: np.ndarray, height: int, width: int) -> np.ndarray:
     sheet = np.full((height, width, 3), PAPER, np.uint8)
     sheet[: picture.shape[0], : picture.shape[1]] = picture
-    return sheet
-
-
-def _framed(picture: np.ndarray) -> np.ndarray:
-    height, width, _ = picture.shape
-    sheet = np.full((height + 4 * GAP, width + 4 * GAP, 3), PAPER, np.uint8)
-    sheet[2 * GAP : -2 * GAP, 2 * GAP : -2 * GAP] = picture
     return sheet
