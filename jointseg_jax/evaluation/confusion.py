@@ -111,7 +111,7 @@ class Confusion:
     @property
     def pixel_accuracy(self) -> float:
         """The share of the pixels that are right; NaN when there are none."""
-        return _share(self.hits.sum(), self.true.sum())
+        return float(_ratio(self.hits.sum(), self.true.sum()))
 
     @property
     def mean_accuracy(self) -> float:
@@ -122,7 +122,7 @@ class Confusion:
     def frequency_weighted_iou(self) -> float:
         """The mean IoU weighted by the classes' pixels in the truth."""
         weighted = self.true * np.nan_to_num(self.iou)
-        return _share(weighted.sum(), self.true.sum())
+        return float(_ratio(weighted.sum(), self.true.sum()))
 
 
 def is_void(labels: Integer[np.ndarray, "*shape"], classes: int) -> Bool[np.ndarray, "*shape"]:
@@ -159,13 +159,9 @@ def _is_class(labels: np.ndarray, classes: int) -> np.ndarray:
     return (labels >= 0) & (labels < classes)
 
 
-def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+def _ratio(part: np.ndarray | np.number, whole: np.ndarray | np.number) -> np.ndarray:
     """part / whole, NaN where whole is 0."""
     return np.divide(part, whole, out=np.full(whole.shape, np.nan), where=whole > 0)
-
-
-def _share(part: np.number, whole: np.number) -> float:
-    return float(part / whole) if whole else float("nan")
 
 
 def mean(values: Float[np.ndarray, " classes"]) -> float:

@@ -66,11 +66,7 @@ class PanopticQuality:
         self.overlap = np.zeros(classes)  # IoU of every overlap within a class, matches or not
 
     def add(self, gt: PanopticMaps, pred: PanopticMaps, valid: Valid | None = None) -> None:
-        """Counts a batch of (category, instance) maps, or one.
-
-        Args:
-          valid: rows to count; all when not given.
-        """
+        """Counts a batch of (category, instance) maps (or one), or its ``valid`` rows."""
         if gt.shape != pred.shape:
             raise ValueError(
                 f"PanopticQuality.add: truth {gt.shape} and prediction {pred.shape} given; their "
@@ -159,21 +155,11 @@ class PanopticQuality:
         return np.where(np.arange(len(loose)) < len(self.things), self.pq, loose)
 
     def report(self, names: Sequence[str]) -> dict[str, Any]:
-        """The numbers as JSON values; None where there was nothing to measure.
-
-        Args:
-          names: of the categories, which must be indices into them.
-        """
-        things = len(self.things)
-        means = {
-            "pq": self.pq,
-            "sq": self.sq,
-            "rq": self.rq,
-            "pq_things": self.pq[:things],
-            "pq_stuff": self.pq[things:],
-            "modified_pq": self.modified,
-        }
-        per_class = {names[c]: number(value) for c, value in zip(self.categories, self.pq)}
+        """The numbers as JSON values, ``names`` by category; None where nothing was measured."""
+        pq, things = self.pq, len(self.things)
+        means = {"pq": pq, "sq": self.sq, "rq": self.rq}
+        means |= {"pq_things": pq[:things], "pq_stuff": pq[things:], "modified_pq": self.modified}
+        per_class = {names[c]: number(value) for c, value in zip(self.categories, pq)}
         return {k: number(mean(v)) for k, v in means.items()} | {"per_class_pq": per_class}
 
 

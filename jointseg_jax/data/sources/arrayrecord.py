@@ -15,9 +15,7 @@ import bisect
 import functools
 import itertools
 import json
-import threading
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict, cast
@@ -228,9 +226,6 @@ class ArrayRecords:
     _starts: list[int] = field(init=False, repr=False, compare=False)  # first record of each shard
     # Readers are opened when first needed, by whichever thread comes first.
     _readers: dict[str, Any] = field(init=False, repr=False, compare=False, default_factory=dict)
-    _lock: AbstractContextManager[bool] = field(
-        init=False, repr=False, compare=False, default_factory=threading.Lock
-    )
 
     def __post_init__(self) -> None:
         folder = Path(self.folder)
@@ -253,7 +248,7 @@ class ArrayRecords:
         derive(self, shards=shards, _split=split, _starts=starts)
 
     def __reduce__(self) -> tuple[Callable[[], ArrayRecords], tuple[()]]:
-        # A copy in a worker opens the shards itself: locks and readers do not travel.
+        # A copy in a worker opens the shards itself: readers do not travel.
         return functools.partial(ArrayRecords, folder=self.folder, split=self.split), ()
 
     @property
@@ -275,18 +270,17 @@ class ArrayRecords:
         try:
             data = self._reader(path).read([position])[0]
         except (RuntimeError, IndexError, ValueError) as error:
-            with self._lock:  # a reader that failed once fails for good
-                self._readers.pop(path, None)
+            self._readers.pop(path, None)  # a reader that failed once fails for good
             raise damaged(where, str(error)) from None
         return unpack(data, self.classes, where)
 
     def _reader(self, path: str) -> Any:
-        with self._lock:
-            if path not in self._readers:
-                # Reading ahead would fetch megabytes around every record of a shuffled epoch.
-                reader = array_record_module.ArrayRecordReader(path, "readahead_buffer_size:0")
-                self._readers[path] = reader
-            return self._readers[path]
+        # No lock: of two threads that open a shard at once, one's reader is kept, both read.
+        if (reader := self._readers.get(path)) is None:
+            # Reading ahead would fetch megabytes around every record of a shuffled epoch.
+            reader = array_record_module.ArrayRecordReader(path, "readahead_buffer_size:0")
+            self._readers[path] = reader
+        return reader
 
     def words(self) -> tuple[str, ...]:
         """Lists every word its captions can contain, sorted."""
