@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NotRequired, TypedDict, cast
 
-import ml_dtypes
+import ml_dtypes  # noqa: F401 (numpy knows bfloat16 by its name from here on)
 import numpy as np
 
 from jointseg_jax.data import files
@@ -33,9 +33,6 @@ AGAIN = (
     "Copy it again from its source; or delete it and run launch/encode.py again with the same "
     "settings: whole shards are kept."
 )
-
-BFLOAT16 = "bfloat16"
-"""The one number type here that numpy does not know by name."""
 
 
 class FieldContent(TypedDict):
@@ -167,7 +164,7 @@ class Field:
     @property
     def kind(self) -> np.dtype:
         """The number type as numpy's."""
-        return np.dtype(ml_dtypes.bfloat16 if self.dtype == BFLOAT16 else self.dtype)
+        return np.dtype(self.dtype)
 
     @property
     def read_kind(self) -> np.dtype:
