@@ -38,11 +38,9 @@ Map = Integer[np.ndarray, "height width"]
 def clean(
     labels: Map, segments: Map, isthing: Sequence[bool], *, min_size: int
 ) -> tuple[Map, Int32[np.ndarray, "height width"]]:
-    """Returns the map and its instances, cleaned: every thing pixel in one whole instance.
+    """Returns the map and its instances (0: none), every thing pixel in one whole instance.
 
     Args:
-      segments: instance numbers, 0 where there is none.
-      isthing: of every class.
       min_size: pixels that a connected part of an instance has at least.
     """
     _check(labels, segments, isthing, min_size)

@@ -268,12 +268,8 @@ def _winners(
 def heaviest(
     groups: np.ndarray, values: np.ndarray, *weights: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the groups, and of each the value of most weight.
-
-    Args:
-      weights: each decides where those before it are equal; at last the smallest value wins.
-    """
-    # Sorted so that the best value of a group is where the group begins.
+    """Returns the groups, and of each the value of most weight, by the first that is not equal."""
+    # Sorted so that the best value of a group is where the group begins; of equals the smallest.
     order = np.lexsort((values, *(-weight for weight in reversed(weights)), groups))
     best = order[np.diff(groups[order], prepend=-1) != 0]
     return groups[best], values[best]

@@ -27,6 +27,7 @@ GAP = 6
 READABLE = 128
 """Pictures are enlarged by whole numbers to about this height, in pixels of the sheet."""
 CAPTION_LINES = 3
+FONT = ImageFont.load_default  # Pillow's own: the same pixels wherever the sheet is drawn
 
 
 def colourise(labels: Integer[np.ndarray, "*batch height width"], classes: Classes) -> np.ndarray:
@@ -51,11 +52,7 @@ def overlay(
     outlines: bool = True,
     segments: Labels | None = None,
 ) -> Picture:
-    """Blends the coloured labels over a picture; pixels without annotation stay as they are.
-
-    Args:
-      segments: instance ids, which are outlined as the labels are.
-    """
+    """Blends coloured labels over a picture but for VOID; outlines them, and instance ids."""
     if image.shape[:2] != labels.shape:
         raise ValueError(
             f"overlay: picture {image.shape[:2]} and labels {labels.shape} given; "
@@ -100,11 +97,7 @@ def pair_sheet(
     title: str = "",
     segments: LabelMaps | None = None,
 ) -> Picture:
-    """Lays out pairs as captioned triplets in columns, with a legend of the classes present.
-
-    Args:
-      segments: instance ids of every pair, outlined in its overlay.
-    """
+    """Lays out pairs as captioned triplets in columns, with a legend of the classes present."""
     if len(images) != len(labels) or not len(images):
         raise ValueError(
             f"pair_sheet: {len(images)} pictures and {len(labels)} label maps given; "
@@ -159,7 +152,7 @@ def contact_sheet(
 
 def legend_strip(classes: Classes, width: int, present: Sequence[int] | None = None) -> Picture:
     """Draws a colour patch and the name of each class, in as many lines as the width needs."""
-    font, line = _font(12), 18
+    font, line = FONT(size=12), 18
     indices = range(len(classes)) if present is None else present
     named = list(zip(classes.palette, classes.names))
     entries = [(VOID_COLOUR, classes.void) if i == VOID else named[i] for i in indices]
@@ -242,14 +235,9 @@ def _encoded(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def _font(size: int) -> Font:
-    # Pillow's own font: the same pixels wherever the sheet is drawn.
-    return ImageFont.load_default(size=size)
-
-
 def _texts(texts: Sequence[str], width: int, most: int, size: int = 12) -> list[np.ndarray]:
     """Draws texts broken at words, all in the lines that the longest needs, at most ``most``."""
-    font, step = _font(size), size + 3
+    font, step = FONT(size=size), size + 3
     broken = [_wrapped(text.split(), font, width, most) for text in texts]
     height = max(1, *(len(lines) for lines in broken)) * step
     drawn = []

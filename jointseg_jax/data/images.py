@@ -122,11 +122,7 @@ def decode_labels(
     colours: Mapping[Colour, int] | None = None,
     pixel_limit: int = PIXEL_LIMIT,
 ) -> Int32[np.ndarray, "height width"]:
-    """Decodes a label file to the values stored in it; ``path`` is for messages.
-
-    Args:
-      colours: the value of each colour, for labels painted in RGB.
-    """
+    """Decodes a label file to its values; ``colours`` has those of labels painted in RGB."""
     picture = open_labels(data, path, pixel_limit)
     pixels = opaque(picture, path)
     if picture.mode in ("RGB", "RGBA"):

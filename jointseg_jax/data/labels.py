@@ -159,11 +159,7 @@ def parse(content: object) -> tuple[Classes, LabelRule]:
 
 
 def class_list(entries: Sequence[object], swaps: Iterable[Sequence[str]] = ()) -> Classes:
-    """Returns classes from names, or from entries of name, isthing and colour.
-
-    Args:
-      swaps: pairs of names.
-    """
+    """Returns classes from names, or from entries of name, isthing and colour, and named pairs."""
     full: list[dict] = [e if isinstance(e, dict) else {"name": e} for e in entries]
     names = tuple(str(e["name"]) for e in full)
     coloured = full if all("colour" in e for e in full) else []

@@ -39,13 +39,10 @@ def prepare(
     """Scans a source, then writes its good records as the split ``split`` of the folder ``out``.
 
     Args:
-      strict: writes nothing unless every record is good.
+      strict: raises UserError and writes nothing unless every record is good, not only one.
       shards: number of files; one per 1024 records when not given.
       limit: takes at most this many records, the first ones.
       show: called with the report before anything is written.
-
-    Raises:
-      UserError: no record is good; with ``strict``, any is bad.
     """
     out = Path(out)
     # Refuses a split that exists, or other classes, before the hours of reading.

@@ -93,11 +93,7 @@ def problem_lines(problems: Sequence[BadSample], most: int = 50) -> str:
 
 
 def check_record(record: Mapping[str, object], classes: Classes, where: str | None = None) -> None:
-    """Raises BadSample when a record does not obey the schema.
-
-    Args:
-      where: the path or name put in the message; the record's id when absent.
-    """
+    """Raises BadSample for a record that breaks the schema; ``where`` names it, or its own id."""
     where = where or str(record.get("id", "record without an id"))
     image = _array(record, "image", np.uint8, 3, where)
     labels = _array(record, "labels", np.int16, 2, where)

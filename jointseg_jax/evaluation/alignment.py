@@ -77,13 +77,7 @@ class Alignment:
         self.own, self.others = Confusion(len(names)), Confusion(len(names))
 
     def add(self, judged: Maps, mask: Maps, other: Maps | None = None) -> None:
-        """Counts a pair.
-
-        Args:
-          judged: the judge's labels of the generated image.
-          mask: the mask generated with it.
-          other: the mask of another image, for the level of chance.
-        """
+        """Counts a judge's labels of an image with its mask, and with another's for chance."""
         self.own.add(judged, mask)
         if other is not None:
             self.others.add(judged, other)

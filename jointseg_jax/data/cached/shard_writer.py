@@ -46,13 +46,9 @@ def begin(root: Path, split: str, head: Mapping[str, object]) -> None:
 
 
 def kept(root: Path, name: str, *, part: bool = False) -> bool:
-    """Returns True if a shard is whole: it has the hash that its note, written last, says.
-
-    Args:
-      part: its texts must be there, too, for they are in no table yet.
-    """
+    """Returns True if a shard is whole: it has the hash that its note, written last, says."""
     paths = {"": root / f"{name}.bin"}
-    if part:
+    if part:  # its texts must be there, too, for they are in no table yet
         paths["text_"] = root / f"{name}{texts.PART}"
     try:
         note = read_note(root, name)
@@ -105,11 +101,7 @@ class ShardWriter:
 def finish(
     root: Path, split: str, shards: int, tokenizer: Callable[[str], np.ndarray] | None
 ) -> CacheIndex:
-    """Writes the texts and the finished index, which it returns.
-
-    Args:
-      tokenizer: from a caption to its token ids, where text is words.
-    """
+    """Writes the texts, by the tokenizer where they are words, and returns the finished index."""
     path = store.index_path(root, split)
     names = [store.shard_name(split, n, shards) for n in range(shards)]
     before = store.read_index(path)

@@ -131,14 +131,11 @@ def write_shards(
     shards: int = 1,
     overwrite: bool = False,
 ) -> SplitContent:
-    """Writes the packed records of a split, each shard whole or not at all.
+    """Writes the packed records of a split; returns what ``dataset.json`` now says of it.
 
     Args:
       count: how many records there are; record i goes to shard ``i * shards // count``.
       overwrite: replaces a split that is there already.
-
-    Returns:
-      What ``dataset.json`` now says of the split.
     """
     if not 1 <= shards <= max(count, 1):
         raise UserError(f"ERROR [data] shards={shards} given for {count} records; 1..{count}.")

@@ -199,11 +199,7 @@ def read_labels(
     classes: Classes,
     pixel_limit: int = PIXEL_LIMIT,
 ) -> tuple[Labels, Int32[np.ndarray, "height width"] | None]:
-    """Decodes the labels of an entry, and its segments if it has them.
-
-    Args:
-      rule: ``None`` for segments and parts, which say themselves what their values mean.
-    """
+    """Decodes the labels of an entry, and its segments if it has them; those need no rule."""
     if entry.parts:
         return paint(files, entry.parts, pixel_limit), None
     path, data = files.read(entry.labels)

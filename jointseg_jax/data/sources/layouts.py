@@ -140,11 +140,7 @@ def pair(
     labels: FoundFiles | None,
     texts: Captions | None = None,
 ) -> tuple[Entry, ...]:
-    """Joins images, labels and captions by id; what does not fit becomes the entry's problem.
-
-    Args:
-      images, labels: ``None`` where the user gives one side only.
-    """
+    """Joins the sides given by id; what does not fit becomes the entry's problem."""
     ids = sorted(ids)
     # Case-folded: ids that differ by case only are one file on macOS and Windows.
     same: dict[str, list[str]] = {}
