@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
+import multiprocessing
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
 
 import jax
 
@@ -84,37 +83,37 @@ class InProcess:
 
 
 class Subprocess:
-    """A config measured in a process of its own, which gets JSON lines that say what to do next."""
+    """A config measured in a process of its own, which is sent the names of methods to call."""
 
     def __init__(self, bench: BenchConfig):
-        environment = dict(os.environ)
-        # Set by flag in this process, which the other does not see.
-        if folder := jax.config.jax_compilation_cache_dir:
-            environment["JAX_COMPILATION_CACHE_DIR"] = folder
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "jointseg_jax.perf.bench"],
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        self.name = bench.name
-        self._ask(bench.values())
+        # Not forked: it would get locks without the threads that hold them.
+        context = multiprocessing.get_context("spawn")
+        self.name, (self.pipe, other) = bench.name, context.Pipe()
+        # The cache is set by flag in this process, which the other does not see.
+        arguments = (other, bench, jax.config.jax_compilation_cache_dir)
+        self.process = context.Process(target=serve, args=arguments)
+        self.process.start()
+        # Else the end of the process would not be the end of the pipe.
+        other.close()
+        self._answer()
 
-    def _ask(self, what: object) -> Values:
-        line = ""
-        with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.write(json.dumps(what) + "\n")
-            self.process.stdin.flush()
-            line = self.process.stdout.readline()
-        # An empty answer: it has ended, and its own words are on stderr.
-        if not line:
-            status = self.process.wait()
-            raise RuntimeError(f"the process of {self.name} ended with status {status}; see above")
-        answer = json.loads(line)
-        if "error" in answer:
-            raise UserError(f"{self.name}: {answer['error']}")
+    def _answer(self) -> Result | None:
+        try:
+            answer = self.pipe.recv()
+        except (EOFError, ConnectionError):
+            self.process.join()
+            status = self.process.exitcode
+            text = f"the process of {self.name} ended with status {status}; see above"
+            raise RuntimeError(text) from None
+        if isinstance(answer, UserError):
+            raise UserError(f"{self.name}: {answer}")
         return answer
+
+    def _ask(self, method: str) -> Result | None:
+        # Of a process that has ended the answer says so.
+        with contextlib.suppress(ConnectionError):
+            self.pipe.send(method)
+        return self._answer()
 
     def warm_up(self) -> None:
         """Makes the first calls of every action."""
@@ -126,18 +125,34 @@ class Subprocess:
 
     def result(self) -> Result:
         """The figures so far."""
-        values = self._ask("result")
-        timings = {name: Timing(**timing) for name, timing in values.pop("timings").items()}
-        return Result(timings=timings, **values)
+        return self._ask("result")
 
     def close(self) -> None:
         """Ends the process."""
-        self.process.stdin.close()
-        try:
-            self.process.wait(timeout=60)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+        self.pipe.close()
+        self.process.join(timeout=60)
+        self.process.kill()
+        self.process.join()
+
+
+def serve(pipe: Connection, bench: BenchConfig, cache: str | None) -> None:
+    """Does what a ``Subprocess`` asks for until it closes the pipe."""
+    os.dup2(2, 1)  # what libraries print must not get into the page
+    jax.config.update("jax_compilation_cache_dir", cache)
+    set_cache(bench.cache)
+    try:
+        ended = contextlib.suppress(EOFError, ConnectionError)
+        with contextlib.closing(InProcess(bench)) as process, ended:
+            pipe.send(None)
+            while True:
+                pipe.send(getattr(process, pipe.recv())())
+    except UserError as error:
+        pipe.send(error)
+
+
+def set_cache(on: bool) -> None:
+    """Allows compiled programs from the compile cache, or not; before anything compiles."""
+    jax.config.update("jax_enable_compilation_cache", on)
 
 
 def interleave(
@@ -178,34 +193,3 @@ def ratios(one: Result, other: Result) -> dict[str, dict[str, float]]:
         for name, timing in one.timings.items()
         if name in other.timings
     }
-
-
-# --------------------------------------------------- the process at the other end of Subprocess
-
-
-def set_cache(on: bool) -> None:
-    """Allows compiled programs from the compile cache, or not; before anything compiles."""
-    jax.config.update("jax_enable_compilation_cache", on)
-
-
-def main() -> None:
-    """Reads one ``BenchConfig``, then the name of a method a line until the input ends."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print must not get between the answers
-    with contextlib.ExitStack() as stack:
-        try:
-            bench = BenchConfig.of(json.loads(sys.stdin.readline()))
-            set_cache(bench.cache)
-            process = InProcess(bench)
-            stack.callback(process.close)
-            print("{}", file=answers, flush=True)
-            for line in sys.stdin:
-                found = getattr(process, json.loads(line))()
-                values = {} if found is None else dataclasses.asdict(found)
-                print(json.dumps(values), file=answers, flush=True)
-        except UserError as error:
-            print(json.dumps({"error": str(error)}), file=answers, flush=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import datetime
 import functools
 import importlib.metadata
@@ -30,7 +29,6 @@ import jax
 import jax.numpy as jnp
 
 from jointseg_jax.chips import peak_flops
-from jointseg_jax.config import from_plain, plain
 from jointseg_jax.types import UserError
 
 Config = Mapping[str, Any]
@@ -66,15 +64,6 @@ class BenchConfig:
     trace: bool = True  # train, sample: one more call under the profiler
     cache: bool = False  # compiled programs may come from the compile cache
     launcher: str = ""  # startup: path of ``launch/train.py``
-
-    def values(self) -> Values:
-        """Plain values, of which ``of`` makes an equal one."""
-        return plain(dataclasses.asdict(self))
-
-    @staticmethod
-    def of(values: Config) -> BenchConfig:
-        """The inverse of ``values``."""
-        return BenchConfig(**from_plain(values))
 
     def batch_of(self, default: int, shards: int) -> int:
         """The rows of a batch.

@@ -3,7 +3,9 @@
 1. HBM: the compiler's own plan for one chip; a program that does not fit is refused by it.
 2. ``estimate_ms`` = estimated cycles x trip counts / clock. Kernels of our own (Pallas) and waiting
    for other chips are not in it. It is the compiler's, not measured: good for comparing programs.
-3. ``step_ms`` = ``estimate_ms + kernel_ms + ici_ms``, as if nothing were hidden behind anything,
+3. ``kernel_ms``, ``ici_ms``: FLOPs of attention kernels / a part of the peak, and bytes of all
+   collectives / a chip's links together.
+4. ``step_ms`` = ``estimate_ms + kernel_ms + ici_ms``, as if nothing were hidden behind anything,
    and ``mfu`` = ``roofline_ms / step_ms``. Made for choosing between programs, not for quoting.
 """
 
@@ -11,7 +13,6 @@ from __future__ import annotations
 
 import functools
 import math
-import operator
 import re
 import time
 from collections.abc import Mapping
@@ -45,10 +46,7 @@ class Memory:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What the compiler made of a program; without ``memory`` and ``costs`` where it refused.
-
-    Figures are of one chip, and None where something they follow from is unknown.
-    """
+    """What the compiler made of a program; without ``memory`` and ``costs`` where it refused."""
 
     lowered: Lowered
     chip: Chip
@@ -64,127 +62,69 @@ class Report:
         """Number of chips."""
         return math.prod(self.lowered.mesh)
 
-    @property
-    def roofline_ms(self) -> float | None:
-        """Analytic FLOPs / chips / peak: no program of this network can be faster."""
-        return _over(self.lowered.flops, self.chips, self.chip.peak, 1e9)
-
-    @property
-    def estimate_ms(self) -> float | None:
-        """Estimated cycles x trip counts / clock."""
-        if self.costs is None or not self.costs.cycles:
-            return None
-        return sum(self.costs.cycles.values()) / self.chip.clock / 1e6
-
-    @property
-    def kernel_ms(self) -> float | None:
-        """FLOPs of attention kernels / (peak x ``Chip.attention``), which the estimate leaves out.
-
-        ``Chip.attention`` is the part of the peak that the packed kernel reaches by the compiler's
-        schedule of it (``schedule``); splash stays behind that.
-        """
-        if self.roofline_ms is None or self.costs is None:
-            return None
-        # Attention's part of the network's FLOPs, times the kernel's products for one forward pass.
-        share = self.lowered.attention * self.lowered.passes
-        return self.roofline_ms * share / self.chip.attention if self.costs.kernels else 0.0
-
-    @property
-    def matmul_ratio(self) -> float | None:
-        """Products in the program / those of the network; remat ``full`` makes it 4/3.
-
-        Attention is left out of both where kernels do it.
-        """
-        if self.lowered.flops is None or self.costs is None:
-            return None
-        share = 1.0 - (self.lowered.attention if self.costs.kernels else 0.0)
-        return self.costs.flops * self.chips / (self.lowered.flops * share)
-
-    @property
-    def collective_bytes(self) -> int | None:
-        """Bytes of all collectives."""
-        traffic = self.costs.collectives.values() if self.costs is not None else None
-        return None if traffic is None else sum(t.bytes for t in traffic)
-
-    @property
-    def collective_ratio(self) -> float | None:
-        """Bytes of collectives / those that there must be (``costs.ideal_bytes``)."""
-        return _over(self.collective_bytes, self.lowered.ideal) if self.lowered.ideal else None
-
-    @property
-    def ici_ms(self) -> float | None:
-        """Bytes of all collectives / a chip's links together.
-
-        Waiting takes at least this long unless it is hidden behind computation.
-        """
-        return _over(self.collective_bytes, self.chip.ici, 1e6)
-
-    @property
-    def step_ms(self) -> float | None:
-        """``estimate_ms + kernel_ms + ici_ms``."""
-        parts = (self.estimate_ms, self.kernel_ms, self.ici_ms)
-        return None if None in parts else sum(parts)
-
-    @property
-    def mfu(self) -> float | None:
-        """Model FLOP utilization if a run took ``step_ms``."""
-        return _over(self.roofline_ms, self.step_ms) if self.step_ms else None
-
-    @property
-    def image_ms(self) -> float | None:
-        """``step_ms`` over the rows that one chip does."""
-        return _over(self.step_ms and self.step_ms * self.chips, self.lowered.batch)
+    @functools.cached_property
+    def figures(self) -> dict[str, float]:
+        """Figures of one chip by name; NaN where something they follow from is unknown."""
+        lowered, chip, found = self.lowered, self.chip, self.costs
+        flops = math.nan if lowered.flops is None else lowered.flops
+        # No program of this network can be faster.
+        roofline = flops / self.chips / chip.peak / 1e9
+        out = {"analytic_tflop": flops / (1e12 * self.chips), "roofline_ms": roofline}
+        if found is None:
+            return out
+        moved = sum(traffic.bytes for traffic in found.collectives.values())
+        # Where kernels do attention, neither cycles nor products of it are in the program's text.
+        hidden = lowered.attention if found.kernels else 0.0
+        estimate = sum(found.cycles.values()) / chip.clock / 1e6 if found.cycles else math.nan
+        # chip.attention: the part of the peak that the packed kernel reaches by the compiler's
+        # schedule of it; splash stays behind that.
+        kernel = roofline * (hidden * lowered.passes) / chip.attention
+        # With every link busy; waiting takes at least this long unless it is hidden.
+        ici = moved / chip.ici / 1e6
+        step = estimate + kernel + ici
+        return out | {
+            "matmul_tflop": found.flops / 1e12,
+            # Products in the program / those of the network; remat ``full`` makes it 4/3.
+            "matmul_ratio": found.flops * self.chips / (flops * (1.0 - hidden)),
+            "collective_gb": moved / 1e9,
+            "collective_ratio": moved / lowered.ideal if lowered.ideal else math.nan,
+            "estimate_ms": estimate,
+            "kernel_ms": kernel,
+            "ici_ms": ici,
+            "step_ms": step,
+            "image_ms": step * self.chips / lowered.batch,
+            "mfu": roofline / step if step else math.nan,
+        }
 
     def values(self) -> Values:
         """The report as plain values: sizes in GiB, traffic in GB (10^9), times in ms."""
-        found: Values = {
+        out: Values = {
             "fits": self.memory is not None,
             "chips": self.chips,
             "mesh": list(self.lowered.mesh),
             "batch": self.lowered.batch,
             "hbm_limit_gb": self.chip.hbm,
             "compile_s": round(self.seconds, 1),
-            "analytic_tflop": _rounded(self.lowered.flops, 1e12 * self.chips),
-            "roofline_ms": _rounded(self.roofline_ms),
             "notes": list(self.lowered.notes),
             "compiler_options": dict(self.options),
+            **{k: None if math.isnan(v) else rounded(v) for k, v in self.figures.items()},
         }
         if self.memory is None or self.costs is None:
-            return found | {"refusal": self.refusal}
+            return out | {"refusal": self.refusal}
         # GiB in spite of the names, which scripts read.
         sizes = {f"{k}_gb".replace("peak", "hbm"): v for k, v in vars(self.memory).items()}
-        found |= {k: _rounded(v) for k, v in sizes.items()}
-        found["hbm_share"] = _rounded(self.memory.peak, self.chip.hbm)
-        return found | self._cost_values(self.costs)
-
-    def _cost_values(self, costs: Costs) -> Values:
-        per_ms = 1e6 * self.chip.clock
-        traffic = costs.collectives.items()
-        return {
-            "matmul_tflop": _rounded(costs.flops, 1e12),
-            "estimate_ms": _rounded(self.estimate_ms),
-            "estimate_parts_ms": {k: _rounded(v, per_ms) for k, v in costs.cycles.items()},
-            "not_estimated": costs.kernels,
-            **{k: _rounded(getattr(self, k)) for k in ("kernel_ms", "step_ms", "image_ms", "mfu")},
-            "matmul_ratio": _rounded(self.matmul_ratio),
-            "squares": list(costs.squares),
-            "collective_gb": _rounded(self.collective_bytes, 1e9),
-            "collective_ratio": _rounded(self.collective_ratio),
+        out |= {k: rounded(v) for k, v in sizes.items()}
+        cycles, traffic = self.costs.cycles.items(), self.costs.collectives.items()
+        return out | {
+            "hbm_share": rounded(self.memory.peak / self.chip.hbm),
+            "estimate_parts_ms": {k: rounded(v / (1e6 * self.chip.clock)) for k, v in cycles},
+            "not_estimated": self.costs.kernels,
+            "squares": list(self.costs.squares),
             "collectives": {
-                k: {"count": t.count, "gb": _rounded(t.bytes, 1e9)} for k, t in traffic
+                k: {"count": t.count, "gb": rounded(t.bytes / 1e9)} for k, t in traffic
             },
-            "ici_ms": _rounded(self.ici_ms),
             "unknown_loops": list(self.unknown_loops),
         }
-
-
-def _over(value: int | float | None, *units: int | float) -> float | None:
-    """The value divided by each of the units; None of None."""
-    return None if value is None else functools.reduce(operator.truediv, units, value)
-
-
-def _rounded(value: int | float | None, unit: float = 1.0) -> float | None:
-    return None if value is None else rounded(value / unit)
 
 
 def compiled(

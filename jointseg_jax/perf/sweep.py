@@ -72,8 +72,8 @@ class Trial(NamedTuple):
     @property
     def order(self) -> tuple[float, int]:
         """What the best is chosen by: least ``image_ms``, then fewest rows."""
-        time = self.report and self.report.image_ms
-        return (math.inf if time is None else time, self.setting.rows)
+        time = self.report.figures["image_ms"] if self.report is not None else math.nan
+        return (math.inf if math.isnan(time) else time, self.setting.rows)
 
 
 def configured(config: RunConfig, setting: Setting, chips: int) -> RunConfig:

@@ -340,7 +340,7 @@ def test_the_update_of_training_on_other_devices(small, check_gradients, check_p
     assert lowered.ideal == gradients
     assert values["collective_ratio"] == pytest.approx(moved / gradients, rel=1e-4)  # rounded
     check_products(found.costs.flops * found.chips / lowered.flops)
-    assert found.estimate_ms is None and found.step_ms is None  # CPUs' programs hold no cycles
+    assert values["estimate_ms"] is None and values["step_ms"] is None  # CPUs count no cycles
     assert values["roofline_ms"] == pytest.approx(lowered.flops / 8 / 197e9, rel=1e-4)  # rounded
 
 
@@ -348,7 +348,7 @@ def test_the_sampler_needs_no_collective(small, check_products):
     lowered = programs.lower_sampling(small, jax.devices(), missing=Missing(), per_chip=2, steps=4)
     found = on_hosts(lowered)
     assert lowered.batch == 16
-    assert found.costs.collectives == {} and found.collective_ratio is None
+    assert found.costs.collectives == {} and found.values()["collective_ratio"] is None
     check_products(found.costs.flops * found.chips / lowered.flops)
 
 

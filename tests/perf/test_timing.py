@@ -1,10 +1,7 @@
 """Which calls count, what they come to, and in which order configs take turns."""
 
-import io
-import json
 import math
-import os
-import sys
+import pickle
 import time
 
 import pytest
@@ -71,7 +68,7 @@ def test_clocks_by_wall_and_by_processor():
 def test_requests_survive_the_way_to_another_process():
     config = {"mesh": (-1, 1, 1), "system": {"size": (8, 8), "scale": 1.0, "text": None}}
     request = BenchConfig(what="train", name="a", config=config, batch=4, step_ms=1.5)
-    assert BenchConfig.of(request.values()) == request
+    assert pickle.loads(pickle.dumps(request)) == request
     with pytest.raises(UserError, match="--batch=6: must be a multiple of the 4 devices"):
         BenchConfig(what="sample", name="a", batch=6).batch_of(16, 4)
 
@@ -121,19 +118,18 @@ def test_a_config_in_a_process_of_its_own():
         found = child.result()
     finally:
         child.close()
-    assert child.process.returncode == 0
+    assert child.process.exitcode == 0
     assert found.facts["all_exact"] and len(found.timings["noisy plain"].repetitions) == 1
 
 
-def test_an_error_in_another_process_is_reported_here(monkeypatch, tmp_path):
-    def refuse(request):
-        raise UserError(f"no {request.size}")
+def test_an_error_in_another_process_is_reported_here():
+    with pytest.raises(UserError, match=r"maps: config.batch, .* config.system: missing"):
+        bench.Subprocess(BenchConfig(what="train", name="maps"))
 
-    answers = os.open(tmp_path / "answers", os.O_CREAT | os.O_WRONLY)
-    monkeypatch.setitem(bench.JOBS, "masks", refuse)
-    monkeypatch.setattr(bench, "set_cache", lambda on: None)  # of this whole process
-    monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(MASKS.values()) + "\n"))
-    monkeypatch.setattr(os, "dup", lambda fd: answers)
-    monkeypatch.setattr(os, "dup2", lambda one, other: other)
-    bench.main()
-    assert (tmp_path / "answers").read_text() == '{"error": "no 64"}\n'
+
+def test_a_process_that_ends_by_itself_is_reported():
+    child = bench.Subprocess(MASKS)
+    child.process.kill()
+    with pytest.raises(RuntimeError, match="the process of maps ended with status -9"):
+        child.repeat()
+    child.close()
