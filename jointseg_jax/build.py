@@ -7,7 +7,7 @@ without one (``RAISE``) it stops at the first.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from jointseg_jax.codecs.bits import Bits, PanopticBits
@@ -128,13 +128,9 @@ def check_cache(config: RunConfig, index: Mapping[str, Any], split: str = "train
     # A codec without parameters is applied in the step, so that its settings may differ.
     latents = index["settings"]["latents"]
     now["codecs"] = {k: v for k, v in now["codecs"].items() if k in latents}
-    require_same(
-        {**made, "codecs": {k: made["codecs"].get(k) for k in latents}},
-        now,
-        where=f"ERROR [data] {config.data.cache}: this cache",
-        remedy="Put these back, or run launch/encode.py again with this config, into another "
-        "folder.",
-    )
+    made = {**made, "codecs": {k: made["codecs"].get(k) for k in latents}}
+    remedy = "Put these back, or run launch/encode.py again with this config, into another folder."
+    require_same(made, now, where=f"ERROR [data] {config.data.cache}: this cache", remedy=remedy)
 
 
 def cache_settings(config: RunConfig, split: str) -> dict[str, Any]:
@@ -424,8 +420,4 @@ def text_encoder(spec: Spec | None, info: DatasetInfo) -> Any:
 STANDING = Process(schedule=Linear(), predicts="velocity")
 """For a stream whose own process cannot be made."""
 
-SYSTEMS: dict[str, Callable[..., Any]] = {
-    "joint": _joint,
-    "bridge": _bridge,
-    "autoencode": _autoencode,
-}
+SYSTEMS = {"joint": _joint, "bridge": _bridge, "autoencode": _autoencode}

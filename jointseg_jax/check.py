@@ -29,8 +29,7 @@ from jointseg_jax.training.step import check_rows
 from jointseg_jax.training.workdir import changed, copied_spec
 from jointseg_jax.weights.convert import require_safetensors
 
-UNKNOWN_CLASSES = Classes(names=("a", "b"))
-"""For data whose classes only reading them would tell."""
+UNKNOWN_CLASSES = Classes(names=("a", "b"))  # where only reading the data would tell
 
 
 def checked(values: Mapping[str, Any], workdir: str | None = None) -> tuple[RunConfig, Problems]:

@@ -99,13 +99,8 @@ CHIPS = {
 OTHER_PEAKS = {"TPU v4": 275, "NVIDIA H100": 989, "NVIDIA H200": 989, "NVIDIA A100": 312}
 """Dense bfloat16 TFLOP/s of further chips, by the start of their device kind."""
 
-PEAK_FLOPS = {
-    kind: 1e12 * peak
-    for kind, peak in (
-        *((kind, chip.peak) for chip in CHIPS.values() for kind in chip.kinds),
-        *OTHER_PEAKS.items(),
-    )
-}
+_PEAKS = {kind: chip.peak for chip in CHIPS.values() for kind in chip.kinds} | OTHER_PEAKS
+PEAK_FLOPS = {kind: 1e12 * peak for kind, peak in _PEAKS.items()}
 """Dense bfloat16 FLOP/s per chip, by the start of the device kind."""
 
 
@@ -178,11 +173,6 @@ def chip_of(topology: str) -> Chip:
             f"{', '.join(CHIPS)}, for example {EXAMPLES}."
         )
     return CHIPS[found.group(1)]
-
-
-def options_of(topology: str) -> dict[str, str]:
-    """XLA's options that a run on such chips has."""
-    return dict(chip_of(topology).options)
 
 
 def devices_of(topology: str) -> list[jax.Device]:

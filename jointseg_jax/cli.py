@@ -300,7 +300,6 @@ def use_compile_cache() -> None:
     import jax
 
     default = os.path.join(os.path.expanduser("~"), ".cache", "jointseg_jax", "xla")
-    jax.config.update(
-        "jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", default)
-    )
+    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR", default)
+    jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -42,9 +42,15 @@ TABLES: tuple[tuple[str, Mapping[str, Callable[..., Any]]], ...] = (
 )
 """Config path -> what a ``name`` may stand for there."""
 
+CLASSES: tuple[tuple[str, type], ...] = (
+    (r"", RunConfig),
+    *PARTS.items(),
+    (r"system\.streams\.\w+", build.Stream),
+    (r"system(\.streams\.\w+)?\.process", Process),
+)
+"""Config path -> the class that stands there whatever is chosen."""
 
-INTERNAL = ("values", "options")
-"""Fields that no config file writes: ``config`` fills them."""
+INTERNAL = ("values", "options")  # fields that no config file writes: ``config`` fills them
 
 KINDS = {"Count": "int >= 1", "CountOrZero": "int >= 0", "PathRules": "(path regex, value) rules"}
 """Names of types in ``config``, in the words of a user."""
@@ -84,9 +90,8 @@ def config_help(values: Mapping[str, Any], path: str = "") -> str:
     lines = [head, ""]
     for cls in classes:
         lines += [*_paragraph(cls), "", *_table(list(rows(cls)), node), ""]
-    groups = [name for name, value in node.items() if isinstance(value, Mapping)]
-    if groups:
-        inner = [f"{path}.{name}" if path else name for name in groups]
+    head = f"{path}." if path else ""
+    if inner := [head + name for name, value in node.items() if isinstance(value, Mapping)]:
         lines.append(f"More, by --help_config PATH: {', '.join(inner)}")
     return "\n".join(lines).rstrip()
 
@@ -99,13 +104,10 @@ def _classes(path: str, node: Mapping[str, Any]) -> tuple[str, list[Any]]:
             return f"config.{path}: `name` is one of {others}.", [table[node["name"]]]
     if path == "system":
         return "config.system", [SystemConfig, SYSTEMS[node["name"]]]
-    if path in PARTS:
-        return f"config.{path}", [PARTS[path]]
-    if re.fullmatch(r"system\.streams\.\w+", path):
-        return f"config.{path}", [build.Stream]
-    if re.fullmatch(r"system(\.streams\.\w+)?\.process", path):
-        return f"config.{path}", [Process]
-    return ("config", [RunConfig]) if not path else (f"config.{path}", [])
+    for pattern, cls in CLASSES:
+        if re.fullmatch(pattern, path):
+            return f"config.{path}".rstrip("."), [cls]
+    return f"config.{path}", []
 
 
 def rows(cls: type) -> Iterator[Row]:

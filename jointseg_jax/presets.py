@@ -77,10 +77,8 @@ def run(**changes: object) -> Settings:
         # judge: "oracle" where the data knows its own labels; transforms: {} for those of training
         "evaluate": {"judge": "", "transforms": {}},
     }
-    unknown = sorted(
-        set(changes) - set(settings) - {"steps", "batch", "data", "system", "optimizer"}
-    )
-    if unknown:
+    needed = {"steps", "batch", "data", "system", "optimizer"}
+    if unknown := sorted(set(changes) - set(settings) - needed):
         raise ValueError(f"presets.run: unknown settings {unknown}.")
     return settings | changes
 
@@ -88,14 +86,9 @@ def run(**changes: object) -> Settings:
 def brief(config: Settings) -> Settings:
     """Returns the same run for four steps."""
     optimizer = config["optimizer"]
-    schedule = optimizer["schedule"] | {"warmup": 1}
-    return config | {
-        "steps": 4,
-        "batch": 8,
-        "optimizer": optimizer | {"schedule": schedule},
-        "log": {"every": 2},
-        "checkpoint": {"every": 2, "keep": 2},
-    }
+    optimizer = optimizer | {"schedule": optimizer["schedule"] | {"warmup": 1}}
+    often = {"log": {"every": 2}, "checkpoint": {"every": 2, "keep": 2}}
+    return config | {"steps": 4, "batch": 8, "optimizer": optimizer} | often
 
 
 def shrunk(config: Settings) -> Settings:

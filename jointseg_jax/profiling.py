@@ -16,21 +16,15 @@ from jointseg_jax.models.backbone import Backbone
 
 log = logging.getLogger("jointseg_jax")
 
-FORWARD_FLOPS = {
-    uvit.UViT: uvit.forward_flops,
-    two_stream.TwoStream: two_stream.forward_flops,
-}
-"""Network -> FLOPs of one sample's forward pass, by its sizes."""
-
-LENGTHS = {uvit.UViT: uvit.lengths, two_stream.TwoStream: two_stream.lengths}
-"""Network -> numbers of tokens that attend to each other, at native sizes."""
+NETWORKS = {uvit.UViT: uvit, two_stream.TwoStream: two_stream}
+"""Network -> the module that counts its FLOPs and its tokens, by its sizes."""
 
 
 def lengths(system: object) -> tuple[int, ...]:
     """Numbers of tokens that attend to each other in the system's network; () if unknown."""
-    denoiser = getattr(system, "denoiser", None)
-    count = LENGTHS.get(type(denoiser))
-    return count(denoiser) if count else ()
+    denoiser: Any = getattr(system, "denoiser", None)
+    counts = NETWORKS.get(type(denoiser))
+    return counts.lengths(denoiser) if counts else ()
 
 
 def attention_share(system: object) -> float:
@@ -38,16 +32,16 @@ def attention_share(system: object) -> float:
     total = forward_flops(system)
     if not total:
         return 0.0
-    denoiser = getattr(system, "denoiser", None)
+    denoiser: Any = getattr(system, "denoiser", None)
     products = Backbone.of(denoiser).attention_products
     return 2 * sum(products(denoiser.width, n) for n in lengths(system)) / total
 
 
 def forward_flops(system: object) -> int | None:
     """FLOPs of the network on one sample; None where its sizes do not tell them."""
-    denoiser = getattr(system, "denoiser", None)
-    count = FORWARD_FLOPS.get(type(denoiser))
-    return count(denoiser) if count else None
+    denoiser: Any = getattr(system, "denoiser", None)
+    counts = NETWORKS.get(type(denoiser))
+    return counts.forward_flops(denoiser) if counts else None
 
 
 def sampling_flops(system: Any, given: Container[str] = ()) -> float | None:

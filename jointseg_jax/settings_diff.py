@@ -7,20 +7,18 @@ on only when the two agree outside the keys the caller allows to change (number 
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from jointseg_jax.types import UserError
 
 _ABSENT = "(absent)"
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Difference:
+class Difference(NamedTuple):
     """One key with another value; values as JSON text, ``(absent)`` where there is none."""
 
     key: str
@@ -55,7 +53,7 @@ def compare(
             f"allowed changes: {error.pattern!r} is no regular expression: {error}."
         ) from error
     return [
-        Difference(key=key, saved=old.get(key, _ABSENT), current=new.get(key, _ABSENT))
+        Difference(key, old.get(key, _ABSENT), new.get(key, _ABSENT))
         for key in sorted({*old, *new})
         if old.get(key) != new.get(key) and not any(pattern.search(key) for pattern in free)
     ]
@@ -84,16 +82,10 @@ def require_same(
 
 def classes_apart(there: Sequence[str], here: Sequence[str]) -> str:
     """How two lists of class names differ, and where first, in words; empty where they do not."""
-    numbered = list(enumerate(itertools.zip_longest(there, here)))
-    first = [
-        f"class {i} is {_name(a)} there and {_name(b)} here" for i, (a, b) in numbered if a != b
-    ]
-    if not first:
-        return ""
-    if len(there) != len(here):
-        return f"{len(there)} classes, the data has {len(here)}: {first[0]}"
-    return f"other classes: {first[0]}"
-
-
-def _name(name: str | None) -> str:
-    return "absent" if name is None else repr(name)
+    for i, names in enumerate(itertools.zip_longest(there, here)):
+        if names[0] != names[1]:
+            a, b = ("absent" if name is None else repr(name) for name in names)
+            counts = f"{len(there)} classes, the data has {len(here)}"
+            head = counts if len(there) != len(here) else "other classes"
+            return f"{head}: class {i} is {a} there and {b} here"
+    return ""

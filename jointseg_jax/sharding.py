@@ -103,9 +103,8 @@ def free_axes(meaning: str) -> tuple[str, ...]:
     """
     mesh = jax.sharding.get_abstract_mesh()
     kinds = dict(zip(mesh.axis_names, mesh.axis_types))
-    return tuple(
-        n for n in LOGICAL_AXES[meaning] if kinds.get(n, AxisType.Manual) != AxisType.Manual
-    )
+    manual = AxisType.Manual
+    return tuple(n for n in LOGICAL_AXES[meaning] if kinds.get(n, manual) != manual)
 
 
 def shards_of(meaning: str) -> int:
@@ -123,12 +122,11 @@ def on_shards(run: Callable, *axes: tuple[str, int] | None) -> Callable:
     """
     if all(axis is None or shards_of(axis[0]) == 1 for axis in axes):
         return run  # no mesh, or a shard_map has split them already
-    spec = PartitionSpec(
-        *[
-            free_axes(axis[0]) if axis and axis[1] % shards_of(axis[0]) == 0 else None
-            for axis in axes
-        ]
-    )
+
+    def split(axis: tuple[str, int] | None) -> tuple[str, ...] | None:
+        return free_axes(axis[0]) if axis and axis[1] % shards_of(axis[0]) == 0 else None
+
+    spec = PartitionSpec(*map(split, axes))
     return jax.shard_map(run, in_specs=spec, out_specs=spec, check_vma=False)
 
 

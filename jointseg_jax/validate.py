@@ -176,13 +176,9 @@ def described(looked: Report, total: int) -> str:
         f"{count:,} captions of {fewest} to {most} words",
         f"void {100 * looked.void_share:.1f} % of pixels",
     ]
-    if looked.unseen:
-        parts.append(f"never seen: {', '.join(looked.unseen)}")
-    if looked.empty:
-        parts.append(f"void all over: {len(looked.empty)}")
-    if looked.duplicates:
-        parts.append(f"groups of equal images: {len(looked.duplicates)}")
-    return "; ".join(parts) + "."
+    odd = {"never seen": ", ".join(looked.unseen), "void all over": len(looked.empty)}
+    odd["groups of equal images"] = len(looked.duplicates)
+    return "; ".join([*parts, *(f"{what}: {seen}" for what, seen in odd.items() if seen)]) + "."
 
 
 def _batch(config: RunConfig, source: Source, info: DatasetInfo, findings: Findings) -> None:

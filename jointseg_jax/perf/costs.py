@@ -38,9 +38,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jointseg_jax import rules
+from jointseg_jax import profiling, rules
 from jointseg_jax.perf.hlo import Instruction, Module, Visit, num_bytes, sizes
-from jointseg_jax.profiling import FORWARD_FLOPS
 from jointseg_jax.training.step import TrainStep
 
 COLLECTIVES = {
@@ -222,7 +221,7 @@ def part_of(instruction: Instruction) -> str:
 
 
 ELSEWHERE = "outside the network"
-NETWORKS = "|".join(kind.__name__ for kind in FORWARD_FLOPS)
+NETWORKS = "|".join(kind.__name__ for kind in profiling.NETWORKS)
 
 PASSES = {
     "recomputed": rf"rematted_computation.*({NETWORKS})|({NETWORKS}).*rematted_computation",
