@@ -21,8 +21,6 @@ Source: PDM, section 3.1 (thing and stuff categories); panoptic post-processing 
 Kirillov et al. (1801.00868).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

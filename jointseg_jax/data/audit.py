@@ -4,8 +4,6 @@ Counted: pixels and records per class, image sizes, caption lengths, void pixels
 void all over (they teach nothing), equal images, and every bad sample with file, cause and remedy.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -177,9 +175,8 @@ def examine(source: Source, index: int) -> Finding:
 def summarise(source: Source, findings: list[Finding], others: Iterable[BadSample]) -> Report:
     """Adds findings up; ``others`` are problems that belong to no record."""
     good = [finding for finding in findings if finding.problem is None]
-    pixels = np.zeros((len(good), len(source.classes) + 1), np.int64)
-    for row, finding in zip(pixels, good):
-        row += 0 if finding.pixels is None else finding.pixels
+    rows = [finding.pixels for finding in good]
+    pixels = np.array(rows, np.int64).reshape(len(good), len(source.classes) + 1)
     words = [n for finding in good for n in finding.words]
     mean = sum(words) / len(words) if words else 0.0
     same_image: dict[bytes, list[str]] = {}

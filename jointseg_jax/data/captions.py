@@ -12,8 +12,6 @@ them), joins white space, and refuses captions that are empty or absurdly long.
 A record without any caption gets ``a picture of`` its class names, in descending area.
 """
 
-from __future__ import annotations
-
 import json
 import unicodedata
 from collections.abc import Iterable

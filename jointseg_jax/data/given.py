@@ -8,8 +8,6 @@
 4. ``load`` resizes as ``transforms.Resize`` does in evaluation: centre crop, or stretch.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import hashlib

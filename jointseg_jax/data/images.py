@@ -16,8 +16,6 @@
 | RGB, RGBA | indices through an explicit colour map, or refused |
 """
 
-from __future__ import annotations
-
 import ctypes
 import io
 import os

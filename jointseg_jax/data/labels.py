@@ -19,8 +19,6 @@ A ``classes.json`` says this, and the classes, of a data set folder:
 | colours | ``{"r,g,b": file value}``, for labels painted in colours |
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

@@ -12,8 +12,6 @@ workers or threads. A batch has image (uint8), labels (int16), index (int64); wi
 ``features`` of a record become fields of their own names, untouched by transforms.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass

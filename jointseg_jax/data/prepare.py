@@ -6,8 +6,6 @@ OUT/classes.json                           the classes, as ``folders`` reads the
 OUT/report.json                            per split: statistics, and every bad sample
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path

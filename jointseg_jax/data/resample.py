@@ -6,8 +6,6 @@
 2. ``out_i = clip(round(sum_j w_ij in_j))``, across first, then down, with 8 bits in between.
 """
 
-from __future__ import annotations
-
 import functools
 import inspect
 import math

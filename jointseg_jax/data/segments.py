@@ -12,8 +12,6 @@ does not depend on the ids of the file. Stuff and VOID have number 0. Where a cr
 instances than there are numbers, the largest keep theirs (of equals the first), the others get 0.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 

@@ -10,8 +10,6 @@
 VOID in a generated mask or a reconstruction counts as wrong (``Confusion``).
 """
 
-from __future__ import annotations
-
 import functools
 import logging
 import math

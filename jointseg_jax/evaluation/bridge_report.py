@@ -11,8 +11,6 @@ For every number of steps, on validation pairs:
    one map with different perturbations; 0 means that the map alone decides
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import logging

@@ -9,8 +9,6 @@ channels of an image:
 Both are averaged over images.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any

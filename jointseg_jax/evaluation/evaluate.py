@@ -7,8 +7,6 @@ captions (``pair_report.py``). A bridge: both directions (``bridge_report.py``).
 Of several processes each generates its share of the pairs; all measure the same, the first writes.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """The validation split: its batches, its captions to sample from, and its maps to start from."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple

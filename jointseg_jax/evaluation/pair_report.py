@@ -7,8 +7,6 @@
 A run whose network sees given maps gets those of the validation split.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Sequence
 from pathlib import Path

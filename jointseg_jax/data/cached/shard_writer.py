@@ -6,8 +6,6 @@
 3. ``finish`` writes the texts (``texts.py``) and, last, the index with all hashes.
 """
 
-from __future__ import annotations
-
 import functools
 import json
 from collections.abc import Callable, Mapping, Sequence

@@ -11,8 +11,6 @@ ROOT/SPLIT.captions.npy   int64 [records + 1]: record i owns texts c[i] .. c[i +
    other texts: from the parts that there are and the rows of the table before it.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json

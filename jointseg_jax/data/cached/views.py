@@ -7,8 +7,6 @@
 Of validation records there is one view: what evaluation reads.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 from collections.abc import Generator, Iterator, Sequence

@@ -5,8 +5,6 @@ travel through the pipeline as batch fields of the same names, float32, untouche
 only transforms that are the same every time (no random crop, no flip) with them.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -7,8 +7,6 @@
 | parts | one PNG per class, black where the class is not | painted over each other, in order |
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Iterable

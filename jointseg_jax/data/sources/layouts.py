@@ -22,8 +22,6 @@ What label values mean stands at each function. An id is the name of a file with
 a split is sorted by id. What is wrong with an id stands in its entry: one run shows all problems.
 """
 
-from __future__ import annotations
-
 import functools
 import os
 from collections.abc import Callable, Iterable, Mapping
