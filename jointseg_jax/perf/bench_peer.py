@@ -15,12 +15,10 @@ JSON object that this prints last says ``absent``.
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -29,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
+from jointseg_jax.models.embed import Patches, Tokens
 from jointseg_jax.models.uvit import UViT, forward_flops, lengths
 from jointseg_jax.perf import harness
 from jointseg_jax.perf.harness import Action, Values, rounded
@@ -42,81 +41,63 @@ Tensor = Any
 """A torch tensor: torch is looked for only when the command runs."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Network:
-    """Sizes of a U-ViT with two patch streams, text and one time token."""
-
-    width: int
-    depth: int
-    heads: int
-    norm: str
-    streams: Mapping[str, tuple[int, int, int]]  # name -> sides of the latent, channels, patch
-    words: tuple[int, int]  # length and width of the text
-    rows: int
-
-    def module(self, dtype: str) -> UViT:
-        """The network here."""
-        return UViT(
-            streams={
-                name: {"kind": "patches", "grid": (side, side), "channels": c, "patch": p}
-                for name, (side, c, p) in self.streams.items()
-            },
-            time_tokens=("image",),
-            context={"kind": "tokens", "count": self.words[0], "width": self.words[1]},
-            width=self.width,
-            depth=self.depth,
-            heads=self.heads,
-            norm=self.norm,
-            dtype=dtype,
-        )
-
-    def inputs(self, rows: int) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
-        """Latents [b, h, w, c] by stream, times [b] and text [b, l, d], random."""
-        rng = np.random.default_rng(rows)
-        latents = {
-            name: rng.standard_normal((rows, side, side, c), np.float32)
-            for name, (side, c, _) in self.streams.items()
-        }
-        text = rng.standard_normal((rows, *self.words), np.float32)
-        return latents, rng.uniform(0, 1000, rows).astype(np.float32), text
+def _uvit(
+    streams: Mapping[str, tuple[int, int, int]], words: tuple[int, int], **fields: object
+) -> UViT:
+    """A U-ViT with text, one time token and streams of (sides of the latent, channels, patch)."""
+    return UViT(
+        streams={n: Patches(grid=(s, s), channels=c, patch=p) for n, (s, c, p) in streams.items()},
+        time_tokens=("image",),
+        context=Tokens(count=words[0], width=words[1]),
+        dtype="bfloat16",
+        **fields,
+    )
 
 
-NETWORKS = {
-    "tiny": Network(
-        width=32, depth=3, heads=2, norm="pre", streams={"image": (8, 4, 2), "mask": (8, 8, 4)},
-        words=(4, 16), rows=2,
-    ),
-    # U-ViT-S with the 590 tokens of PDM
-    "small": Network(
-        width=512, depth=12, heads=8, norm="pre", streams={"image": (32, 4, 2), "mask": (64, 8, 4)},
-        words=(77, 768), rows=32,
-    ),
-    # the size of JoDiffusion, 2126 tokens
-    "large": Network(
-        width=1536, depth=30, heads=24, norm="post",
-        streams={"image": (64, 4, 2), "mask": (64, 4, 2)}, words=(77, 768), rows=8,
-    ),
-}  # fmt: skip
+TINY = _uvit({"image": (8, 4, 2), "mask": (8, 8, 4)}, (4, 16), width=32, depth=3, heads=2)
+PDM = _uvit({"image": (32, 4, 2), "mask": (64, 8, 4)}, (77, 768), width=512, depth=12, heads=8)
+JODIFFUSION = _uvit(
+    dict.fromkeys(("image", "mask"), (64, 4, 2)), (77, 768), width=1536, depth=30, heads=24,
+    norm="post",
+)  # fmt: skip
+
+# U-ViT-S with the 590 tokens of PDM; the size of JoDiffusion, 2126 tokens
+NETWORKS = {"tiny": (TINY, 2), "small": (PDM, 32), "large": (JODIFFUSION, 8)}
+"""Name -> network, rows."""
+
+
+def inputs(network: UViT, rows: int) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
+    """Latents [b, h, w, c] by stream, times [b] and text [b, l, d], random."""
+    rng = np.random.default_rng(rows)
+    shapes = {n: (rows, *spec.shape) for n, spec in network.specs.items()}
+    latents = {n: rng.standard_normal(shape, np.float32) for n, shape in shapes.items()}
+    text = rng.standard_normal((rows, *network.context.shape), np.float32)
+    return latents, rng.uniform(0, 1000, rows).astype(np.float32), text
+
+
+def initial(network: UViT, key: Array) -> Params:
+    """Fresh parameters of the network."""
+    return network.lazy_init(key, **network.input_shapes())["params"]
 
 
 def measured(
-    network: Network,
+    network: UViT,
+    rows: int,
     forward: Callable[[], object],
     gradients: Callable[[], object],
     ceiling: Callable[[], float],
 ) -> Values:
     """Times of both calls, and the part of the ceiling (FLOP/s) that their products reach."""
-    module, rows = network.module("bfloat16"), network.rows
     calls = {"forward": (forward, 2 * rows), "gradients": (gradients, rows)}
     times = {k: harness.timed(Action(harness.wall(c), n), warmups=2) for k, (c, n) in calls.items()}
     # Measured after the network, in the same process: the clock of a warm chip.
-    top, flops = ceiling(), forward_flops(module)
+    top, flops = ceiling(), forward_flops(network)
     # A backward pass has two products for each of the forward pass.
     work = {"forward": 2 * rows * flops, "gradients": 3 * rows * flops}
     rates = {name: work[name] / timing.median for name, timing in times.items()}
     return {
         "rows": rows,
-        "tokens": lengths(module)[0],
+        "tokens": lengths(network)[0],
         "times": {name: timing.values() for name, timing in times.items()},
         "tflops": {name: rounded(rate / 1e12) for name, rate in rates.items()},
         "ceiling_tflops": rounded(top / 1e12),
@@ -127,36 +108,31 @@ def measured(
 # --------------------------------------------------------------------------------- here
 
 
-def measure_jax(network: Network) -> Values:
+def measure_jax(network: UViT, rows: int) -> Values:
     """Times of the network here, bfloat16 with float32 parameters."""
-    module = network.module("bfloat16")
 
     def apply(params: Params, latents: Streams, times: Array, text: Array) -> dict[str, Array]:
-        return module.apply({"params": params}, latents, dict.fromkeys(latents, times), text)[0]
+        return network.apply({"params": params}, latents, dict.fromkeys(latents, times), text)[0]
 
     def loss(params: Params, latents: Streams, times: Array, text: Array) -> Array:
         made = apply(params, latents, times, text)
         return sum(jnp.mean((made[n] - latents[n]) ** 2) for n in latents)
 
-    params = jax.jit(lambda key: initial(module, key))(jax.random.key(0))
-    many, few = (jax.device_put(network.inputs(n * network.rows)) for n in (2, 1))
+    params = jax.jit(lambda key: initial(network, key))(jax.random.key(0))
+    many, few = (jax.device_put(inputs(network, n * rows)) for n in (2, 1))
     forward, gradients = jax.jit(apply), jax.jit(jax.value_and_grad(loss))
     return {
         "machine": harness.machine(),
         "parameters": sum(x.size for x in jax.tree.leaves(params)),
         **measured(
             network,
+            rows,
             lambda: jax.block_until_ready(forward(params, *many)),
             lambda: jax.block_until_ready(gradients(params, *few)),
             lambda: harness.ceiling("bfloat16").flops,
         ),
         "memory": harness.memory(),
     }
-
-
-def initial(module: UViT, key: Array) -> Params:
-    """Fresh parameters of the network."""
-    return module.lazy_init(key, **module.input_shapes())["params"]
 
 
 # ------------------------------------------------------------------------------- torch
@@ -169,12 +145,12 @@ class TorchNetwork:
       weights: our parameters by path, as ``torch_weights`` returns them.
     """
 
-    def __init__(self, torch: ModuleType, network: Network, weights: dict[str, Tensor]):
+    def __init__(self, torch: ModuleType, network: UViT, weights: dict[str, Tensor]):
         self.torch, self.weights = torch, weights
         # Plain numbers and tuples: what torch.compile sees of the sizes.
         self.width, self.heads, self.half = network.width, network.heads, network.depth // 2
         self.post = network.norm == "post"
-        self.streams = tuple((n, *sizes) for n, sizes in network.streams.items())
+        self.streams = tuple((n, s.grid[0], s.channels, s.patch) for n, s in network.streams)
 
     def linear(self, name: str, x: Tensor) -> Tensor:
         w = self.weights
@@ -258,7 +234,7 @@ def torch_weights(params: Params) -> dict[str, np.ndarray]:
     return out
 
 
-def measure_torch(torch: ModuleType, network: Network, *, compiled: bool) -> Values:
+def measure_torch(torch: ModuleType, network: UViT, rows: int, *, compiled: bool) -> Values:
     """Times of the network in torch, bfloat16 by autocast, float32 parameters."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
@@ -268,7 +244,7 @@ def measure_torch(torch: ModuleType, network: Network, *, compiled: bool) -> Val
     run = TorchNetwork(torch, network, weights)
     run = torch.compile(run) if compiled else run
     many, few = (
-        jax.tree.map(lambda x: torch.from_numpy(x).to(device), network.inputs(n * network.rows))
+        jax.tree.map(lambda x: torch.from_numpy(x).to(device), inputs(network, n * rows))
         for n in (2, 1)
     )
 
@@ -295,15 +271,15 @@ def measure_torch(torch: ModuleType, network: Network, *, compiled: bool) -> Val
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "parameters": sum(x.numel() for x in weights.values()),
-        **measured(network, forward, gradients, ceiling),
+        **measured(network, rows, forward, gradients, ceiling),
     }
     if device == "cuda":
         out["memory"] = {"chip_peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 3)}
     return out
 
 
-def _random(torch: ModuleType, network: Network) -> dict[str, Tensor]:
-    shapes = jax.eval_shape(lambda: initial(network.module("bfloat16"), jax.random.key(0)))
+def _random(torch: ModuleType, network: UViT) -> dict[str, Tensor]:
+    shapes = jax.eval_shape(lambda: initial(network, jax.random.key(0)))
     zeros = torch_weights(jax.tree.map(lambda x: np.zeros(x.shape, np.float32), shapes))
     # Norms start near one, as everywhere.
     return {k: 0.02 * torch.randn(x.shape) + k.endswith("/scale") for k, x in zeros.items()}
@@ -313,16 +289,14 @@ def check(torch: ModuleType) -> Values:
     """The largest difference of both networks with the same weights, in float32 on the CPU."""
     differences = {}
     for norm in ("pre", "post"):
-        network = dataclasses.replace(NETWORKS["tiny"], norm=norm)
-        module = network.module("float32")
-        params = initial(module, jax.random.key(0))
-        latents, times, text = network.inputs(2)
-        labels = dict.fromkeys(latents, jnp.asarray(times))
-        ours, _ = module.apply({"params": params}, latents, labels, text)
+        network = TINY.clone(norm=norm, dtype="float32")
+        params = initial(network, jax.random.key(0))
+        given = inputs(network, 2)
+        latents, times, text = jax.device_put(given)
+        ours, _ = network.apply({"params": params}, latents, dict.fromkeys(latents, times), text)
         weights = {k: torch.from_numpy(x.copy()) for k, x in torch_weights(params).items()}
         with torch.no_grad():
-            tensors = jax.tree.map(torch.from_numpy, (latents, times, text))
-            theirs = TorchNetwork(torch, network, weights)(*tensors)
+            theirs = TorchNetwork(torch, network, weights)(*jax.tree.map(torch.from_numpy, given))
         differences[norm] = max(
             float(np.abs(np.asarray(ours[n]) - theirs[n].numpy()).max()) for n in ours
         )
@@ -335,9 +309,9 @@ def main() -> None:
     parser.add_argument("--backend", choices=("jax", "eager", "compiled", "check"), required=True)
     parser.add_argument("--network", choices=tuple(NETWORKS), default="small")
     flags = parser.parse_args()
-    network, out = NETWORKS[flags.network], vars(flags)
+    (network, rows), out = NETWORKS[flags.network], vars(flags)
     if flags.backend == "jax":
-        print(json.dumps(out | measure_jax(network)))
+        print(json.dumps(out | measure_jax(network, rows)))
         return
     jax.config.update("jax_platforms", "cpu")  # a GPU is left to torch
     try:
@@ -347,7 +321,7 @@ def main() -> None:
     else:
         compiled = flags.backend == "compiled"
         own = flags.backend == "check"
-        out |= check(torch) if own else measure_torch(torch, network, compiled=compiled)
+        out |= check(torch) if own else measure_torch(torch, network, rows, compiled=compiled)
     print(json.dumps(out))
 
 

@@ -137,8 +137,7 @@ def test_attention_that_is_right_is_ok_and_what_is_not_is_not(monkeypatch):
 
 @pytest.mark.parametrize("name", ["small", "large"])
 def test_the_peer_has_the_sizes_of_the_papers(name):
-    network = bench_peer.NETWORKS[name]
-    module = network.module("bfloat16")
+    module, _ = bench_peer.NETWORKS[name]
     shapes = jax.eval_shape(lambda: bench_peer.initial(module, jax.random.key(0)))
     millions = sum(x.size for x in jax.tree.leaves(shapes)) / 1e6
     tokens = bench_peer.lengths(module)[0]
@@ -146,8 +145,7 @@ def test_the_peer_has_the_sizes_of_the_papers(name):
 
 
 def test_every_parameter_goes_to_the_peer():
-    network = bench_peer.NETWORKS["tiny"]
-    module = network.module("float32")
+    module, _ = bench_peer.NETWORKS["tiny"]
     shapes = jax.eval_shape(lambda: bench_peer.initial(module, jax.random.key(0)))
     params = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), shapes)
     weights = bench_peer.torch_weights(params)
