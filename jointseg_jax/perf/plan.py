@@ -218,57 +218,46 @@ def gpu_jobs(out: Path, *, smoke: bool) -> list[Job]:
     Args:
       smoke: the same commands at tiny sizes, for a CPU.
     """
-    python, bench = sys.executable, (sys.executable, "launch/benchmark.py")
-    once = ("--warmups=0", "--repetitions=1", "--calls=1", "--notrace")
-    few = ("--warmups=1", "--repetitions=3")
-    attention = (python, "-m", "jointseg_jax.perf.bench_attention")
-    peer = (python, "-m", "jointseg_jax.perf.bench_peer")
-    quickstart = (python, "-m", "jointseg_jax.perf.bench_quickstart", "--launcher=launch/train.py")
-    quickstart += (f"--grid={out.resolve() / 'quickstart_grid.png'}",)
+    module, config = "-m jointseg_jax.perf.bench_", "launch/benchmark.py --config=configs/"
+    codec, few = "--codec=configs/jodiffusion_codec.py", "--warmups=1 --repetitions=3"
+    once = "--warmups=0 --repetitions=1 --calls=1 --notrace"
+    quickstart = "--launcher=launch/train.py --grid=OUT/quickstart_grid.png"
     if smoke:
-        tiny = ("--backends=packed", "--tokens=20,33", "--rows=1", "--heads=8", "--size=16")
-        codec = "--codec=configs/jodiffusion_codec.py:smoke"
-        jodiffusion = (*bench, "--config=configs/jodiffusion.py:smoke", codec, "--batch=8", *once)
-        pdm = (*bench, "--config=configs/pdm.py:smoke", "--batch=8", *once)
-        short = ("--config=configs/quickstart.py:smoke", "--trial_steps=4", "--seconds=1")
+        attention = "--backends=packed --tokens=20,33 --rows=1 --heads=8 --size=16"
+        jodiffusion = f"{config}jodiffusion.py:smoke {codec}:smoke --batch=8 {once}"
+        pdm = f"{config}pdm.py:smoke --batch=8 {once}"
+        train, sample, pairs = "", "--steps=2", "--steps=2"
+        quickstart += " --config=configs/quickstart.py:smoke --trial_steps=4 --seconds=1"
         networks = {"tiny": ("jax", "eager")}
     else:
-        tiny = ("--backends=cudnn", "--tokens=77,590,593,2129")
-        voc = "--config=configs/jodiffusion.py:data=voc"
-        codec = "--codec=configs/jodiffusion_codec.py:data=voc"
-        jodiffusion = (*bench, voc, codec, "--batch=16")
-        pdm = (*bench, "--config=configs/pdm.py:data=coco_panoptic", *few)
-        short = ("--seconds={seconds}",)
+        attention = "--backends=cudnn --tokens=77,590,593,2129"
+        jodiffusion = f"{config}jodiffusion.py:data=voc {codec}:data=voc --batch=16"
+        pdm = f"{config}pdm.py:data=coco_panoptic {few}"
+        train, sample, pairs = few, f"--steps=50 {once}", "--batch=64"
+        quickstart += " --seconds={seconds}"
         networks = dict.fromkeys(("small", "large"), ("jax", "eager", "compiled"))
+    peers = [("check", "--backend=check")]
+    peers += [(f"{n} {b}", f"--network={n} --backend={b}") for n in networks for b in networks[n]]
     # Out of memory: recompute all. Anything else: the attention kernel, which was new here.
     retry = {"RESOURCE_EXHAUSTED": ("--remat=full",), "": ("--attention=xla",)}
-    train = ("--what=train", "--cached", "--remat=dots", *(() if smoke else few))
-    sample = ("--what=sample", f"--steps={2 if smoke else 50}", *once)
-    pairs = ("--what=sample", "--steps=2") if smoke else ("--what=sample", "--batch=64")
-    peers = {
-        f"{network} {backend}": (*peer, f"--network={network}", f"--backend={backend}")
-        for network, backends in networks.items()
-        for backend in backends
-    }
-    jobs = {
-        "attention": {"numerics": (*attention, *tiny)},
-        "jodiffusion": {"train": (*jodiffusion, *train), "sample": (*jodiffusion, *sample)},
-        "pdm": {"train": (*pdm, "--what=train"), "sample": (*pdm, *pairs)},
-        "peer": {"check": (*peer, "--backend=check"), **peers},
-        "quickstart": {"train": (*quickstart, *short)},
-    }
-    slower = 4 if smoke else 1  # a CPU that does other work too
+
+    def job(name: str, estimate: int, limit: int, **parts: str) -> Job:
+        # Placed after the split: a folder may have blanks in its name.
+        folder = str(out.resolve())
+        commands = {
+            part: [sys.executable, *(word.replace("OUT", folder) for word in text.split())]
+            for part, text in parts.items()
+        }
+        limit = 4 * limit if smoke else limit  # a CPU that does other work too
+        again = retry if name in ("jodiffusion", "pdm") else {}
+        return Job(name=name, parts=commands, estimate=estimate, limit=limit, retry=again)
+
+    train = f"{jodiffusion} --what=train --cached --remat=dots {train}"
     return [
-        Job(
-            name=name,
-            parts=parts,
-            estimate=estimate,
-            limit=slower * limit,
-            retry=retry if name in ("jodiffusion", "pdm") else {},
-        )
-        for (name, parts), (estimate, limit) in zip(jobs.items(), SECONDS, strict=True)
+        job("attention", 30, 90, numerics=f"{module}attention {attention}"),
+        job("jodiffusion", 90, 330, train=train, sample=f"{jodiffusion} --what=sample {sample}"),
+        job("pdm", 60, 150, train=f"{pdm} --what=train", sample=f"{pdm} --what=sample {pairs}"),
+        job("peer", 60, 200, **{k: f"{module}peer {words}" for k, words in peers}),
+        # Four minutes, and the start and end of two runs; less if less is left.
+        job("quickstart", 120, 300, train=f"{module}quickstart {quickstart}"),
     ]
-
-
-SECONDS = ((30, 90), (90, 330), (60, 150), (60, 200), (120, 300))
-"""Estimate and limit of each job. The last: four minutes, and the start and end of two runs."""
