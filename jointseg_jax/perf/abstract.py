@@ -305,17 +305,10 @@ def model_under_test(bench: BenchConfig) -> ModelUnderTest:
     return ModelUnderTest(config, info, system, None, frozen, ("random weights",))
 
 
-def random_rows(
-    model: ModelUnderTest, rows: int, seed: int, *, cached: bool = False, to_cache: bool = False
-) -> dict[str, np.ndarray]:
-    """A host batch with the fields of a training batch, all of them random.
-
-    Args:
-      cached: the fields of the config's cache, if it has one, as training reads them.
-      to_cache: latents of the frozen codecs, as a cache that is still to be made would hold.
-    """
-    rng, classes = np.random.default_rng(seed), len(model.info.classes)
-    words = max(len(model.info.vocabulary), 1)
+def random_rows(info: DatasetInfo, shapes: Shapes, seed: int) -> dict[str, np.ndarray]:
+    """A host batch with fields of these shapes, all of them random."""
+    rng, classes = np.random.default_rng(seed), len(info.classes)
+    words = max(len(info.vocabulary), 1)
     limits = {"image": 256, "labels": classes, "text": words, "panoptic": classes}
 
     def draw(name: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -323,13 +316,7 @@ def random_rows(
             return rng.integers(limits[name], size=shape).astype(dtype)
         return rng.standard_normal(shape, np.float32).astype(dtype)
 
-    if cached or to_cache:
-        # Shapes of latents follow from the codecs' parameters.
-        frozen = model.frozen if to_cache else None
-        shapes = training_shapes(model.config, model.system, rows, frozen)
-    else:
-        shapes = batch_shapes(model.config, model.system, rows)
-    return {name: draw(name, s.shape, s.dtype) for name, s in shapes.items()}
+    return {name: draw(name, field.shape, field.dtype) for name, field in shapes.items()}
 
 
 def real_batches(config: RunConfig, info: DatasetInfo) -> Batches | CachedBatches:

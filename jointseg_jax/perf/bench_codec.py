@@ -63,7 +63,8 @@ def inputs(model: ModelUnderTest, rows: int) -> tuple[dict[str, np.ndarray], str
         config = model.config.replace({"batch": rows, "data.cache": ""})  # pictures, not latents
         with abstract.real_batches(config, model.info) as batches:
             return next(batches), "the config's data"
-    made = abstract.random_rows(model, rows, 0)
+    shapes = abstract.batch_shapes(model.config, model.system, rows)
+    made = abstract.random_rows(model.info, shapes, 0)
     (height, width), count = model.system.size, len(model.info.classes)
     maps = [
         bench_masks.label_map(max(height, width), REGIONS, classes=min(count, 200), seed=n)

@@ -60,12 +60,10 @@ class _Input:
         # Batches that may be ready: of the pipeline, and two windows of each worker.
         self.ahead = config.data.prefetch * (1 + 2 * config.data.workers)
 
-    def pair(self, count: int) -> float:
-        """Processor seconds of ``count`` pairs, made one after the other."""
-        start = time.process_time()
-        for position in itertools.islice(self.at, count):
-            self.rows(position, position * STRIDE % len(self.source))
-        return time.process_time() - start
+    def pair(self) -> None:
+        """Makes one pair, of a record that none was made of."""
+        position = next(self.at)
+        self.rows(position, position * STRIDE % len(self.source))
 
     def deliver(self, count: int) -> float:
         """Seconds for ``count`` batches, beyond those that were ready."""
@@ -131,7 +129,7 @@ class _Input:
 def prepare(bench: BenchConfig) -> Benchmark:
     """The benchmark of ``--what data``."""
     source = _Input(bench)
-    single = {} if source.encoded else {"pair": Action(source.pair, 1)}
+    single = {} if source.encoded else {"pair": Action(harness.on_processor(source.pair), 1)}
     actions = single | {
         "batch": Action(source.deliver, source.batch, warm=False, calls=source.calls()),
         "wait": Action(source.wait, calls=STEPS),

@@ -124,10 +124,11 @@ class _Update:
         if self.real is not None:
             return (sharding.global_batch(rows, self.mesh) for rows in self.real)
         # Few and on the chip already, so that nothing but the update is timed.
-        options = {"cached": True, "to_cache": self.bench.cached}
-        hosts = (
-            abstract.random_rows(self.model, self.batch, n, **options) for n in range(NUM_BATCHES)
-        )
+        model = self.model
+        # Latents as a cache that is still to be made would hold them; else the config's own cache.
+        frozen = model.frozen if self.bench.cached else None
+        shapes = abstract.training_shapes(model.config, model.system, self.batch, frozen)
+        hosts = (abstract.random_rows(model.info, shapes, n) for n in range(NUM_BATCHES))
         made = [sharding.global_batch(rows, self.mesh) for rows in hosts]
         return itertools.cycle(jax.block_until_ready(made))
 
@@ -199,7 +200,8 @@ class _Sampling:
         model = abstract.model_under_test(bench)
         self.system = abstract.sampling_system(model.system, bench.steps or None, bench.given)
         self.model = model._replace(system=self.system)
-        rows = abstract.random_rows(self.model, self.batch, 0)
+        shapes = abstract.batch_shapes(model.config, self.system, self.batch)
+        rows = abstract.random_rows(model.info, shapes, 0)
         self.given = {bench.given: rows[bench.given]} if bench.given else {}
         self.text = rows["text"] if self.system.text is not None else None
         self.folder = tempfile.TemporaryDirectory()
@@ -246,20 +248,18 @@ class _Sampling:
 
     def write(self, count: int) -> float:
         """Seconds for ``count`` batches, all the way to their files."""
-        first, start = self.writer.done, time.perf_counter()
+        first, classes, start = self.writer.done, self.model.info.classes, time.perf_counter()
         batches = pending_batches(first, first + count * self.batch, self.batch)
         started = ((b, self.sampler(0, b.indices, self.text, self.given)) for b in batches)
         # The next batch is made while this one is written.
         for batch, made in one_ahead(started):
             pairs = {k: np.asarray(v) for k, v in made.items()}
             for row, index in enumerate(batch.indices.tolist()):
-                self._write(index, {k: v[row] for k, v in pairs.items()})
+                pair = {k: v[row] for k, v in pairs.items()}
+                pair = cleaned(pair, classes, absorb=0, min_instance=MIN_INSTANCE)
+                shown = pair["image"], pair["labels"]
+                self.writer.write(index, "", *shown, {"seed": 0}, pair.get("segments"))
         return time.perf_counter() - start
-
-    def _write(self, index: int, made: dict[str, np.ndarray]) -> None:
-        pair = cleaned(made, self.model.info.classes, absorb=0, min_instance=MIN_INSTANCE)
-        image, labels, segments = pair["image"], pair["labels"], pair.get("segments")
-        self.writer.write(index, "", image, labels, {"seed": 0}, segments)
 
     def decodes(self) -> bool:
         """Returns True if a pair has pixels; cached latents need a codec that this config lacks."""

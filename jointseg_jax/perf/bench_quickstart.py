@@ -19,6 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from jointseg_jax import jsonl
 from jointseg_jax.perf import harness
 
 TRIAL_STEPS = 200
@@ -38,14 +39,12 @@ def train(launcher: str, workdir: Path, *words: str) -> tuple[float, dict]:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}: status {done.returncode}\n{done.stderr[-3000:]}")
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    return time.monotonic() - start, json.loads(lines[-1]) if lines else {}
+    return time.monotonic() - start, harness.last_object(done.stdout) or {}
 
 
 def step_seconds(metrics: Path) -> float:
     """Seconds of an update by the last line that has them: the first window holds compilation."""
-    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
-    return [line["step_ms"] for line in lines if "step_ms" in line][-1] / 1e3
+    return [line["step_ms"] for line in jsonl.read(metrics) if "step_ms" in line][-1] / 1e3
 
 
 def main() -> None:

@@ -9,18 +9,17 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
 from pathlib import Path
 
+from jointseg_jax import jsonl
 from jointseg_jax.perf import abstract
-from jointseg_jax.perf.harness import Action, BenchConfig, Benchmark, Values
+from jointseg_jax.perf.harness import Action, BenchConfig, Benchmark
 from jointseg_jax.types import UserError
 
 PATIENCE = 1800
@@ -52,6 +51,7 @@ class _Startup:
         self.root = Path(self.folder.name)
         (self.root / "config.py").write_text(CONFIG.format(config=config.values))
         self.runs = 0
+        # Seconds of the compiler in each start, as the runs say (-1: one did not).
         self.compiled: dict[str, list[float]] = {"cold": [], "warm": []}
 
     def start(self, kind: str, count: int) -> float:
@@ -88,23 +88,11 @@ class _Startup:
         self.compiled[kind].append(float(found.group(1)) if found else -1.0)
         return seconds
 
-    def facts(self) -> Values:
-        """What was prepared."""
-        timed = "seconds from the start of the process to its first update, compile cache empty "
-        return {"timed": timed + "(cold) and filled (warm)", "batch": self.batch}
-
-    def after(self, medians: Mapping[str, float]) -> Values:
-        """Seconds of it that the compiler took, as the runs say (-1: one did not)."""
-        del medians
-        return {"compile_s": self.compiled}
-
 
 def _updated(metrics: Path) -> bool:
     """Returns True if a run has logged the loss of an update."""
-    if not metrics.exists():
-        return False
-    lines = metrics.read_text().split("\n")[:-1]  # what is behind the last line end may be torn
-    return any("loss" in json.loads(line) for line in lines)
+    # The last line may still be half of one.
+    return metrics.exists() and any("loss" in r for r in jsonl.read_until_damaged(metrics))
 
 
 def prepare(bench: BenchConfig) -> Benchmark:
@@ -112,4 +100,10 @@ def prepare(bench: BenchConfig) -> Benchmark:
     startup = _Startup(bench)
     runs = {kind: functools.partial(startup.start, kind) for kind in ("cold", "warm")}
     actions = {kind: Action(run, warm=False) for kind, run in runs.items()}
-    return Benchmark(actions, startup.facts(), startup.after, startup.folder.cleanup)
+    timed = "seconds from the start of the process to its first update, compile cache empty "
+    return Benchmark(
+        actions,
+        {"timed": timed + "(cold) and filled (warm)", "batch": startup.batch},
+        lambda medians: {"compile_s": startup.compiled},
+        startup.folder.cleanup,
+    )

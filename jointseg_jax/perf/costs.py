@@ -125,29 +125,22 @@ def _squares(type_text: str, sides: set[int]) -> list[str]:
 
 def product_flops(module: Module, visit: Visit) -> int:
     """FLOPs of one run of a ``dot`` or ``convolution``; 0 for anything else."""
-    if visit.instruction.op == "dot":
-        return _dot(visit.instruction, *module.operand_types(visit)[:1])
-    if visit.instruction.op == "convolution":
-        return _convolution(visit.instruction, *module.operand_types(visit)[:2])
-    return 0
-
-
-def _dims(type_text: str) -> tuple[int, ...]:
-    return sizes(type_text)[0][1]
-
-
-def _dot(dot: Instruction, left: str) -> int:
+    found = visit.instruction
+    if found.op not in ("dot", "convolution"):
+        return 0
+    left, right, made = (sizes(t)[0][1] for t in (*module.operand_types(visit)[:2], found.type))
+    if found.op == "convolution":
+        return _convolution(found, left, right, made)
     # (1) 2 x elements of the result x contracted length
-    axes = dot.attribute(r"lhs_contracting_dims=\{([\d,]*)\}") or ""
-    contracted = [_dims(left)[int(axis)] for axis in axes.split(",") if axis]
-    return 2 * math.prod(_dims(dot.type)) * math.prod(contracted)
+    axes = found.attribute(r"lhs_contracting_dims=\{([\d,]*)\}") or ""
+    contracted = [left[int(axis)] for axis in axes.split(",") if axis]
+    return 2 * math.prod(made) * math.prod(contracted)
 
 
-def _convolution(convolution: Instruction, left: str, right: str) -> int:
+def _convolution(convolution: Instruction, *shapes: tuple[int, ...]) -> int:
     # b01f_01io->b01f names each axis of input, kernel and result: batch, window, features.
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", convolution.rest).groups()
-    types = (left, right, convolution.type)
-    taken, kernel, made = (dict(zip(w, _dims(t))) for w, t in zip(labels, types))
+    taken, kernel, made = (dict(zip(names, shape)) for names, shape in zip(labels, shapes))
     # (2) 2 x elements of the result x input features, then x mean taps of each window dimension
     total = 2 * math.prod(made.values()) * kernel["i"]
     window = convolution.attribute(r"window=\{([^}]*)\}") or ""

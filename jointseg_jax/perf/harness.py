@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jointseg_jax import jsonl
 from jointseg_jax.chips import peak_flops
 from jointseg_jax.types import UserError
 
@@ -99,6 +100,12 @@ class Benchmark(NamedTuple):
     close: Callable[[], None] = lambda: None  # frees what is held outside this process
 
 
+def last_object(text: str) -> dict | None:
+    """What a command printed last as one JSON object; libraries may print after it."""
+    found = (jsonl.parse(line.encode()) for line in reversed(text.splitlines()))
+    return next((record for record in found if record is not None), None)
+
+
 def parser(doc: str | None) -> argparse.ArgumentParser:
     """The command line of a module, whose docstring is its help."""
     return argparse.ArgumentParser(
@@ -115,21 +122,22 @@ MAX_CALLS = 200
 """Most calls in a repetition, unless their number is given."""
 
 
-def wall(call: Callable[[], object]) -> Callable[[int], float]:
-    """An action's ``run`` by the wall clock."""
-    return functools.partial(_timed, time.perf_counter, call)
+def wall(
+    call: Callable[[], object], clock: Callable[[], float] = time.perf_counter
+) -> Callable[[int], float]:
+    """An action's ``run``: seconds of so many calls, by the wall clock."""
+
+    def run(count: int) -> float:
+        start = clock()
+        for _ in range(count):
+            call()
+        return clock() - start
+
+    return run
 
 
-def on_processor(call: Callable[[], object]) -> Callable[[int], float]:
-    """An action's ``run`` by the time of all processors that worked for this process."""
-    return functools.partial(_timed, time.process_time, call)
-
-
-def _timed(clock: Callable[[], float], call: Callable[[], object], count: int) -> float:
-    start = clock()
-    for _ in range(count):
-        call()
-    return clock() - start
+on_processor = functools.partial(wall, clock=time.process_time)
+"""``wall`` by the time of all processors that worked for this process."""
 
 
 @dataclass(kw_only=True)

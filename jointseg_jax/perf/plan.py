@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-from jointseg_jax.perf.harness import rounded
+from jointseg_jax.perf.harness import last_object, rounded
 
 ERROR_TEXT = 3000
 """Characters of a failed command's output that its record keeps."""
@@ -128,7 +128,7 @@ def run_command(command: Sequence[str], seconds: float, cwd: Path) -> Record:
     if status is None:
         text = f"ended after {seconds:.0f} s\n{tail}"
         return record | {"status": "out of time", "error": text}
-    values = _last_object(printed)
+    values = last_object(printed)
     if status != 0 or values is None:
         return record | {"status": "failed", "error": f"exit status {status}\n{tail}"}
     return record | {"status": "absent" if "absent" in values else "done", "values": values}
@@ -137,15 +137,6 @@ def run_command(command: Sequence[str], seconds: float, cwd: Path) -> Record:
 def _read(stream: IO[bytes]) -> str:
     stream.seek(0)
     return stream.read().decode(errors="replace")
-
-
-def _last_object(text: str) -> dict | None:
-    # Libraries may print after the result.
-    for line in reversed(text.splitlines()):
-        with contextlib.suppress(ValueError):
-            if isinstance(found := json.loads(line), dict):
-                return found
-    return None
 
 
 def _write(path: Path, record: Record) -> None:

@@ -47,7 +47,8 @@ def trained(config_of):
 
 def test_random_rows_are_shaped_as_the_pipelines(config_of):
     found = abstract.model_under_test(config_of("train"))
-    made = abstract.random_rows(found, found.config.batch, 0)
+    shapes = abstract.batch_shapes(found.config, found.system, found.config.batch)
+    made = abstract.random_rows(found.info, shapes, 0)
     with abstract.real_batches(found.config, found.info) as batches:
         real = next(batches)
     real.pop("index")
@@ -55,7 +56,7 @@ def test_random_rows_are_shaped_as_the_pipelines(config_of):
         k: (v.shape, v.dtype) for k, v in real.items()
     }
     assert all(len(np.unique(v)) > 3 for v in made.values())  # nothing constant
-    assert not np.array_equal(made["image"], abstract.random_rows(found, 8, 1)["image"])
+    assert not np.array_equal(made["image"], abstract.random_rows(found.info, shapes, 1)["image"])
 
 
 def test_training_is_the_update_of_a_run(trained, config_of):
