@@ -20,12 +20,9 @@ from jointseg_jax.types import VOID, UserError
 class Filters:
     """What a pair must have after clean-up; the defaults let all pass."""
 
-    min_confidence: float | int = 0.0
-    """Least mean of the pixels' confidence."""
-    min_classes: int = 0
-    """Least number of classes in the map."""
-    max_share: float | int = 1.0
-    """Largest part of the labelled pixels that one class may have."""
+    min_confidence: float | int = 0.0  # least mean of the pixels' confidence
+    min_classes: int = 0  # least number of classes in the map
+    max_share: float | int = 1.0  # largest part of the labelled pixels that one class may have
 
     def __post_init__(self) -> None:
         for name, value in (("confidence", self.min_confidence), ("share", self.max_share)):

@@ -31,8 +31,7 @@ class InMemory(Condition):
     kind: Literal["images", "labels"]
     rows: Sequence[np.ndarray]
     """uint8 [height, width, 3] of any sizes, or labels [height, width] with -1 for void."""
-    mode: Literal["crop", "stretch"] = "crop"
-    """How a row comes to the model's size: its centre, or the whole of it."""
+    mode: Literal["crop", "stretch"] = "crop"  # to the model's size come its centre, or all of it
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -179,12 +179,10 @@ class PairWriter:
         A line that is torn or out of order ends the manifest.
         """
         saved = jsonl.read_until_damaged(self._manifest) if self._manifest.exists() else ()
-        numbered = itertools.takewhile(
-            lambda item: item[1].get("index") == item[0], enumerate(saved)
-        )
-        kept = {index: line for index, line in numbered if self._is_whole(line)}
-        first_gap = next(index for index in itertools.count() if index not in kept)
-        return [kept.pop(index) for index in range(first_gap)], kept
+        in_order = itertools.takewhile(lambda i: i[1].get("index") == i[0], enumerate(saved))
+        kept = {index: line for index, line in in_order if self._is_whole(line)}
+        gap = next(index for index in itertools.count() if index not in kept)
+        return [kept.pop(index) for index in range(gap)], kept
 
     def _is_whole(self, line: Mapping[str, object]) -> bool:
         """True if all files of a line are there with the bytes that it says."""

@@ -162,16 +162,12 @@ def host_pairs(
     pending: Iterable[PendingBatch],
 ) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
     """Yields the needed indices of each batch and their pairs, one batch made ahead."""
-    started = (  # the sampler returns while the devices work
-        (batch, sampler(seed, batch.indices, *inputs.rows(batch.indices, size)))
-        for batch in pending
-    )
+    # the sampler returns while the devices work
+    started = ((b, sampler(seed, b.indices, *inputs.rows(b.indices, size))) for b in pending)
     for batch, made in one_ahead(started):
-        yield (
-            batch.indices[batch.needed],
-            # whole arrays come to the host: a slice of one on the device is a program of its own
-            {k: np.asarray(rows)[batch.needed] for k, rows in made.items()},
-        )
+        # whole arrays come to the host: a slice of one on the device is a program of its own
+        pairs = {k: np.asarray(rows)[batch.needed] for k, rows in made.items()}
+        yield batch.indices[batch.needed], pairs
 
 
 def settings_of(run: Run, system: Generator, options: SampleOptions) -> dict[str, Any]:

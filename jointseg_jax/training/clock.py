@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from jointseg_jax import chips
-from jointseg_jax.config import WatchdogConfig
+from jointseg_jax.config import RunConfig
 from jointseg_jax.training.goodput import Goodput
 from jointseg_jax.training.watchdog import Watchdog
 
@@ -30,26 +30,15 @@ class Clock:
 
     Args:
       stacks: file for the stacks of all threads at a standstill (``watchdog``).
-      total: steps of the run.
-      batch: global batch size.
       writes: True for the process that keeps the run's files.
     """
 
-    def __init__(
-        self,
-        workdir: Path,
-        watchdog: WatchdogConfig,
-        *,
-        stacks: Path,
-        total: int,
-        batch: int,
-        writes: bool,
-    ):
+    def __init__(self, workdir: Path, config: RunConfig, *, stacks: Path, writes: bool):
         self._goodput = Goodput(workdir, writes=writes)
-        self._watchdog = Watchdog(watchdog, stacks=stacks, doing=lambda: self._goodput.phase)
+        self._watchdog = Watchdog(config.watchdog, stacks=stacks, doing=lambda: self._goodput.phase)
         self._in_flight = InFlight()
         self._asked = 0.0  # when the loop began to ask for the batch
-        self._new_window = functools.partial(Telemetry, total=total, batch=batch)
+        self._new_window = functools.partial(Telemetry, total=config.steps, batch=config.batch)
         self.window = self._new_window(flops=None)
 
     def __enter__(self) -> Clock:

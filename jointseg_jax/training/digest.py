@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from jointseg_jax.rules import path_of
+from jointseg_jax.rules import by_path
 from jointseg_jax.types import ArrayT
 
 Leaf = jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct
@@ -39,10 +39,9 @@ def is_key(leaf: Leaf) -> bool:
 
 def leaf_digests(tree: PyTree) -> dict[str, str]:
     """The digest of every array of ``tree`` by path, as 16 hexadecimal digits."""
-    pairs = jax.tree_util.tree_flatten_with_path(tree)[0]
     # all leaves are launched before the first result is fetched
-    words = jax.device_get([_words(leaf) for _, leaf in pairs])
-    return {path_of(path): f"{h[0]:08x}{h[1]:08x}" for (path, _), h in zip(pairs, words)}
+    words = jax.device_get({path: _words(leaf) for path, leaf in by_path(tree).items()})
+    return {path: f"{h[0]:08x}{h[1]:08x}" for path, h in words.items()}
 
 
 def tree_digest(rows: dict[str, tuple[str, str]]) -> str:
@@ -58,8 +57,10 @@ def describe(leaf: Leaf) -> str:
 
 def state_digest(tree: PyTree) -> str:
     """One fingerprint of all paths, dtypes, shapes and bits of ``tree``."""
-    kinds = {path_of(p): describe(x) for p, x in jax.tree_util.tree_flatten_with_path(tree)[0]}
-    return tree_digest({path: (kinds[path], d) for path, d in leaf_digests(tree).items()})
+    leaves = by_path(tree)
+    return tree_digest(
+        {path: (describe(leaves[path]), d) for path, d in leaf_digests(tree).items()}
+    )
 
 
 def _words(leaf: Leaf) -> jax.Array | np.ndarray:

@@ -188,23 +188,6 @@ class BatchEncoder:
             k: jax.jit(functools.partial(self._encode, codec)) for k, codec in self._codecs.items()
         }
 
-    @staticmethod
-    def of(folder: Path, config: RunConfig, info: DatasetInfo, *, batch: int) -> BatchEncoder:
-        """The encoder of a config whose trained codecs were gathered in a folder.
-
-        Raises:
-          UserError: the config's system has no codecs that stay as they are.
-        """
-        specs, params = load_codecs(folder, config.system)
-        system = build.system(config.system, info, specs)
-        if not isinstance(system, Encodable):
-            raise UserError(
-                f"ERROR [encode] config.system.name: a system `{config.system.name}` trains "
-                "its own codec, whose latents change with every step; give the config of a run "
-                "that uses a trained codec."
-            )
-        return BatchEncoder(system.inputs(), params, batch=batch)
-
     def shape(self, name: str, row: Row) -> tuple[int, ...]:
         """The shape of one row of latents."""
         encode, one = self._codecs[name].encode, row[self.inputs[name].field][None]
@@ -234,15 +217,7 @@ class BatchEncoder:
 
 
 class Plan:
-    """An encoding before anything is written but the codecs.
-
-    Attributes:
-      records: their number.
-      encoder: of the config's codecs; None for validation.
-      contents: what a row holds.
-      shards: their number.
-      bytes: the most that all of it takes; less where records have the same text.
-    """
+    """An encoding before anything is written but the codecs."""
 
     def __init__(self, config: RunConfig, options: EncodeOptions):
         # The data are read themselves, whatever cache the config would train from.
@@ -274,7 +249,7 @@ class Plan:
             transforms=rows.transforms, crops=options.crops, seed=config.seed, train=self.train
         )
         self.viewer = ViewReader(rows=rows, views=self.views)
-        self.encoder = self._encoder() if self.train else None
+        self.encoder = self._encoder() if self.train else None  # of validation nothing is encoded
         self.contents = contents(
             options,
             self.info,
@@ -284,13 +259,21 @@ class Plan:
         )
         self.per_shard = max(1, options.shard // self._record_bytes())
         self.shards = -(-self.records // self.per_shard)
-        self.bytes = self.records * self._record_bytes()
+        self.bytes = self.records * self._record_bytes()  # at most: records may share texts
 
     def _encoder(self) -> BatchEncoder:
         options, config = self.options, self.config
         pretrained.check_unchanged(options.out, config.system, self.info)
         pretrained.import_codecs(options.out, config.system, self.info, self._training_batches())
-        return BatchEncoder.of(options.out, config, self.info, batch=options.batch)
+        specs, params = load_codecs(options.out, config.system)
+        system = build.system(config.system, self.info, specs)
+        if not isinstance(system, Encodable):
+            raise UserError(
+                f"ERROR [encode] config.system.name: a system `{config.system.name}` trains "
+                "its own codec, whose latents change with every step; give the config of a run "
+                "that uses a trained codec."
+            )
+        return BatchEncoder(system.inputs(), params, batch=options.batch)
 
     def _training_batches(self) -> Iterator[dict[str, np.ndarray]]:
         """Yields the batches that a run of this config begins with, read when a scale is fitted."""

@@ -10,6 +10,7 @@ resumed run continues bit for bit. The host reads from the device at log points 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import logging
 import time
@@ -26,6 +27,7 @@ from jointseg_jax.config import RunConfig, plain
 from jointseg_jax.data import files
 from jointseg_jax.data.pipeline import Batch, Batches, CachedBatches, batches
 from jointseg_jax.data.records import DatasetInfo, Source
+from jointseg_jax.data.tokenizer import Words
 from jointseg_jax.training import init_from, pretrained, resume
 from jointseg_jax.training.checkpoints import Checkpoints
 from jointseg_jax.training.clock import Clock
@@ -62,7 +64,8 @@ def train(
         check_batch(config, mesh)
         source = build.source(config, "train")
         info = session.dataset_info(source)
-        host_batches = HostBatches(config, source, info)
+        tokenizer = build.tokenizer(config.system, info.vocabulary)
+        host_batches = HostBatches(config, source, tokenizer)
         if config.system.trained_codecs():
             pretrained.from_cache(workdir, config.system, config.data.cache)
             with host_batches.start(0) as first:
@@ -96,7 +99,7 @@ def train(
                     batch = sharding.global_batch(rows, mesh)
                     if update is None:  # the first batch gives the shapes
                         update, flops = session.compile(train_step, system, state, frozen, batch)
-                        preview = Previewer(config, system, info, mesh, host_batches.tokenizer)
+                        preview = Previewer(config, system, info, mesh, tokenizer)
                         clock.compiled(flops)
 
                     clock.stepping()
@@ -156,16 +159,9 @@ class Session:
         with self._open as opened:  # closes what is open if the next part cannot be
             opened.enter_context(WorkdirLock(workdir))
             self.preemption = opened.enter_context(Preemption())
-            self.clock = opened.enter_context(
-                Clock(
-                    workdir,
-                    config.watchdog,
-                    stacks=workdir / f"stacks{self._own}.txt",
-                    total=config.steps,
-                    batch=config.batch,
-                    writes=self._first,
-                )
-            )
+            stacks = workdir / f"stacks{self._own}.txt"
+            clock = Clock(workdir, config, stacks=stacks, writes=self._first)
+            self.clock = opened.enter_context(clock)
             self.checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
             opened.callback(self._close)
             self._open = opened.pop_all()
@@ -300,23 +296,23 @@ class Session:
             self.clock.saved(step)
 
 
+@dataclasses.dataclass(frozen=True)
 class HostBatches:
     """The rows that this process reads, from any step on."""
 
-    def __init__(self, config: RunConfig, source: Source, info: DatasetInfo):
-        self._config, self._source = config, source
-        self._transforms = build.transforms(config.data)
-        self.tokenizer = build.tokenizer(config.system, info.vocabulary)
+    config: RunConfig
+    source: Source
+    tokenizer: Words | None  # of the training data; None where text is no words
 
     def start(self, step: int) -> Batches | CachedBatches:
         """Batches from a step on; to be closed."""
-        config = self._config
+        config = self.config
         return batches(
-            self._source,
+            self.source,
             config.data,
             batch=config.batch,
             seed=config.seed,
-            transforms=self._transforms,
+            transforms=build.transforms(config.data),
             tokenizer=self.tokenizer.encode if self.tokenizer else None,
             start_step=step,
             host=jax.process_index(),
