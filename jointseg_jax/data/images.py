@@ -127,8 +127,10 @@ def decode_labels(
         return paint_to_values(pixels, path, colours)
     if picture.mode == "LA":
         return pixels[..., 0].astype(np.int32)
-    # Pillow has multiplied values of 2 and 4 bits: divided again, they are those of the file.
-    values, step = pixels.astype(np.int32), grey_step(data)
+    # Pillow has multiplied grey values of 2 and 4 bits by 255 / (2**bits - 1): divided again, they
+    # are those of the file. Bytes 24 and 25 of a PNG are its bits and colour type; type 0 is grey.
+    step = {2: 85, 4: 17}.get(data[24], 1) if data[25] == 0 else 1
+    values = pixels.astype(np.int32)
     return values if step == 1 else values // step
 
 
@@ -248,13 +250,6 @@ def open_labels(data: bytes, path: str, pixel_limit: int) -> Image.Image:
         found = f"labels of mode {picture.mode}"
         raise BadSample(path, found, "palette or grey PNG", "Export them again.")
     return picture
-
-
-def grey_step(data: bytes) -> int:
-    """Returns the factor by which Pillow widened the grey values of a PNG: 255 / (2**bits - 1)."""
-    # Bytes 24 and 25 of a PNG, in its header chunk; colour type 0 is grey.
-    bits, colour_type = data[24], data[25]
-    return {2: 85, 4: 17}.get(bits, 1) if colour_type == 0 else 1
 
 
 def opaque(picture: Image.Image, path: str) -> np.ndarray:

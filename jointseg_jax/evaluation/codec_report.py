@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Float, UInt8
 
 from jointseg_jax import sharding
 from jointseg_jax.codecs.chain import Chain
@@ -24,6 +24,7 @@ from jointseg_jax.codecs.codec import Codec
 from jointseg_jax.codecs.pixels import quantise
 from jointseg_jax.data.classes import Classes
 from jointseg_jax.evaluation.alignment import Reconstruction, number
+from jointseg_jax.evaluation.confusion import Valid
 from jointseg_jax.evaluation.held_out import PER_DEVICE, validation_batches
 from jointseg_jax.evaluation.panoptic_quality import PanopticReconstruction
 from jointseg_jax.training.workdir import Run
@@ -33,6 +34,7 @@ IDENTICAL = 100.0
 """PSNR of an image with itself."""
 
 Images = UInt8[np.ndarray, "batch height width channels"]
+Decoded = Float[np.ndarray, "batch height width channels"]
 
 
 class ImageReconstruction:
@@ -42,12 +44,7 @@ class ImageReconstruction:
         self.psnr: list[np.ndarray] = []
         self.error: list[np.ndarray] = []
 
-    def add(
-        self,
-        images: Images,
-        decoded: Float[np.ndarray, "batch height width channels"],
-        valid: Bool[np.ndarray, " batch"] | None = None,
-    ) -> None:
+    def add(self, images: Images, decoded: Decoded, valid: Valid | None = None) -> None:
         """Counts a batch of images and what came back for them, floats in [-1, 1]."""
         rows = slice(None) if valid is None else valid
         # Rounded first: measured is the file that would be written
