@@ -28,14 +28,14 @@ from jointseg_jax.perf.harness import BenchConfig, Timing, Values
 from jointseg_jax.types import UserError
 
 JOBS = {
-    "train": bench_model.prepare_training,
-    "sample": bench_model.prepare_sampling,
-    "data": bench_input.prepare,
-    "masks": bench_masks.prepare,
-    "codec": bench_codec.prepare,
-    "startup": bench_startup.prepare,
+    "train": bench_model.Update,
+    "sample": bench_model.Sampling,
+    "data": bench_input.Input,
+    "masks": bench_masks.Cleanup,
+    "codec": bench_codec.Codecs,
+    "startup": bench_startup.Startup,
 }
-"""What can be measured: name -> ``(BenchConfig) -> Benchmark``."""
+"""What can be measured: name -> the ``Benchmark`` of it, made of a ``BenchConfig``."""
 
 
 @dataclasses.dataclass(frozen=True)

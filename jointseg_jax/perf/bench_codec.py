@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from jointseg_jax.evaluation.confusion import Confusion
-from jointseg_jax.perf import abstract, bench_masks, harness
+from jointseg_jax.perf import abstract, bench_masks
 from jointseg_jax.perf.abstract import ModelUnderTest
 from jointseg_jax.perf.harness import Action, BenchConfig, Benchmark, Values, wall
 from jointseg_jax.systems.bridge import IMAGE
@@ -74,41 +74,41 @@ def inputs(model: ModelUnderTest, rows: int) -> tuple[dict[str, np.ndarray], str
     return made, "random images and blobs"
 
 
-def prepare(bench: BenchConfig) -> Benchmark:
+class Codecs(Benchmark):
     """The benchmark of ``--what codec``."""
-    model = abstract.model_under_test(bench)
-    chosen = codecs(model)
-    if not chosen:
-        raise UserError(
-            "ERROR [flags] --what=codec: every stream of this config is latents that were cached; "
-            "there is nothing to encode. Give the config of the codec itself."
-        )
-    batch, origin = inputs(model, bench.batch or ROWS)
-    rows = len(batch["labels"])
-    actions, quality = {}, {}
-    for name, coded in chosen.items():
-        encode, decode = jax.jit(coded.codec.encode), jax.jit(coded.codec.decode)
-        # On the device already: encoding is timed, not the way there.
-        params, values = jax.device_put((coded.params, batch[coded.field]))
-        latents = encode(params, values)
-        trained = "trained" if bench.workdir else "random"
-        quality[name] = _quality(coded, batch, np.asarray(decode(params, latents)), model)
-        quality[name]["latent"] = list(latents.shape[1:])
-        quality[name]["parameters"] = trained if jax.tree.leaves(params) else "none"
-        for way, call, x in (("encode", encode, values), ("decode", decode, latents)):
-            run = wall(lambda call=call, p=params, x=x: jax.block_until_ready(call(p, x)))
-            actions[f"{name} {way}"] = Action(run, rows)
-    facts = {
-        "codecs": {name: type(c.codec).__name__ for name, c in chosen.items()},
-        "size": list(model.system.size),
-        "classes": len(model.info.classes),
-        "batch": rows,
-        "input": origin,
-        "round_trip": quality,
-        "notes": list(model.notes),
-    }
 
-    return Benchmark(actions, facts, lambda medians: {"memory": harness.memory()})
+    def __init__(self, bench: BenchConfig):
+        model = abstract.model_under_test(bench)
+        chosen = codecs(model)
+        if not chosen:
+            raise UserError(
+                "ERROR [flags] --what=codec: every stream of this config is latents that were "
+                "cached; there is nothing to encode. Give the config of the codec itself."
+            )
+        batch, origin = inputs(model, bench.batch or ROWS)
+        rows = len(batch["labels"])
+        self.actions, quality = {}, {}
+        for name, coded in chosen.items():
+            encode, decode = jax.jit(coded.codec.encode), jax.jit(coded.codec.decode)
+            # On the device already: encoding is timed, not the way there.
+            params, values = jax.device_put((coded.params, batch[coded.field]))
+            latents = encode(params, values)
+            trained = "trained" if bench.workdir else "random"
+            quality[name] = _quality(coded, batch, np.asarray(decode(params, latents)), model)
+            quality[name]["latent"] = list(latents.shape[1:])
+            quality[name]["parameters"] = trained if jax.tree.leaves(params) else "none"
+            for way, call, x in (("encode", encode, values), ("decode", decode, latents)):
+                run = wall(lambda call=call, p=params, x=x: jax.block_until_ready(call(p, x)))
+                self.actions[f"{name} {way}"] = Action(run, rows)
+        self.facts = {
+            "codecs": {name: type(c.codec).__name__ for name, c in chosen.items()},
+            "size": list(model.system.size),
+            "classes": len(model.info.classes),
+            "batch": rows,
+            "input": origin,
+            "round_trip": quality,
+            "notes": list(model.notes),
+        }
 
 
 def _quality(

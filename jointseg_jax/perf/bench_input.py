@@ -32,8 +32,8 @@ STEPS = 10
 """Steps in one repetition of ``wait``."""
 
 
-class _Input:
-    """The config's source, and its batches."""
+class Input(Benchmark):
+    """The benchmark of ``--what data``: the config's source, and its batches."""
 
     def __init__(self, bench: BenchConfig):
         config = abstract.run_config(bench)
@@ -59,6 +59,11 @@ class _Input:
         self.batches = abstract.real_batches(config, info)
         # Batches that may be ready: of the pipeline, and two windows of each worker.
         self.ahead = config.data.prefetch * (1 + 2 * config.data.workers)
+        single = {} if self.encoded else {"pair": Action(harness.on_processor(self.pair), 1)}
+        self.actions = single | {
+            "batch": Action(self.deliver, self.batch, warm=False, calls=self.calls()),
+            "wait": Action(self.wait, calls=STEPS),
+        }
 
     def pair(self) -> None:
         """Makes one pair, of a record that none was made of."""
@@ -101,6 +106,7 @@ class _Input:
             free = begun + self.step
         return waited
 
+    @property
     def facts(self) -> Values:
         """What was prepared."""
         pair = "" if self.encoded else "pair: processor seconds of one, in one thread; "
@@ -125,13 +131,6 @@ class _Input:
         wait = rounded(wait / (wait + self.step), 4)
         return found | {"data_wait": wait, "memory": harness.memory()}
 
-
-def prepare(bench: BenchConfig) -> Benchmark:
-    """The benchmark of ``--what data``."""
-    source = _Input(bench)
-    single = {} if source.encoded else {"pair": Action(harness.on_processor(source.pair), 1)}
-    actions = single | {
-        "batch": Action(source.deliver, source.batch, warm=False, calls=source.calls()),
-        "wait": Action(source.wait, calls=STEPS),
-    }
-    return Benchmark(actions, source.facts(), source.after, source.batches.close)
+    def close(self) -> None:
+        """Ends the pipeline."""
+        self.batches.close()

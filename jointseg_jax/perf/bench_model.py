@@ -99,8 +99,8 @@ class Program:
 # ----------------------------------------------------------------------------- update
 
 
-class _Update:
-    """The compiled update and the state that it works on."""
+class Update(Benchmark):
+    """The benchmark of ``--what train``: the compiled update, and the state that it works on."""
 
     def __init__(self, bench: BenchConfig):
         config = abstract.run_config(bench)
@@ -119,6 +119,7 @@ class _Update:
             self.state = jax.block_until_ready(init(jax.random.key(config.seed), {}))
             inputs = (self.state, self.frozen, next(self.batches))
             self.update = Program(lambda: train_step.update.lower(*inputs))
+        self.actions = {"update": Action(self.run, self.batch)}
 
     def _batches(self) -> Iterator[dict[str, jax.Array]]:
         if self.real is not None:
@@ -148,6 +149,7 @@ class _Update:
         self.waits.append(waited / seconds)
         return seconds
 
+    @property
     def facts(self) -> Values:
         """What was prepared."""
         known = profiling.forward_flops(self.model.system) is not None
@@ -180,18 +182,11 @@ class _Update:
             self.real.close()
 
 
-def prepare_training(bench: BenchConfig) -> Benchmark:
-    """The benchmark of ``--what train``."""
-    update = _Update(bench)
-    action = Action(update.run, update.batch)
-    return Benchmark({"update": action}, update.facts(), update.after, update.close)
-
-
 # ---------------------------------------------------------------------------- sampler
 
 
-class _Sampling:
-    """The compiled sampler, its inputs, and a folder for its pairs."""
+class Sampling(Benchmark):
+    """The benchmark of ``--what sample``: the sampler, its inputs, and a folder for its pairs."""
 
     def __init__(self, bench: BenchConfig):
         self.bench = bench
@@ -210,6 +205,9 @@ class _Sampling:
             sampler = self._sampler()
             self.program = Program(lambda: self._lowered(sampler))
         self.sampler = dataclasses.replace(sampler, sample_batch=self.program.run)
+        self.actions = {"sampler": Action(self.run, self.batch)}
+        if self.decodes():
+            self.actions["written"] = Action(self.write, self.batch)
 
     def _sampler(self) -> Sampler:
         everywhere, params = sharding.replicated(self.mesh), self.model.params
@@ -266,6 +264,7 @@ class _Sampling:
         kinds = {stream.codec.kind for stream in self.system.streams.values()}
         return not kinds or ("image" in kinds and bool(ANNOTATIONS & kinds))
 
+    @property
     def facts(self) -> Values:
         """What was prepared."""
         return {
@@ -290,12 +289,3 @@ class _Sampling:
         """Removes the pairs."""
         self.writer.close()
         self.folder.cleanup()
-
-
-def prepare_sampling(bench: BenchConfig) -> Benchmark:
-    """The benchmark of ``--what sample``."""
-    sampling = _Sampling(bench)
-    actions = {"sampler": Action(sampling.run, sampling.batch)}
-    if sampling.decodes():
-        actions["written"] = Action(sampling.write, sampling.batch)
-    return Benchmark(actions, sampling.facts(), sampling.after, sampling.close)

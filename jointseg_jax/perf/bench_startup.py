@@ -15,11 +15,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from jointseg_jax import jsonl
 from jointseg_jax.perf import abstract
-from jointseg_jax.perf.harness import Action, BenchConfig, Benchmark
+from jointseg_jax.perf.harness import Action, BenchConfig, Benchmark, Values
 from jointseg_jax.types import UserError
 
 PATIENCE = 1800
@@ -38,19 +39,23 @@ def get_config() -> ConfigDict:
 '''
 
 
-class _Startup:
-    """Starts runs, each in a new workdir."""
+class Startup(Benchmark):
+    """The benchmark of ``--what startup``: starts runs, each in a new workdir."""
 
     def __init__(self, bench: BenchConfig):
         quiet = {"log.every": 1, "finish.num": 0, "preview.every": 0}
         config = abstract.run_config(bench).replace(quiet)
         if config.steps < 2:
             raise UserError("ERROR [flags] --what=startup: config.steps must be 2 or more.")
-        self.launcher, self.batch = bench.launcher, config.batch
+        self.launcher = bench.launcher
         self.folder = tempfile.TemporaryDirectory()
         self.root = Path(self.folder.name)
         (self.root / "config.py").write_text(CONFIG.format(config=config.values))
         self.runs = 0
+        kinds = {kind: functools.partial(self.start, kind) for kind in ("cold", "warm")}
+        self.actions = {kind: Action(run, warm=False) for kind, run in kinds.items()}
+        timed = "seconds from the start of the process to its first update, compile cache empty "
+        self.facts = {"timed": timed + "(cold) and filled (warm)", "batch": config.batch}
         # Seconds of the compiler in each start, as the runs say (-1: one did not).
         self.compiled: dict[str, list[float]] = {"cold": [], "warm": []}
 
@@ -88,22 +93,17 @@ class _Startup:
         self.compiled[kind].append(float(found.group(1)) if found else -1.0)
         return seconds
 
+    def after(self, medians: Mapping[str, float]) -> Values:
+        """Seconds of it that the compiler took."""
+        del medians
+        return {"compile_s": self.compiled}
+
+    def close(self) -> None:
+        """Removes the runs."""
+        self.folder.cleanup()
+
 
 def _updated(metrics: Path) -> bool:
     """Returns True if a run has logged the loss of an update."""
     # The last line may still be half of one.
     return metrics.exists() and any("loss" in r for r in jsonl.read_until_damaged(metrics))
-
-
-def prepare(bench: BenchConfig) -> Benchmark:
-    """The benchmark of ``--what startup``."""
-    startup = _Startup(bench)
-    runs = {kind: functools.partial(startup.start, kind) for kind in ("cold", "warm")}
-    actions = {kind: Action(run, warm=False) for kind, run in runs.items()}
-    timed = "seconds from the start of the process to its first update, compile cache empty "
-    return Benchmark(
-        actions,
-        {"timed": timed + "(cold) and filled (warm)", "batch": startup.batch},
-        lambda medians: {"compile_s": startup.compiled},
-        startup.folder.cleanup,
-    )

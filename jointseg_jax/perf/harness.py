@@ -90,14 +90,19 @@ class Action(NamedTuple):
     calls: int = 0  # in one repetition by default; 0: as many as make it long enough
 
 
-class Benchmark(NamedTuple):
+class Benchmark:
     """A prepared measurement."""
 
     actions: Mapping[str, Action]  # in the order in which they are timed
     facts: Values  # what was prepared
-    # from the median seconds of the actions to what depends on them; may run them again
-    after: Callable[[Mapping[str, float]], Values] = lambda medians: {}
-    close: Callable[[], None] = lambda: None  # frees what is held outside this process
+
+    def after(self, medians: Mapping[str, float]) -> Values:
+        """What follows from the median seconds of the actions; may run them again."""
+        del medians
+        return {"memory": memory()}
+
+    def close(self) -> None:
+        """Frees what is held outside this process."""
 
 
 def last_object(text: str) -> dict | None:

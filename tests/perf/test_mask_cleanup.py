@@ -46,12 +46,12 @@ def test_maps_have_as_many_regions_as_they_say():
 
 def test_the_job_checks_every_way(monkeypatch):
     bench = BenchConfig(what="masks", name="maps", size=64, area=20)
-    job = bench_masks.prepare(bench)
+    job = bench_masks.Cleanup(bench)
     assert job.facts["all_exact"] and set(job.facts["exact"]) == set(bench_masks.LEVELS)
     assert set(job.actions) == {f"{k} {w}" for k in bench_masks.LEVELS for w in bench_masks.ways()}
     medians = {name: 4.0 if name.endswith("plain") else 0.5 for name in job.actions}
     found = job.after(medians)["times_as_fast_as_plain"]
     assert {n for row in found.values() for n in row.values()} == {8.0}
     monkeypatch.setattr(bench_masks, "crops", lambda labels, area: labels)
-    facts = bench_masks.prepare(bench).facts
+    facts = bench_masks.Cleanup(bench).facts
     assert not facts["all_exact"] and facts["exact"]["noisy"] == {"crops": False, "compiled": True}

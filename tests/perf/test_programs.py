@@ -61,7 +61,7 @@ def test_random_rows_are_shaped_as_the_pipelines(config_of):
 
 def test_training_is_the_update_of_a_run(trained, config_of):
     here, found = trained
-    state = here.benchmark.actions["update"].run.__self__.state
+    state = here.benchmark.state
     assert int(state.step) == 4  # the first call, a warm-up, a repetition, and one for the trace
     system = abstract.model_under_test(config_of("train")).system
     assert found.after["finite"] and math.isfinite(found.after["loss"])
@@ -94,11 +94,11 @@ def test_the_page_says_what_the_last_line_says(trained):
 @pytest.mark.slow
 def test_pairs_are_sampled_and_written(config_of):
     request = config_of("sample", steps=1, batch=8)
-    job = bench_model.prepare_sampling(request)
+    job = bench_model.Sampling(request)
     try:
         assert job.facts["steps"] == 1 and job.facts["decoded"]
         assert job.actions["sampler"].run(1) > 0 and job.actions["written"].run(2) > 0
-        writer = job.actions["written"].run.__self__.writer
+        writer = job.writer
         assert writer.done == 16 and (writer.folder / "images/00000015.png").exists()
     finally:
         job.close()
@@ -106,7 +106,7 @@ def test_pairs_are_sampled_and_written(config_of):
 
 
 def test_input_is_timed_by_its_own_source(config_of):
-    job = bench_input.prepare(config_of("data", step_ms=1.0))
+    job = bench_input.Input(config_of("data", step_ms=1.0))
     try:
         medians = {name: action.run(2) / 2 for name, action in job.actions.items()}
         found = job.after(medians)
@@ -119,7 +119,7 @@ def test_input_is_timed_by_its_own_source(config_of):
 
 
 def test_a_device_waits_for_what_reading_takes_beyond_a_step(config_of, monkeypatch):
-    job = bench_input.prepare(config_of("data", step_ms=100.0))
+    job = bench_input.Input(config_of("data", step_ms=100.0))
     now = [1000.0]
 
     def sleep(seconds):
@@ -133,17 +133,16 @@ def test_a_device_waits_for_what_reading_takes_beyond_a_step(config_of, monkeypa
     clock = types.SimpleNamespace(perf_counter=lambda: now[0], sleep=sleep)
     monkeypatch.setattr(bench_input, "time", clock)
     try:
-        measured = job.actions["wait"].run.__self__
-        measured.batches.close()
+        job.batches.close()
         for reading, waits in [(0.05, 0.0), (0.15, 0.05)]:
-            measured.batches = slow(reading)
-            assert measured.wait(5) / 5 == pytest.approx(waits)
+            job.batches = slow(reading)
+            assert job.wait(5) / 5 == pytest.approx(waits)
     finally:
-        measured.batches.close()
+        job.batches.close()
 
 
 def test_round_trips_of_exact_codecs(config_of):
-    job = bench_codec.prepare(config_of("codec", batch=2))
+    job = bench_codec.Codecs(config_of("codec", batch=2))
     found = job.facts["round_trip"]
     assert found["mask"]["miou"] == 1.0 and found["mask"]["pixels_kept"] == 1.0
     assert found["image"]["rmse"] == 0.0 and found["mask"]["parameters"] == "none"
@@ -165,9 +164,9 @@ def test_what_cannot_be_measured_is_refused(config_of):
     bare = config_of("codec").config
     alone = {**bare, "steps": 1}
     with pytest.raises(UserError, match="steps must be 2 or more"):
-        bench_startup.prepare(dataclasses.replace(config_of("startup"), config=alone))
+        bench_startup.Startup(dataclasses.replace(config_of("startup"), config=alone))
     with pytest.raises(UserError, match=r"--batch=12: must be a multiple of the 8 devices"):
-        bench_model.prepare_sampling(config_of("sample", batch=12))
+        bench_model.Sampling(config_of("sample", batch=12))
 
 
 def test_a_sampler_without_a_result_is_refused(config_of):
@@ -178,15 +177,14 @@ def test_a_sampler_without_a_result_is_refused(config_of):
     system["denoiser"] = {k: v for k, v in system["denoiser"].items() if k != "share"}
     request = dataclasses.replace(config_of("sample"), config={**config, "system": system})
     with pytest.raises(UserError, match="compiled to nothing"):
-        bench_model.prepare_sampling(request)
+        bench_model.Sampling(request)
 
 
 def test_a_started_run_has_the_config_it_was_given(config_of):
-    job = bench_startup.prepare(config_of("startup", launcher="launch/train.py"))
+    job = bench_startup.Startup(config_of("startup", launcher="launch/train.py"))
     try:
-        starting = job.actions["cold"].run.func.__self__
         names = {}
-        exec((starting.root / "config.py").read_text(), names)
+        exec((job.root / "config.py").read_text(), names)
         config = RunConfig.parse(names["get_config"]().to_dict())
         assert (config.log.every, config.finish.num, config.preview.every) == (1, 0, 0)
         assert config.optimizer == config_of("startup").config["optimizer"]
@@ -206,7 +204,7 @@ def test_an_update_is_seen_when_its_line_is_whole(tmp_path):
 def test_a_run_that_ends_without_an_update_is_quoted(config_of, tmp_path):
     launcher = tmp_path / "train.py"
     launcher.write_text("import sys; sys.exit('no such data')")
-    job = bench_startup.prepare(config_of("startup", launcher=str(launcher)))
+    job = bench_startup.Startup(config_of("startup", launcher=str(launcher)))
     with pytest.raises(UserError, match=r"(?s)no update after .* It said:\nno such data"):
         job.actions["cold"].run(1)
     job.close()

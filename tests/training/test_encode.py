@@ -290,7 +290,7 @@ def test_the_step_that_reads_latents_is_known_by_the_index_alone(config, made, t
 
 @pytest.mark.cli
 def test_the_input_benchmark_reads_the_cache(config, made):
-    job = bench_input.prepare(
+    job = bench_input.Input(
         BenchConfig(what="data", name="made", config=cached(config, made[0]), step_ms=1.0)
     )
     try:
