@@ -7,6 +7,7 @@ without one (``RAISE``) it stops at the first.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -224,143 +225,149 @@ def system(
     if len(size) != 2 or any(type(n) is not int or n < 1 for n in size):
         problems.note(f"config.system.size = {size}: give (height, width) in pixels, both above 0.")
         return None
-    return SYSTEMS[config.name](config, info, codecs or {}, problems)
+    return SYSTEMS[config.name](_Walk(config, info, codecs or {}, problems))
 
 
 def codec(spec: Spec, info: DatasetInfo, where: str) -> Any:
     """One codec and those it is made of; annotation codecs are given the number of classes."""
     parts = {k: v for k, v in spec.items() if isinstance(v, Mapping) and "name" in v}
     spec = dict(spec) | {k: codec(v, info, f"{where}.{k}") for k, v in parts.items()}
-    if "classes" not in spec and "classes" in accepts(check_spec(CODECS, spec, where=where)):
-        return make(CODECS, spec, where=where, classes=len(info.classes))
-    return make(CODECS, spec, where=where)
+    asks = "classes" not in spec and "classes" in accepts(check_spec(CODECS, spec, where=where))
+    return make(CODECS, spec, where=where, **({"classes": len(info.classes)} if asks else {}))
 
 
-def _autoencode(
-    config: SystemConfig, info: DatasetInfo, codecs: Mapping[str, Any], problems: Problems
-) -> Autoencode | None:
-    """The system that trains one codec."""
-    del codecs
-    before, fields = len(problems), config.given
-    for part in ("codec", "palette"):
-        if spec := fields.get(part):
-            fields[part] = _sized(spec, info, f"system.{part}", tuple(config.size), problems)
-    if len(problems) > before:
-        return None
-    return problems.collect(
-        lambda: construct(Autoencode, fields, where="system", name="autoencode"), "system"
-    )
+@dataclasses.dataclass(frozen=True)
+class _Walk:
+    """A walk over ``config.system``, which goes on after what cannot be made."""
 
+    config: SystemConfig
+    info: DatasetInfo
+    codecs: Mapping[str, Spec | None]
+    problems: Problems
 
-def _bridge(
-    config: SystemConfig, info: DatasetInfo, codecs: Mapping[str, Any], problems: Problems
-) -> Bridge | None:
-    """Two ends in the image codec's latents, and a network that fits them."""
-    before, fields, size = len(problems), config.given, tuple(config.size)
-    spec = codecs.get(IMAGE, fields.pop("image"))
-    image = None if spec is None else _sized(spec, info, "system.image", size, problems)
-    palette = _sized(fields.pop("palette"), info, "system.palette", size, problems)
-    fields |= _sampling(config, problems)
-    fields["process"] = problems.collect(lambda: process(needed(config, "process"), "system"))
-    if image is None or len(problems) > before:
-        _check_denoiser(config.denoiser, problems)
-        return None
-
-    def make_bridge() -> Bridge:
-        mask = Chain(first=palette, second=image)
-        height, width, channels = mask.latent_shape(size)
-        tokens = {"kind": "patches", "grid": (height, width), "channels": channels}
-        denoiser = make(
-            DENOISERS,
-            {**needed(config, "denoiser"), "time_tokens": (STATE,)},
-            where="system.denoiser",
-            streams={STATE: tokens | fields.pop("tokens")},
+    def autoencode(self) -> Autoencode | None:
+        """The system that trains one codec."""
+        before, fields = len(self.problems), self.config.given
+        for part in ("codec", "palette"):
+            if spec := fields.get(part):
+                fields[part] = self.sized(spec, f"system.{part}")
+        if len(self.problems) > before:
+            return None
+        return self.problems.collect(
+            lambda: construct(Autoencode, fields, where="system", name="autoencode"), "system"
         )
-        made = fields | {"size": size, "mask": mask, "denoiser": denoiser}
-        return construct(Bridge, made, where="system", name="bridge")
 
-    return problems.collect(make_bridge, "system")
+    def bridge(self) -> Bridge | None:
+        """Two ends in the image codec's latents, and a network that fits them."""
+        before, fields, config = len(self.problems), self.config.given, self.config
+        spec = self.codecs.get(IMAGE, fields.pop("image"))
+        image = None if spec is None else self.sized(spec, "system.image")
+        palette = self.sized(fields.pop("palette"), "system.palette")
+        fields |= self.sampling()
+        fields["process"] = self.problems.collect(
+            lambda: process(needed(config, "process"), "system")
+        )
+        if image is None or len(self.problems) > before:
+            self.check_denoiser()
+            return None
 
+        def make_bridge() -> Bridge:
+            mask, size = Chain(first=palette, second=image), tuple(config.size)
+            height, width, channels = mask.latent_shape(size)
+            tokens = {"kind": "patches", "grid": (height, width), "channels": channels}
+            denoiser = make(
+                DENOISERS,
+                {**needed(config, "denoiser"), "time_tokens": (STATE,)},
+                where="system.denoiser",
+                streams={STATE: tokens | fields.pop("tokens")},
+            )
+            made = fields | {"size": size, "mask": mask, "denoiser": denoiser}
+            return construct(Bridge, made, where="system", name="bridge")
 
-def _joint(
-    config: SystemConfig, info: DatasetInfo, codecs: Mapping[str, Any], problems: Problems
-) -> Joint | None:
-    """Streams, text, times, solver, and a network that fits the streams."""
-    before = len(problems)
-    text = problems.collect(lambda: text_encoder(config.text, info))
-    streams, tokens = {}, {}
-    for name, entry in config.streams.items():
-        # features of the prompt, denoised like an image
-        if name == TEXT_STREAM and text is not None:
-            spec = {"name": "latents", "shape": (text.length, text.width)}
+        return self.problems.collect(make_bridge, "system")
+
+    def joint(self) -> Joint | None:
+        """Streams, text, times, solver, and a network that fits the streams."""
+        before, config = len(self.problems), self.config
+        text = self.problems.collect(lambda: text_encoder(config.text, self.info))
+        streams, tokens = {}, {}
+        for name, entry in config.streams.items():
+            # features of the prompt, denoised like an image
+            if name == TEXT_STREAM and text is not None:
+                spec = {"name": "latents", "shape": (text.length, text.width)}
+            else:
+                spec = self.codecs.get(name, entry["codec"])
+            streams[name], tokens[name] = self.stream(name, entry, spec)
+        fields = config.given | self.sampling() | {"text": text, "streams": streams}
+        if None in streams.values() or len(self.problems) > before:
+            self.check_denoiser()
+            return None
+
+        def make_joint() -> Joint:
+            denoiser = dict(needed(config, "denoiser"))
+            if text is not None and TEXT_STREAM not in streams:
+                denoiser["context"] = {"kind": "tokens", "count": text.length, "width": text.width}
+            network = make(DENOISERS, denoiser, where="system.denoiser", streams=tokens)
+            made = fields | {"size": tuple(config.size), "denoiser": network}
+            return construct(Joint, made, where="system", name="joint")
+
+        return self.problems.collect(make_joint, "system")
+
+    def stream(
+        self, name: str, entry: Mapping[str, Any], spec: Spec | None
+    ) -> tuple[Stream | None, Mapping[str, Any] | None]:
+        """A stream and how its latents become tokens; None for what cannot be made."""
+        where, collect = f"system.streams.{name}", self.problems.collect
+        coded = None if spec is None else self.sized(spec, f"{where}.codec")
+        moving = collect(lambda: process(entry["process"], where), where)
+        fields = {k: v for k, v in entry.items() if k not in ("tokens", "codec", "process")}
+        # What cannot be made is stood in for, so that the stream's other fields are checked too.
+        parts = {"codec": coded or Pixels(), "process": moving or STANDING}
+        stream = collect(
+            lambda: construct(Stream, fields, where=where, name="stream", **parts), where
+        )
+        if coded is None:
+            return None, None
+        shape = coded.latent_shape(tuple(self.config.size))
+        if len(shape) == 2:
+            look = {"kind": "tokens", "count": shape[0], "width": shape[1]} | dict(entry["tokens"])
         else:
-            spec = codecs.get(name, entry["codec"])
-        streams[name], tokens[name] = _stream(name, entry, spec, info, tuple(config.size), problems)
-    fields = config.given | _sampling(config, problems) | {"text": text, "streams": streams}
-    if None in streams.values() or len(problems) > before:
-        _check_denoiser(config.denoiser, problems)
-        return None
+            look = {"kind": "patches", "grid": shape[:2], "channels": shape[2]}
+            look |= dict(entry["tokens"])
+            collect(lambda: spec_of(look, where=f"config.{where}.tokens"))
+        return (stream if moving is not None else None), look
 
-    def make_joint() -> Joint:
-        denoiser = dict(needed(config, "denoiser"))
-        if text is not None and TEXT_STREAM not in streams:
-            denoiser["context"] = {"kind": "tokens", "count": text.length, "width": text.width}
-        network = make(DENOISERS, denoiser, where="system.denoiser", streams=tokens)
-        made = fields | {"size": tuple(config.size), "denoiser": network}
-        return construct(Joint, made, where="system", name="joint")
+    def sized(self, spec: Spec, where: str) -> Any:
+        """A codec that can code maps of this size; None where it cannot be made or cannot."""
 
-    return problems.collect(make_joint, "system")
+        def make_codec() -> Codec:
+            made = codec(spec, self.info, where)
+            made.latent_shape(tuple(self.config.size))  # refuses sizes that it cannot code
+            return made
 
+        return self.problems.collect(make_codec, where)
 
-def _stream(
-    name: str,
-    entry: Mapping[str, Any],
-    spec: Spec | None,
-    info: DatasetInfo,
-    size: tuple[int, ...],
-    problems: Problems,
-) -> tuple[Stream | None, Mapping[str, Any] | None]:
-    """A stream and how its latents become tokens; None for what cannot be made."""
-    where = f"system.streams.{name}"
-    coded = None if spec is None else _sized(spec, info, f"{where}.codec", size, problems)
-    moving = problems.collect(lambda: process(entry["process"], where), where)
-    fields = {k: v for k, v in entry.items() if k not in ("tokens", "codec", "process")}
-    # What cannot be made is stood in for, so that the stream's other fields are checked too.
-    parts = {"codec": coded or Pixels(), "process": moving or STANDING}
-    stream = problems.collect(
-        lambda: construct(Stream, fields, where=where, name="stream", **parts), where
-    )
-    if coded is None:
-        return None, None
-    shape = coded.latent_shape(tuple(size))
-    if len(shape) == 2:
-        look = {"kind": "tokens", "count": shape[0], "width": shape[1]} | dict(entry["tokens"])
-    else:
-        look = {"kind": "patches", "grid": shape[:2], "channels": shape[2]} | dict(entry["tokens"])
-        problems.collect(lambda: spec_of(look, where=f"config.{where}.tokens"))
-    return (stream if moving is not None else None), look
+    def sampling(self) -> dict[str, Any]:
+        """What draws the times of training, and the solver."""
+        config, collect, where = self.config, self.problems.collect, "system.solver"
+        return {
+            "times": collect(lambda: times(needed(config, "times"))),
+            "solver": collect(lambda: make(SOLVERS, needed(config, "solver"), where=where)),
+        }
 
-
-def _sized(
-    spec: Spec, info: DatasetInfo, where: str, size: tuple[int, ...], problems: Problems
-) -> Codec | None:
-    """A codec that can code maps of this size; None where it cannot be made or cannot."""
-
-    def make_codec() -> Codec:
-        made = codec(spec, info, where)
-        made.latent_shape(tuple(size))  # refuses sizes that it cannot code
-        return made
-
-    return problems.collect(make_codec, where)
-
-
-def _sampling(config: SystemConfig, problems: Problems) -> dict[str, Any]:
-    return {
-        "times": problems.collect(lambda: times(needed(config, "times"))),
-        "solver": problems.collect(
-            lambda: make(SOLVERS, needed(config, "solver"), where="system.solver")
-        ),
-    }
+    def check_denoiser(self) -> None:
+        """A network whose streams are not known: what can be said of its other fields."""
+        spec, collect, where = self.config.denoiser, self.problems.collect, "system.denoiser"
+        if spec is None:
+            return
+        network = collect(lambda: check_spec(DENOISERS, spec, where=where, given=("streams",)))
+        if network is not UViT:
+            return
+        unknown = ("share", "add_features", "time_tokens")
+        fields = {k: v for k, v in spec.items() if k not in unknown}
+        streams = {"any": {"kind": "patches", "grid": (8, 8), "channels": 1, "patch": 1}}
+        known = {"streams": streams, "time_tokens": ("any",)}
+        collect(lambda: make(DENOISERS, fields, where=where, **known))
 
 
 def needed(config: SystemConfig, part: str) -> Spec:
@@ -373,21 +380,6 @@ def needed(config: SystemConfig, part: str) -> Spec:
     if not spec:
         raise UserError(f"config.system.{part}: missing; a system `{config.name}` needs one.")
     return spec
-
-
-def _check_denoiser(spec: Spec | None, problems: Problems) -> None:
-    """A network whose streams are not known: what can be said of its other fields."""
-    if spec is None:
-        return
-    network = problems.collect(
-        lambda: check_spec(DENOISERS, spec, where="system.denoiser", given=("streams",))
-    )
-    if network is not UViT:
-        return
-    fields = {k: v for k, v in spec.items() if k not in ("share", "add_features", "time_tokens")}
-    streams = {"any": {"kind": "patches", "grid": (8, 8), "channels": 1, "patch": 1}}
-    known = {"streams": streams, "time_tokens": ("any",)}
-    problems.collect(lambda: make(DENOISERS, fields, where="system.denoiser", **known))
 
 
 def process(spec: Spec, where: str) -> Process:
@@ -411,13 +403,13 @@ def text_encoder(spec: Spec | None, info: DatasetInfo) -> Any:
     """The text encoder, given how many words there are; None where there is no text."""
     if not spec:
         return None
-    if "vocabulary_size" in accepts(check_spec(TEXTS, spec, where="system.text")):
-        size = len(info.vocabulary) + data_text.UNKNOWN + 1
-        return make(TEXTS, spec, where="system.text", vocabulary_size=size)
-    return make(TEXTS, spec, where="system.text")
+    given, where = {}, "system.text"
+    if "vocabulary_size" in accepts(check_spec(TEXTS, spec, where=where)):
+        given["vocabulary_size"] = len(info.vocabulary) + data_text.UNKNOWN + 1
+    return make(TEXTS, spec, where=where, **given)
 
 
 STANDING = Process(schedule=Linear(), predicts="velocity")
 """For a stream whose own process cannot be made."""
 
-SYSTEMS = {"joint": _joint, "bridge": _bridge, "autoencode": _autoencode}
+SYSTEMS = {"joint": _Walk.joint, "bridge": _Walk.bridge, "autoencode": _Walk.autoencode}

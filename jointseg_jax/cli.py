@@ -273,12 +273,8 @@ def define_process_flags() -> None:
     flags.DEFINE_string("coordinator", None, where)
     flags.DEFINE_integer("num_processes", None, "How many processes this run has.", lower_bound=1)
     flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.", lower_bound=0)
-    flags.DEFINE_integer(
-        "heartbeat_seconds",
-        distributed.HEARTBEAT,
-        "After so long without a sign of life a process counts as dead, and the others end.",
-        lower_bound=2,
-    )
+    dead = "After so long without a sign of life a process counts as dead, and the others end."
+    flags.DEFINE_integer("heartbeat_seconds", distributed.HEARTBEAT, dead, lower_bound=2)
 
 
 def start(*, saves: bool = False) -> None:

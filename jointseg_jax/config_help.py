@@ -89,7 +89,9 @@ def config_help(values: Mapping[str, Any], path: str = "") -> str:
     head, classes = _classes(path, node)
     lines = [head, ""]
     for cls in classes:
-        lines += [*_paragraph(cls), "", *_table(list(rows(cls)), node), ""]
+        first = (inspect.getdoc(cls) or cls.__name__).partition("\n\n")[0]
+        paragraph = textwrap.wrap(" ".join(first.split()), 100)
+        lines += [*paragraph, "", *_table(list(rows(cls)), node), ""]
     head = f"{path}." if path else ""
     if inner := [head + name for name, value in node.items() if isinstance(value, Mapping)]:
         lines.append(f"More, by --help_config PATH: {', '.join(inner)}")
@@ -157,20 +159,13 @@ def _meanings(cls: type) -> dict[str, str]:
     return found
 
 
-def _paragraph(cls: type) -> list[str]:
-    first = (inspect.getdoc(cls) or cls.__name__).split("\n\n")[0]
-    return textwrap.wrap(" ".join(first.split()), 100)
-
-
 def _table(fields: list[Row], node: Mapping[str, Any]) -> list[str]:
     width = max((len(row.name) for row in fields), default=0)
-    lines = []
+    lines, indent = [], " " * (width + 4)
     for row in fields:
         own = node.get(row.name)
         here = "" if own is None or isinstance(own, Mapping) else f", here {own!r}"
         kind = f"{row.kind}, " if row.kind else ""
         lines.append(f"  {row.name:<{width}}  {kind}default {row.default}{here}")
-        lines += textwrap.wrap(
-            row.meaning, 96, initial_indent=" " * (width + 4), subsequent_indent=" " * (width + 4)
-        )
+        lines += textwrap.wrap(row.meaning, 96, initial_indent=indent, subsequent_indent=indent)
     return lines

@@ -8,7 +8,6 @@ anything: a pair depends on (seed, index) alone.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -84,32 +83,27 @@ def sampling_params(system: object, params: Params) -> Params:
     )
 
 
-def sample_batch(
-    system: Generator,
-    mesh: jax.sharding.Mesh,
-    params: Params,
-    frozen: Params,
-    text: Array | None,
-    condition: Mapping[str, Array],
-    seed: Array,
-    indices: Array,
-) -> Pairs:
-    """Generates the pairs of some indices, rows over the mesh; this is what is compiled.
-
-    Args:
-      text: ids or features of the prompts, a row per index (None: the run has no text).
-      condition: batch fields to start from, a row per index.
-    """
-    # The key of a pair follows from (seed, index): not from the batch, the device or the process.
-    keys = sample_keys(seed, indices)
-    pairs = system.generate(params, frozen, text, keys, condition=dict(condition))
-    return jax.lax.with_sharding_constraint(pairs, sharding.batch_sharding(mesh))
-
-
 def jit_sample_batch(system: Generator, mesh: jax.sharding.Mesh) -> jax.stages.Wrapped:
-    """Returns jitted ``(params, frozen, text, condition, seed, indices) -> pairs``."""
-    options = chips.compiler_options(mesh)
-    return jax.jit(functools.partial(sample_batch, system, mesh), compiler_options=options)
+    """Returns jitted ``(params, frozen, text, condition, seed, indices) -> pairs``.
+
+    Text (ids or features of the prompts, None without any) and the batch fields of the condition
+    have a row per index; the rows lie over the mesh.
+    """
+
+    def sample_batch(
+        params: Params,
+        frozen: Params,
+        text: Array | None,
+        condition: Mapping[str, Array],
+        seed: Array,
+        indices: Array,
+    ) -> Pairs:
+        # The key of a pair follows from (seed, index), not from the batch, device or process.
+        keys = sample_keys(seed, indices)
+        pairs = system.generate(params, frozen, text, keys, condition=dict(condition))
+        return jax.lax.with_sharding_constraint(pairs, sharding.batch_sharding(mesh))
+
+    return jax.jit(sample_batch, compiler_options=chips.compiler_options(mesh))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
