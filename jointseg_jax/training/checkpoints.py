@@ -105,9 +105,8 @@ class Checkpoints:
         # the digests are computed before anything is written, from the arrays on the devices
         content = snapshot.sealed(step, meta, leaves, digest.leaf_digests(state))
         arrays = snapshot.encode(leaves)
-        items = ocp.args.Composite(
-            state=ocp.args.PyTreeSave(arrays), meta=ocp.args.JsonSave(content)
-        )
+        saved, described = ocp.args.PyTreeSave(arrays), ocp.args.JsonSave(content)
+        items = ocp.args.Composite(state=saved, meta=described)
         self._pending = (step, sum(x.nbytes for x in jax.tree.leaves(arrays)))
         with self._explained():
             if not self.folder.is_dir():  # Orbax would leave threads waiting for it

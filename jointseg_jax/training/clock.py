@@ -118,7 +118,6 @@ class Telemetry:
 
     Args:
       total: steps of the run.
-      batch: global batch size.
       flops: of one step (3 x forward), or None when unknown.
     """
 

@@ -34,27 +34,17 @@ Seconds = dict[str, float]
 
 
 class Goodput:
-    """The clock of one launch.
-
-    Args:
-      workdir: of the run.
-      writes: whether this process keeps the file (the first one does).
-    """
+    """The clock of one launch; the process that ``writes`` keeps the file, the first one."""
 
     def __init__(self, workdir: Path, *, writes: bool = True):
         self._path, self._writes = workdir / FILE, writes
         earlier = [r.get("launch", 0) for r in records(self._path)] if writes else []
         self._launch = max(earlier, default=0) + 1
         self._seconds: Seconds = dict.fromkeys(PHASES, 0.0)
-        self._phase, self._since = "start", time.perf_counter()
+        self.phase, self._since = "start", time.perf_counter()
         self._paces: deque[float] = deque(maxlen=20)  # seconds per step of the last windows
         self._logged: tuple[int, float] | None = None  # step and seconds of the last log point
         self._stalled = 0.0
-
-    @property
-    def phase(self) -> str:
-        """The phase that is on."""
-        return self._phase
 
     def enter(self, phase: str, *, behind: bool = False) -> None:
         """Ends the phase that is on and begins another.
@@ -63,8 +53,8 @@ class Goodput:
           behind: True if the devices worked meanwhile: the time is then that of the new phase.
         """
         now = time.perf_counter()
-        self._seconds[phase if behind else self._phase] += now - self._since
-        self._phase, self._since = phase, now
+        self._seconds[phase if behind else self.phase] += now - self._since
+        self.phase, self._since = phase, now
 
     def begin(self, step: int) -> None:
         """Notes the step that training goes on from, at the start or after going back."""
@@ -73,7 +63,7 @@ class Goodput:
 
     def logged(self, step: int) -> None:
         """Notes how far training has come, at a log point, and whether it took unusually long."""
-        self.enter(self._phase)
+        self.enter(self.phase)
         spent = self._seconds["data"] + self._seconds["step"]
         if self._logged is not None and step > self._logged[0]:
             self._compare(step, step - self._logged[0], spent - self._logged[1])
@@ -96,7 +86,7 @@ class Goodput:
         self._write({"step": step})
 
     def _write(self, what: Mapping[str, int]) -> None:
-        self.enter(self._phase)
+        self.enter(self.phase)
         if not self._writes:
             return
         seconds = {k: round(v, 4) for k, v in self._seconds.items()}

@@ -72,8 +72,7 @@ def remap(start: StartConfig, given: Leaves, wanted: Leaves) -> Leaves:
     copies = (*start.copy, *MAP_STREAM[start.init_map_stream])
     matched = {p: x for p, x in moved.items() if any(re.search(r, p) for r, _ in copies)}
     copied = _placed(matched, copies, wanted, "start.copy", dead="raise")
-    duplicates = sorted(set(moved) & set(copied))
-    if duplicates:
+    if duplicates := sorted(set(moved) & set(copied)):
         raise UserError(
             f"config.start.copy: {duplicates[0]} would be copied over what config.start.move put "
             "there; drop it from one of the two with (regex, None)."

@@ -24,12 +24,8 @@ from typing import Any
 from jointseg_jax import distributed
 from jointseg_jax.types import UserError
 
-BEAT = 5.0
-"""Seconds between two renewals of the time stamp."""
-
-PATIENCE = 16.0
-"""Seconds another host's lock is watched before it counts as left behind."""
-
+BEAT = 5.0  # seconds between two renewals of the time stamp
+PATIENCE = 16.0  # seconds another host's lock is watched before it counts as left behind
 log = logging.getLogger(__name__)
 
 Process = Mapping[str, Any]

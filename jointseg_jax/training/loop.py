@@ -136,13 +136,7 @@ def train(
 
 
 class Session:
-    """What a launch holds open in its workdir: lock, signals, clock, checkpoints, writers.
-
-    Attributes:
-      clock: told what the loop does.
-      checkpoints: of the workdir.
-      preemption: requests to stop.
-    """
+    """What a launch holds open in its workdir: lock, signals, clock, checkpoints, writers."""
 
     def __init__(self, config: RunConfig, workdir: Path):
         self._config, self._workdir = config, workdir

@@ -53,7 +53,12 @@ def import_codecs(
             spec["scale"] = _fit(codec, params, place.field, batches)
         # the first process decides: the others read other rows and would fit another scale
         if jax.process_index() == 0:
-            _write(target, {"codec": spec, "from": place.spec["workdir"]}, params)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            file, arrays = target.with_suffix(".safetensors"), rules.by_path(params)
+            save_file({k: np.asarray(v) for k, v in arrays.items()}, file)
+            made = {"codec": spec, "from": place.spec["workdir"], "sha256": files.sha256(file)}
+            # whole or absent: a run may be killed here
+            files.write(target, (json.dumps(made, indent=1) + "\n").encode())
     multihost_utils.sync_global_devices("pretrained.import_codecs")
 
 
@@ -97,14 +102,6 @@ def from_cache(workdir: Path, system: SystemConfig, cache: str) -> None:
                 f"{target}: this workdir has another codec than {cache} was encoded with. Train "
                 "in another --workdir, or encode again, into another folder."
             )
-
-
-def _write(target: Path, record: Mapping[str, object], params: Params) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    file = target.with_suffix(".safetensors")
-    save_file({k: np.asarray(v) for k, v in rules.by_path(params).items()}, file)
-    text = json.dumps({**record, "sha256": files.sha256(file)}, indent=1) + "\n"
-    files.write(target, text.encode())  # whole or absent: a run may be killed here
 
 
 def load_codec(place: CodecPlace, info: DatasetInfo) -> tuple[dict[str, Any], Params]:

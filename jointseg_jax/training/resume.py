@@ -35,8 +35,6 @@ def require_settings(
     """Refuses, field by field, a checkpoint that was made with other settings.
 
     Args:
-      meta: of the checkpoint.
-      current: ``settings`` of this run.
       allow: regexes of config paths that may differ beside ``MAY_CHANGE``.
     """
     where = f"the checkpoint of step {meta['step']} in {workdir}"

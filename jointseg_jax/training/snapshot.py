@@ -35,8 +35,7 @@ Leaves = Mapping[str, Leaf]
 Meta = dict[str, Any]
 """The JSON object beside the arrays: what the caller gave, ``step`` and ``checkpoint``."""
 
-MAX_LISTED = 10
-"""Arrays that an error names at most."""
+MAX_LISTED = 10  # arrays that an error names at most
 
 # parts of messages that say nothing about the files: another attempt may succeed
 _PASSING = re.compile(

@@ -44,10 +44,8 @@ def make_update(
     """The update function of a run.
 
     Args:
-      system: gives the loss.
       optimizer: sees trainable leaves only.
       trainable: tree of booleans shaped like the parameters.
-      seed: of the run's noise.
       ema: decay of the average; early steps use ``(1 + step) / (10 + step)`` when that is smaller.
       accumulate: number of micro-batches per update.
       learning_rate: reported among the metrics when given.

@@ -136,9 +136,8 @@ class JsonlWriter(Writer):
 
     def write(self, step: int, scalars: Scalars) -> None:
         if clash := {"step", "time", "resumed"} & set(scalars):
-            raise ValueError(
-                f"writers: {sorted(clash)} cannot name scalars: every record has them."
-            )
+            taken = sorted(clash)
+            raise ValueError(f"writers: {taken} cannot name scalars: every record has them.")
         self._append(step, {name: _json_number(float(v)) for name, v in scalars.items()})
 
     def images(self, step: int, images: Images) -> None:
@@ -206,13 +205,10 @@ def run_writers(workdir: str | os.PathLike, *, total: int, step: int = 0) -> Wri
       total: last step of the run.
       step: where this launch starts; above 0 the run is marked as resumed.
     """
-    resumed = step or None
+    folder, resumed = Path(workdir), step or None
+    lines = JsonlWriter(folder / "metrics.jsonl", resumed=resumed)
     return Writers(
-        [
-            ConsoleWriter(total),
-            JsonlWriter(Path(workdir) / "metrics.jsonl", resumed=resumed),
-            TensorBoardWriter(Path(workdir) / "tensorboard", resumed=resumed),
-        ]
+        [ConsoleWriter(total), lines, TensorBoardWriter(folder / "tensorboard", resumed=resumed)]
     )
 
 
