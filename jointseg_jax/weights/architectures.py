@@ -79,10 +79,9 @@ def _original(config: Config) -> dict[str, Any]:
 
 def _image(config: Config, *, conv: bool) -> Patches:
     # The original UniDiffuser ends without a convolution, U-ViT may.
-    size = config["img_size"]
+    size, channels, patch = (config[k] for k in ("img_size", "in_chans", "patch_size"))
     grid = (size, size) if isinstance(size, int) else tuple(size)
-    sizes = {"grid": grid, "channels": config["in_chans"], "patch": config["patch_size"]}
-    return Patches(**sizes, conv=bool(conv))
+    return Patches(grid=grid, channels=channels, patch=patch, conv=bool(conv))
 
 
 def _diffusers(config: Config, *, mask: bool = False) -> dict[str, Any]:

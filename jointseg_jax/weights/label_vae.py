@@ -44,11 +44,7 @@ def table(codec: LabelAE) -> list[Rename]:
 
 
 def from_reference(codec: LabelAE, tensors: Mapping[str, np.ndarray]) -> Params:
-    """Our parameters from a reference state dict.
-
-    Raises:
-      UserError: tensors missing, left over, or of another shape than the codec's.
-    """
+    """Our parameters from a reference state dict; UserError names what does not fit the codec."""
     renames = table(codec)
     _same_names({r.reference for r in renames}, set(tensors), "reference weights")
     flat = {r.path: _turned(tensors[r.reference], r.axes) for r in renames}
@@ -57,13 +53,8 @@ def from_reference(codec: LabelAE, tensors: Mapping[str, np.ndarray]) -> Params:
 
 
 def to_reference(codec: LabelAE, params: Params) -> dict[str, np.ndarray]:
-    """A reference state dict from our parameters; the inverse of ``from_reference``.
-
-    Raises:
-      UserError: parameters missing, left over, or of another shape than the codec's.
-    """
-    renames = table(codec)
-    flat = by_path(params)
+    """A reference state dict from our parameters; the inverse of ``from_reference``."""
+    renames, flat = table(codec), by_path(params)
     _same_names({r.path for r in renames}, set(flat), "parameters")
     _same_shapes(codec, flat)
     back = {axes: axes and tuple(np.argsort(axes).tolist()) for _, _, axes in renames}

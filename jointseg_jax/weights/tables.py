@@ -87,8 +87,7 @@ def positions_layout(shapes: list[tuple[int, ...]]) -> Layout:
 class Reference:
     """The names of one reference."""
 
-    prefixes: Mapping[str, str]
-    """Before the names of a block, numbered ``{i}``; ``join``: of what only out-blocks have."""
+    prefixes: Mapping[str, str]  # of the names of block {i}; `join`: of what out-blocks have alone
     block: Mapping[str, tuple[str, ...]]  # our module inside a block -> theirs
     edges: Mapping[str, str]  # our module outside the blocks -> theirs
     positions: tuple[str, ...]  # our position parameters in the order of ``pos_embed``
