@@ -1,8 +1,6 @@
 """The same U-ViT here and in torch, eager and compiled: a forward pass, and loss with gradients.
 
-  python -m jointseg_jax.perf.bench_peer --backend jax --network small
-  python -m jointseg_jax.perf.bench_peer --backend eager --network small
-  python -m jointseg_jax.perf.bench_peer --backend compiled --network small
+  python -m jointseg_jax.perf.bench_peer --backend jax --network small      (or eager, compiled)
   python -m jointseg_jax.perf.bench_peer --backend check
 
 1. ``forward``: one call of ``2 x rows``, as guided sampling makes it, without gradients.

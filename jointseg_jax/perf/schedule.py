@@ -27,7 +27,6 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,13 +46,6 @@ PRODUCTS = {"forward": 2, "packed": 5, "splash": 7}
 """Products of scores' size: of any forward pass, and of each backward pass."""
 
 
-class Kernel(NamedTuple):
-    """A kernel by its name, and its cycles."""
-
-    name: str
-    cycles: int
-
-
 def cycles(text: str) -> int:
     """``bundles in the loop x steps of the grid + bundles around it``, from the final bundles.
 
@@ -71,8 +63,8 @@ def cycles(text: str) -> int:
     return inside * steps + len(depths) - inside
 
 
-def kernels(compile_it: Callable[[], None], folder: Path) -> list[Kernel]:
-    """Compiles a program and reads the schedules of its attention kernels from the dump folder.
+def kernels(compile_it: Callable[[], None], folder: Path) -> list[tuple[str, int]]:
+    """Compiles a program; its attention kernels' names and cycles, read from the dump folder.
 
     Raises:
       UserError: there are none.
@@ -82,7 +74,7 @@ def kernels(compile_it: Callable[[], None], folder: Path) -> list[Kernel]:
         old.unlink()
     compile_it()
     found = ((FILE.fullmatch(path.name), path) for path in sorted(folder.iterdir()))
-    made = [Kernel(name.group(1), cycles(path.read_text())) for name, path in found if name]
+    made = [(name.group(1), cycles(path.read_text())) for name, path in found if name]
     if not made:
         raise UserError(
             "ERROR [libtpu] this compiler wrote no schedule of an attention kernel; 0.0.51 does."
@@ -101,9 +93,9 @@ def dump_to(folder: Path) -> None:
     os.environ["LIBTPU_INIT_ARGS"] = " ".join((before, *new)).strip()
 
 
-def program(
+def compile_attention(
     backend: str, device: jax.Device, flags: argparse.Namespace, queries: int | None
-) -> Callable[[], None]:
+) -> None:
     """Compiles attention forward and backward, as the layers call it, for one device."""
     if backend == "packed":
         fields = {"heads": flags.heads, "count": flags.tokens, "queries": queries}
@@ -118,11 +110,8 @@ def program(
     def gradients(q: Array, k: Array, v: Array, dy: Array) -> tuple[Array, ...]:
         return jax.vjp(attend, q, k, v)[1](dy)
 
-    def compile_it() -> None:
-        with jax.set_mesh(mesh):
-            jax.jit(gradients).lower(x, x, x, x).compile()
-
-    return compile_it
+    with jax.set_mesh(mesh):
+        jax.jit(gradients).lower(x, x, x, x).compile()
 
 
 def lines(flags: argparse.Namespace, folder: Path) -> Iterator[str]:
@@ -135,10 +124,11 @@ def lines(flags: argparse.Namespace, folder: Path) -> Iterator[str]:
     tries = [int(n) for n in flags.queries.split(",")] if flags.queries else [own]
     for backend in flags.attention.split(","):
         for queries in tries if backend == "packed" else [None]:
-            found = kernels(program(backend, device, flags, queries), folder)
-            total, shown = sum(kernel.cycles for kernel in found), queries or ""
-            for kernel in found:
-                yield f"{kernel.name:<36}{shown:>8}{kernel.cycles / 1e3:>13,.1f}"
+            options = (backend, device, flags, queries)
+            found = kernels(functools.partial(compile_attention, *options), folder)
+            total, shown = sum(count for _, count in found), queries or ""
+            for name, count in found:
+                yield f"{name:<36}{shown:>8}{count / 1e3:>13,.1f}"
             flops = (PRODUCTS["forward"] + PRODUCTS[backend]) * product
             share = flops / (total / chip.clock) / chip.peak / 1e3
             yield f"{f'{backend}, together':<36}{shown:>8}{total / 1e3:>13,.1f}{share:>13.1%}"

@@ -17,7 +17,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import jax
 
@@ -34,14 +34,6 @@ class Event(NamedTuple):
     name: str
     start: float
     length: float
-
-
-@runtime_checkable
-class Line(Protocol):
-    """A line of a plane in JAX's ``ProfileData``."""
-
-    name: str
-    events: Iterable[Any]
 
 
 class Row(NamedTuple):
@@ -90,7 +82,8 @@ def events(path: Path) -> list[list[Event]]:
     return [line for line in lines if line]
 
 
-def _operations(plane: str, line: Line) -> list[Event]:
+def _operations(plane: str, line: Any) -> list[Event]:
+    """The operations on a line of a plane, as JAX's ``ProfileData`` has them."""
     tpu = plane.startswith("/device:TPU") and line.name == "XLA Ops"
     gpu = plane.startswith("/device:GPU") and line.name.startswith("Stream")
     host = plane.startswith("/host:CPU") and line.name != "python"
