@@ -13,6 +13,7 @@ import multiprocessing
 import os
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
+from typing import Any
 
 import jax
 
@@ -97,7 +98,7 @@ class Subprocess:
         other.close()
         self._answer()
 
-    def _answer(self) -> Result | None:
+    def _answer(self) -> Any:
         try:
             answer = self.pipe.recv()
         except (EOFError, ConnectionError):
@@ -109,7 +110,7 @@ class Subprocess:
             raise UserError(f"{self.name}: {answer}")
         return answer
 
-    def _ask(self, method: str) -> Result | None:
+    def _ask(self, method: str) -> Any:
         # Of a process that has ended the answer says so.
         with contextlib.suppress(ConnectionError):
             self.pipe.send(method)

@@ -40,7 +40,7 @@ Tensor = Any
 
 
 def _uvit(
-    streams: Mapping[str, tuple[int, int, int]], words: tuple[int, int], **fields: object
+    streams: Mapping[str, tuple[int, int, int]], words: tuple[int, int], **fields: Any
 ) -> UViT:
     """A U-ViT with text, one time token and streams of (sides of the latent, channels, patch)."""
     return UViT(

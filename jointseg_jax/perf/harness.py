@@ -35,7 +35,7 @@ from jointseg_jax.types import UserError
 Config = Mapping[str, Any]
 """A run's config (or a part of it) as plain nested mappings."""
 
-Values = dict[str, object]
+Values = dict[str, Any]
 """Plain values, ready for JSON."""
 
 

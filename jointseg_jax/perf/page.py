@@ -161,10 +161,10 @@ def _machine(machine: Row) -> list[str]:
 
 
 def _row(name: str, text: str) -> list[str]:
-    first, *rest = wrap(text, WIDTH - 22) or [""]
+    head, margin = f"  {name:<20}", " " * 22
     if len(name) > 19:
-        return [f"  {name}", *(" " * 22 + line for line in (first, *rest))]
-    return [f"  {name:<20}{first}".rstrip(), *(" " * 22 + line for line in rest)]
+        return [head, *wrap(text, WIDTH, initial_indent=margin, subsequent_indent=margin)]
+    return wrap(text, WIDTH, initial_indent=head, subsequent_indent=margin) or [head.rstrip()]
 
 
 def _rows(pairs: Iterable[tuple[str, str]]) -> list[str]:

@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
+from jointseg_jax.jsonl import Record
 from jointseg_jax.perf.harness import last_object, rounded
 
 ERROR_TEXT = 3000
@@ -37,7 +38,6 @@ ENVIRONMENT = {
 }
 """Variables of every command, unless the user has set them."""
 
-Record = dict[str, object]
 Log = Callable[[str], None]
 
 

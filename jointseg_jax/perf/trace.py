@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import jax
 
 from jointseg_jax.perf.costs import ELSEWHERE, part_of
+from jointseg_jax.perf.harness import Values
 from jointseg_jax.perf.hlo import Module
 
 TOP = 10
@@ -46,11 +47,11 @@ class Row(NamedTuple):
     count: float  # runs in one call
 
 
-def traced(run: Callable[[], object], text: str, calls: int = 1) -> dict[str, object]:
-    """Runs something under the profiler and says where its time went, as plain values.
+def traced(run: Callable[[], object], text: str) -> Values:
+    """Runs something under the profiler and says where its time went.
 
     Args:
-      run: makes ``calls`` calls of the program and waits for their end.
+      run: makes one call of the program and waits for its end.
       text: of the optimized program; without it there are no parts.
     """
     options = jax.profiler.ProfileOptions()
@@ -60,7 +61,7 @@ def traced(run: Callable[[], object], text: str, calls: int = 1) -> dict[str, ob
         with jax.profiler.trace(folder, profiler_options=options):
             run()
         lines = [line for path in Path(folder).rglob("*.xplane.pb") for line in events(path)]
-    rows = table(lines, parts(text) if text else {}, calls)
+    rows = table(lines, parts(text) if text else {})
     by_part = collections.Counter()
     for row in rows:
         by_part[row.part] += row.share
