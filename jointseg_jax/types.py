@@ -69,3 +69,14 @@ def require(name: str, value: object, holds: bool, rule: str, change: str = "") 
 def require_one_of(name: str, value: object, allowed: Collection[object], change: str = "") -> None:
     """``require`` for a value out of a list, which the message then shows."""
     require(name, value, value in allowed, "one of " + ", ".join(map(repr, allowed)), change)
+
+
+def require_values(where: str, holds: bool, rule: str, **values: object) -> None:
+    """``require`` for a rule in words, often over several values: ``WHERE: NAME=VALUE, ..: RULE``.
+
+    Args:
+      rule: what must hold, and what to change where.
+    """
+    if not holds:
+        given = ", ".join(f"{name}={value!r}" for name, value in values.items())
+        raise ValueError(f"{where}: {given}: {rule}")

@@ -23,7 +23,8 @@ from jaxtyping import PyTree
 from jointseg_jax.rng import Keys
 from jointseg_jax.transport.integrator import Noise, Predict, States
 from jointseg_jax.transport.process import Process
-from jointseg_jax.types import Streams, UserError
+from jointseg_jax.transport.solvers import require_two_times
+from jointseg_jax.types import Streams, UserError, require_values
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,16 +38,11 @@ class Dopri5:
     atol: float = 1e-3  # absolute tolerance, in units of the latents
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.rtol < 0 or self.atol <= 0:
-            raise ValueError(
-                f"dopri5: steps={self.steps}, rtol={self.rtol}, atol={self.atol}: must be at least "
-                "1, at least 0 and positive; change them in `system.solver`."
-            )
-        if not (0 <= self.start <= 1 and 0 <= self.end <= 1 and self.start != self.end):
-            raise ValueError(
-                f"dopri5: start={self.start}, end={self.end}: two different times in [0, 1] are "
-                "needed; change `solver.start` or `solver.end`."
-            )
+        own = {name: getattr(self, name) for name in ("steps", "rtol", "atol")}
+        good = self.steps >= 1 and self.rtol >= 0 and self.atol > 0
+        rule = "must be at least 1, at least 0 and positive; change them in `system.solver`."
+        require_values("dopri5", good, rule, **own)
+        require_two_times("dopri5", self.start, self.end)
 
     def __call__(
         self,

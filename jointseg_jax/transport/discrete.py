@@ -1,14 +1,8 @@
 """Samplers on the knots of a discrete schedule, in the conventions of diffusers.
 
 A label n in 0 .. N-1 is the knot ``t = (n + 1) / N``, whose alpha^2 is ``alphas_cumprod[n]``; t = 0
-is the clean end. With (a, s) at a step's label and (a', s') at the one it goes to, D the data
-reading and n standard normal:
-
-1. DDIM: ``x' = a' D + sqrt(s'^2 - v^2) (x - a D) / s + v n``,
-   ``v = eta (s' / s) sqrt(1 - (a / a')^2)``
-2. DDPM: ``x' = (a' b / s^2) D + (a s'^2 / (a' s^2)) x + v n``, ``b = 1 - (a / a')^2``,
-   ``v^2 = b s'^2 / s^2`` (fixed_small) or ``b`` (fixed_large); no noise at label 0
-3. MultistepDPM: the multistep updates of ``dpm`` between chosen labels
+is the clean end. In formulas (a, s) are alpha and sigma at a step's label and (a', s') at the one
+it goes to, D the data reading and n standard normal.
 
 DDIM and DDPM always go N // steps labels down, whatever the spacing; past label 0 lies the clean
 end (or, for DDIM without ``set_alpha_to_one``, label 0).
@@ -21,7 +15,7 @@ end (or, for DDIM without ``set_alpha_to_one``, label 0).
 
 all rounded, in falling order.
 
-Source: 1 DDIM (Song et al. 2020) eqs. 12, 16; 2 DDPM (Ho et al. 2020) eqs. 6-7; 3 DPM-Solver++
+Source: DDIM (Song et al. 2020) eqs. 12, 16; DDPM (Ho et al. 2020) eqs. 6-7; DPM-Solver++
 (Lu et al. 2022) alg. 2; Karras et al. 2022 eq. 5; spacings, Lin et al. 2023 table 2.
 """
 
@@ -36,7 +30,7 @@ from jointseg_jax.transport.dpm import Point, multistep, point, span
 from jointseg_jax.transport.integrator import Row
 from jointseg_jax.transport.schedules import ScaledLinear, Schedule
 from jointseg_jax.transport.solvers import FixedStepSolver
-from jointseg_jax.types import require_one_of
+from jointseg_jax.types import require_one_of, require_values
 
 SPACINGS = ("linspace", "leading", "trailing")
 KARRAS_RHO = 7.0
@@ -59,11 +53,9 @@ def labels(total: int, steps: int, spacing: str, offset: int, *, skip_last: bool
         # rounded before the 1 is taken off, as diffusers does: halves go to even numbers
         spaced = np.round(total - np.arange(steps) * (total / steps)) - 1
     rounded = np.round(spaced).astype(int).tolist()
-    if rounded[0] >= total:
-        raise ValueError(
-            f"solver: spacing={spacing!r}, steps_offset={offset}, steps={steps}: the first label "
-            f"is {rounded[0]} and must be below {total}; change `solver.steps_offset`."
-        )
+    first = f"the first label is {rounded[0]} and must be below {total}"
+    given = {"spacing": spacing, "steps_offset": offset, "steps": steps}
+    require_values("solver", rounded[0] < total, f"{first}; change `solver.steps_offset`.", **given)
     return rounded
 
 
@@ -77,11 +69,9 @@ class Discrete(FixedStepSolver):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_one_of("solver: spacing", self.spacing, SPACINGS, "Change `solver.spacing`.")
-        if self.steps < 1 or self.steps_offset < 0:
-            raise ValueError(
-                f"solver: steps={self.steps}, steps_offset={self.steps_offset}: at least one step "
-                "and an offset of at least 0 are needed; change them in `solver`."
-            )
+        given = {"steps": self.steps, "steps_offset": self.steps_offset}
+        rule = "at least one step and an offset of at least 0 are needed; change them in `solver`."
+        require_values("solver", self.steps >= 1 and self.steps_offset >= 0, rule, **given)
 
     def knots(
         self, schedule: Schedule, *, skip_last: bool = False
@@ -93,14 +83,11 @@ class Discrete(FixedStepSolver):
                 f"has {schedule}; change the stream's schedule, or the solver to dpm_solver_pp, "
                 "euler or heun."
             )
-        if self.steps + skip_last > schedule.steps:
-            raise ValueError(
-                f"solver: steps={self.steps}: {schedule} has {schedule.steps} labels, too few; "
-                "change `solver.steps`."
-            )
-        return schedule, labels(
-            schedule.steps, self.steps, self.spacing, self.steps_offset, skip_last=skip_last
-        )
+        count = schedule.steps
+        rule = f"{schedule} has {count} labels, too few; change `solver.steps`."
+        require_values("solver", self.steps + skip_last <= count, rule, steps=self.steps)
+        own = (self.steps, self.spacing, self.steps_offset)
+        return schedule, labels(count, *own, skip_last=skip_last)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,8 +99,8 @@ class DDIM(Discrete):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.eta <= 1:
-            raise ValueError(f"ddim: eta={self.eta}: must be in [0, 1]; change `solver.eta`.")
+        rule = "must be in [0, 1]; change `solver.eta`."
+        require_values("ddim", 0 <= self.eta <= 1, rule, eta=self.eta)
 
     def rows(self, schedule: Schedule, t_max: float) -> list[Row]:
         """One row per label."""
@@ -129,7 +116,7 @@ class DDIM(Discrete):
 
 def ddim_row(at: Point, to: Point, eta: float) -> Row:
     """One step of DDIM, or with ``eta`` above 0 of its noisy kin."""
-    # (1) x' = a' D + sqrt(s'^2 - v^2) (x - a D) / s + v n, v = eta (s' / s) sqrt(1 - (a / a')^2)
+    # x' = a' D + sqrt(s'^2 - v^2) (x - a D) / s + v n, v = eta (s' / s) sqrt(1 - (a / a')^2)
     noise = eta * (to.sigma / at.sigma) * np.sqrt(1 - (at.alpha / to.alpha) ** 2)
     x_coef = np.sqrt(to.sigma**2 - noise**2) / at.sigma
     return Row(at.time, to.time, x_coef, (to.alpha - x_coef * at.alpha,), noise)
@@ -156,10 +143,10 @@ class DDPM(Discrete):
 def ddpm_row(schedule: ScaledLinear, label: int, previous: int, variance: str) -> Row:
     """One step of DDPM from a label to a previous one (below 0: the clean end)."""
     at, to = (point(schedule, knot(schedule, n)) for n in (label, previous))
-    # (2) x' = (a' b / s^2) D + (a s'^2 / (a' s^2)) x + v n, b = 1 - (a / a')^2
+    # x' = (a' b / s^2) D + (a s'^2 / (a' s^2)) x + v n, b = 1 - (a / a')^2; no noise at label 0
     beta = 1 - (at.alpha / to.alpha) ** 2
     rest = (to.sigma / at.sigma) ** 2
-    spread = beta * rest if variance == "fixed_small" else beta  # v^2
+    spread = beta * rest if variance == "fixed_small" else beta  # v^2 = b s'^2 / s^2, or b
     x_coef, coef = at.alpha / to.alpha * rest, to.alpha * beta / at.sigma**2
     return Row(at.time, to.time, x_coef, (coef,), np.sqrt(spread) if label > 0 else 0.0)
 

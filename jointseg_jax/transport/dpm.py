@@ -35,7 +35,7 @@ import numpy as np
 from jointseg_jax.transport.integrator import Row
 from jointseg_jax.transport.schedules import Numbers, Schedule
 from jointseg_jax.transport.solvers import Continuous
-from jointseg_jax.types import require_one_of
+from jointseg_jax.types import require_one_of, require_values
 
 # ------------------------------------------------------------------------- one step
 
@@ -246,11 +246,10 @@ class DPMSolverPP(Continuous):
         for name, allowed in CHOICES.items():
             value, where = getattr(self, name), f"dpm_solver_pp: {name}"
             require_one_of(where, value, allowed, f"Change `solver.{name}`.")
-        if self.method == "singlestep" and self.steps < self.order:
-            raise ValueError(
-                f"dpm_solver_pp: steps={self.steps}: singlestep of order {self.order} needs at "
-                "least as many network calls; change `solver.steps` or `solver.order`."
-            )
+        enough = self.method != "singlestep" or self.steps >= self.order
+        rule = f"singlestep of order {self.order} needs at least as many network calls; change "
+        rule += "`solver.steps` or `solver.order`."
+        require_values("dpm_solver_pp", enough, rule, steps=self.steps)
 
     def rows(self, schedule: Schedule, t_max: float) -> list[Row]:
         """Rows of all steps."""

@@ -16,8 +16,8 @@ sec. 4.3 and app. B.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -36,15 +36,13 @@ Context = Array | Mapping[str, Array] | None
 """What a network takes beside the streams, the batch in front."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Branch:
     """One way to ask the network."""
 
-    latents: Mapping[str, Array | Callable[[Step], Array]] = dataclasses.field(default_factory=dict)
+    latents: Mapping[str, Array | Callable[[Step], Array]] = field(default_factory=dict)
     """Streams to replace: an array, or a function of the step (fresh noise at each)."""
-    times: Mapping[str, Numbers | Callable[[Step], Numbers]] = dataclasses.field(
-        default_factory=dict
-    )
+    times: Mapping[str, Numbers | Callable[[Step], Numbers]] = field(default_factory=dict)
     """Times to replace: a number, an array ``[b]``, or a function of the step."""
     text: Context = None
     """All branches must have the same structure here."""
@@ -75,7 +73,7 @@ def _at(value: Any, step: Step) -> Any:
     return value(step) if callable(value) else value
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Guidance:
     """What a guided network is asked, and what its answers make together.
 

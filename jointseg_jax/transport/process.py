@@ -2,22 +2,8 @@
 
 1. ``x_t = alpha data + sigma source``; the source is ``scale`` times a normal draw, or the other
    data end of a bridge.
-2. TARGET: a training target is a weighted sum of (data, source):
-
-   | predicts | target |
-   |---|---|
-   | noise | source / scale |
-   | data | data |
-   | velocity | d_data data + d_source source |
-
-3. INVERSE: (data, source) are weighted sums of (x, output), the inverse of 1 and 2 together:
-
-   | predicts | data | source |
-   |---|---|---|
-   | noise | (x - sigma scale output) / alpha | scale output |
-   | data | output | (x - alpha output) / sigma |
-   | velocity | d_source x - sigma output | alpha output - d_data x |
-
+2. TARGET: a training target, noise, data or velocity, is a weighted sum of (data, source).
+3. INVERSE: (data, source) are weighted sums of (x, output), the inverse of 1 and 2 together.
 4. ``dx/dt = alpha' data + sigma' source``
 
 Two tables, so that n predictions need 2 n entries rather than n^2 conversions. ``scale`` is in the
@@ -38,6 +24,7 @@ from jaxtyping import Array, Float
 
 from jointseg_jax import rng
 from jointseg_jax.transport.schedules import Numbers, Schedule
+from jointseg_jax.types import require_values
 
 Pair = tuple[Numbers, Numbers]
 Latent = Float[Array, "batch ..."]
@@ -58,14 +45,15 @@ def _inverse_data(process: Process, t: Numbers) -> tuple[Pair, Pair]:
 def _inverse_velocity(process: Process, t: Numbers) -> tuple[Pair, Pair]:
     alpha, sigma = process.schedule.alpha(t), process.schedule.sigma(t)
     d_data, d_source = process.schedule.velocity_weights(t)
-    # the determinant alpha d_source - sigma d_data of (x, velocity) is 1 for every schedule
+    # data = d_source x - sigma output, source = alpha output - d_data x: the determinant
+    # alpha d_source - sigma d_data of (x, velocity) is 1 for every schedule
     return (d_source, -sigma), (-d_data, alpha)
 
 
 TARGET: dict[str, Callable[[Process, Numbers], Pair]] = {
     "noise": lambda process, t: (0.0, 1.0 / process.scale),
     "data": lambda process, t: (1.0, 0.0),
-    "velocity": lambda process, t: process.schedule.velocity_weights(t),
+    "velocity": lambda process, t: process.schedule.velocity_weights(t),  # (d_data, d_source)
 }
 """Weights of (data, source) in a target."""
 
@@ -87,26 +75,17 @@ class Process:
     clip: float | None = None  # solvers clamp data readings to [-clip, clip]; None leaves them
 
     def __post_init__(self) -> None:
-        if not isinstance(self.schedule, Schedule):
-            raise ValueError(
-                f"process: schedule={self.schedule!r} is not a schedule; give one of "
-                "transport.schedules.SCHEDULES, built, in the stream's `schedule`."
-            )
-        if self.predicts not in INVERSE:
-            raise ValueError(
-                f"process: predicts={self.predicts!r}: must be one of {', '.join(INVERSE)}; change "
-                "`predicts` of the stream's process."
-            )
-        if not (self.scale > 0 and math.isfinite(self.scale)):
-            raise ValueError(
-                f"process: scale={self.scale}: the standard deviation of the source must be "
-                "positive and finite; change `scale` of the stream's process."
-            )
-        if self.clip is not None and not self.clip > 0:
-            raise ValueError(
-                f"process: clip={self.clip}: must be positive, or None for no clamping; change "
-                "`clip` of the stream's process."
-            )
+        rule = "not a schedule; give one of SCHEDULES, built, in the stream's `schedule`."
+        good = isinstance(self.schedule, Schedule)
+        require_values("process", good, rule, schedule=self.schedule)
+        checks = {
+            "predicts": (self.predicts in INVERSE, f"must be one of {', '.join(INVERSE)}"),
+            "scale": (0 < self.scale < math.inf, "the deviation must be positive and finite"),
+            "clip": (self.clip is None or self.clip > 0, "must be positive; None does not clamp"),
+        }
+        for name, (holds, rule) in checks.items():
+            rule += f"; change `{name}` of the stream's process."
+            require_values("process", holds, rule, **{name: getattr(self, name)})
         if self.predicts == "noise" and self.schedule.alpha(self.schedule.t_max) == 0:
             raise ValueError(
                 f"process: predicts='noise' with {self.schedule}: at t_max="

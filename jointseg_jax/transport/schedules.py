@@ -37,14 +37,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jointseg_jax.types import require_values
+
 if TYPE_CHECKING:  # a static checker finds no operators on the union
     Numbers: TypeAlias = Any
 else:
     Numbers = int | float | np.ndarray | np.generic | jax.Array
 """A number or a numpy array (computed on the host in float64), or a JAX array (in its dtype)."""
 
-LABELS = 1000
-"""Networks are shown t as a number of this range."""
+LABELS = 1000  # networks are shown t as a number of this range
+PLACE = "in the schedule's config"
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -168,21 +170,14 @@ class ScaledLinear(VariancePreserving):
     t_max: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.beta_start <= self.beta_end < 1:
-            raise ValueError(
-                f"scaled_linear: beta_start={self.beta_start}, beta_end={self.beta_end}: "
-                "0 < beta_start <= beta_end < 1 must hold; change them in the schedule's config."
-            )
-        if self.steps < 2:
-            raise ValueError(
-                f"scaled_linear: steps={self.steps}: at least 2 knots are needed to interpolate; "
-                "change steps in the schedule's config."
-            )
-        if self.time_offset not in (0, 1):
-            raise ValueError(
-                f"scaled_linear: time_offset={self.time_offset}: must be 1 (labels 1..steps) or 0 "
-                "(labels 0..steps-1); change time_offset in the schedule's config."
-            )
+        check = functools.partial(require_values, "scaled_linear")
+        ends = {"beta_start": self.beta_start, "beta_end": self.beta_end}
+        rule = f"0 < beta_start <= beta_end < 1 must hold; change them {PLACE}."
+        check(0 < self.beta_start <= self.beta_end < 1, rule, **ends)
+        rule = f"at least 2 knots are needed to interpolate; change steps {PLACE}."
+        check(self.steps >= 2, rule, steps=self.steps)
+        rule = "must be 1 (labels 1..steps) or 0 (labels 0..steps-1); change time_offset " + PLACE
+        check(self.time_offset in (0, 1), rule + ".", time_offset=self.time_offset)
 
     @property
     def betas(self) -> np.ndarray:
@@ -239,11 +234,9 @@ class BetaLinear(VariancePreserving):
     t_max: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.beta_min < self.beta_max:
-            raise ValueError(
-                f"beta_linear: beta_min={self.beta_min}, beta_max={self.beta_max}: "
-                "0 < beta_min < beta_max must hold; change them in the schedule's config."
-            )
+        ends = {"beta_min": self.beta_min, "beta_max": self.beta_max}
+        rule = f"0 < beta_min < beta_max must hold; change them {PLACE}."
+        require_values("beta_linear", 0 < self.beta_min < self.beta_max, rule, **ends)
 
     def log_alpha(self, t: Numbers) -> Numbers:
         """The integral of -beta / 2 from 0 to t."""
@@ -273,11 +266,9 @@ class Cosine(VariancePreserving):
     t_max: float = 0.9946  # alpha is 0 at t = 1, so solvers start before
 
     def __post_init__(self) -> None:
-        if self.shift < 0 or not 0 < self.t_max < 1:
-            raise ValueError(
-                f"cosine: shift={self.shift}, t_max={self.t_max}: shift >= 0 and 0 < t_max < 1 "
-                "must hold (alpha is 0 at t = 1); change them in the schedule's config."
-            )
+        good = self.shift >= 0 and 0 < self.t_max < 1
+        rule = f"shift >= 0 and 0 < t_max < 1 must hold (alpha is 0 at t = 1); change them {PLACE}."
+        require_values("cosine", good, rule, shift=self.shift, t_max=self.t_max)
 
     def _angle(self, t: Numbers) -> Numbers:
         return (t + self.shift) / (1 + self.shift) * (np.pi / 2)
@@ -309,11 +300,8 @@ class Linear(ThousandLabels):
     noise needs (see ``Process``)."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.t_max <= 1:
-            raise ValueError(
-                f"linear: t_max={self.t_max}: 0 < t_max <= 1 must hold; change it in the "
-                "schedule's config."
-            )
+        rule = f"0 < t_max <= 1 must hold; change it {PLACE}."
+        require_values("linear", 0 < self.t_max <= 1, rule, t_max=self.t_max)
 
     def alpha(self, t: Numbers) -> Numbers:
         """Weight of the data."""

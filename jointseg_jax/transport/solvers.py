@@ -16,15 +16,12 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from jointseg_jax.transport.integrator import (
-    Row,
-    Table,
-    integrate,
-    tabulate,
-)
+from jointseg_jax.transport.integrator import Row, Table, integrate, tabulate
 from jointseg_jax.transport.process import Process
 from jointseg_jax.transport.schedules import Schedule
-from jointseg_jax.types import require_one_of
+from jointseg_jax.types import require_one_of, require_values
+
+CHANGE_TIMES = "change `solver.start` or `solver.end`"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,26 +61,24 @@ class Continuous(FixedStepSolver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.steps < 1:
-            raise ValueError(
-                f"solver: steps={self.steps}: at least one is needed; change `solver.steps`."
-            )
-        start = 1.0 if self.start is None else self.start
-        if not (0 <= start <= 1 and 0 <= self.end <= 1 and start != self.end):
-            raise ValueError(
-                f"solver: start={self.start}, end={self.end}: two different times in [0, 1] are "
-                "needed (0 is the data end); change `solver.start` or `solver.end`."
-            )
+        rule = "at least one is needed; change `solver.steps`."
+        require_values("solver", self.steps >= 1, rule, steps=self.steps)
+        require_two_times("solver", self.start, self.end)
 
     def time_range(self, t_max: float) -> tuple[float, float]:
         """(start, end), checked against the schedules' range."""
         start = t_max if self.start is None else self.start
-        if max(start, self.end) > t_max:
-            raise ValueError(
-                f"solver: start={start}, end={self.end}: a schedule of these streams ends at "
-                f"t_max={t_max}; change `solver.start` or `solver.end`."
-            )
+        rule = f"a schedule of these streams ends at t_max={t_max}; {CHANGE_TIMES}."
+        require_values("solver", max(start, self.end) <= t_max, rule, start=start, end=self.end)
         return start, self.end
+
+
+def require_two_times(where: str, start: float | None, end: float) -> None:
+    """Raises ValueError unless a solver has two different times; a ``start`` of None lies at 1."""
+    first = 1.0 if start is None else start
+    good = 0 <= first <= 1 and 0 <= end <= 1 and first != end
+    rule = f"two different times in [0, 1] are needed (0 is the data end); {CHANGE_TIMES}."
+    require_values(where, good, rule, start=start, end=end)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

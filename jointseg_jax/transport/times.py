@@ -29,8 +29,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jointseg_jax.rng import Keys, fold, name_id, uniform
+from jointseg_jax.types import require_values
 
 Time = Float[Array, " batch"]
+PLACE = "`times.distribution`"
 
 
 @runtime_checkable
@@ -58,12 +60,10 @@ class Uniform:
     steps: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.low < self.high <= 1 or self.steps < 0:
-            raise ValueError(
-                f"uniform times: low={self.low}, high={self.high}, steps={self.steps}: "
-                "0 <= low < high <= 1 and steps >= 0 must hold; change them in "
-                "`times.distribution`."
-            )
+        good = 0 <= self.low < self.high <= 1 and self.steps >= 0
+        rule = f"0 <= low < high <= 1 and steps >= 0 must hold; change them in {PLACE}."
+        given = dataclasses.asdict(self)
+        require_values("uniform times", good, rule, **given)
 
     def __call__(self, keys: Keys) -> Time:
         """Draws one time per row."""
@@ -81,20 +81,14 @@ class LogitNormal:
     std: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.std > 0:
-            raise ValueError(
-                f"logit_normal times: std={self.std}: must be positive; change it in "
-                "`times.distribution`."
-            )
+        rule = f"must be positive; change it in {PLACE}."
+        require_values("logit_normal times", self.std > 0, rule, std=self.std)
 
     def __call__(self, keys: Keys) -> Time:
         """Draws one time per row."""
         # t = 1 / (1 + exp(-(mean + std n)))
-        return jax.nn.sigmoid(self.mean + self.std * jax.vmap(_normal)(keys))
-
-
-def _normal(key: Array) -> Float[Array, ""]:
-    return jax.random.normal(key, (), jnp.float32)
+        n = jax.vmap(lambda key: jax.random.normal(key, (), jnp.float32))(keys)
+        return jax.nn.sigmoid(self.mean + self.std * n)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,11 +98,8 @@ class HighNoise:
     power: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.power >= 0:
-            raise ValueError(
-                f"high_noise times: power={self.power}: must be at least 0 (0 is uniform); change "
-                "it in `times.distribution`."
-            )
+        rule = f"must be at least 0 (0 is uniform); change it in {PLACE}."
+        require_values("high_noise times", self.power >= 0, rule, power=self.power)
 
     def __call__(self, keys: Keys) -> Time:
         """Draws one time per row."""
@@ -150,12 +141,10 @@ class Grouped:
         object.__setattr__(self, "groups", tuple(tuple(group) for group in self.groups))
         names = [name for group in self.groups for name in group]
         duplicates = sorted({name for name in names if names.count(name) > 1})
-        if not names or duplicates:
-            raise ValueError(
-                f"grouped times: groups={self.groups}: every stream must be in exactly one group"
-                f"{', twice: ' + ', '.join(duplicates) if duplicates else ''}; change "
-                "`times.groups`."
-            )
+        twice = f", twice: {', '.join(duplicates)}" if duplicates else ""
+        rule = f"every stream must be in exactly one group{twice}; change `times.groups`."
+        good = bool(names) and not duplicates
+        require_values("grouped times", good, rule, groups=self.groups)
 
     def draw(self, keys: Keys, streams: Sequence[str]) -> dict[str, Time]:
         """One draw per group."""
@@ -166,8 +155,6 @@ class Grouped:
                 f"grouped times: streams {', '.join(missing)} are in none of the groups "
                 f"{self.groups}; add them to `times.groups`."
             )
-        drawn = {
-            group: self.distribution(fold(keys, name_id("+".join(group))))
-            for group in dict.fromkeys(group_of[name] for name in streams)
-        }
+        groups = dict.fromkeys(group_of[name] for name in streams)
+        drawn = {g: self.distribution(fold(keys, name_id("+".join(g)))) for g in groups}
         return {name: drawn[group_of[name]] for name in streams}
