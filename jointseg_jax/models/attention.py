@@ -31,14 +31,9 @@ from jointseg_jax.sharding import on_shards
 ATTENTION = ("auto", "xla", "packed", "splash", "cudnn")
 """The names of backends; ``auto`` is one of the others, by the device and the sizes."""
 
-SHORT = 256
-"""Up to this many tokens plain products are at least as good: the scores are small."""
-
-LANES = 128
-"""Numbers that a TPU works on at once; the last axis of an array is stored in multiples of it."""
-
-WASTE = 0.05
-"""Part of the tokens that may be padding in every layer; beyond it only the kernel pads."""
+SHORT = 256  # up to this many tokens plain products are as good: the scores are small
+LANES = 128  # numbers that a TPU works on at once; arrays' last axes are stored in multiples of it
+WASTE = 0.05  # part of the tokens that may be padding in every layer; beyond it only kernels pad
 
 SPLASH_SCORES: dict[str | None, tuple[int, int]] = {
     "v5e": (2304, 1152 * 1152),
@@ -48,7 +43,6 @@ SPLASH_SCORES: dict[str | None, tuple[int, int]] = {
 }
 """TPU generation -> most keys in a block, and most scores (float32, several of them in VMEM)."""
 
-Heads = Float[Array, "batch tokens heads size"]
 HeadsFirst = Float[Array, "batch heads tokens size"]
 
 
@@ -106,14 +100,11 @@ def padding(name: str, *counts: int, dtype: DTypeLike, heads: int, size: int) ->
     return next(suits, 0)
 
 
-def attend_xla(q: Heads, k: Heads, v: Heads) -> Heads:
-    """Attention by plain matrix products, softmax in float32."""
-    return jax.nn.dot_product_attention(q, k, v, implementation="xla")
+attend_xla = functools.partial(jax.nn.dot_product_attention, implementation="xla")
+"""Attention ``(q, k, v) -> y`` by plain matrix products, softmax in float32."""
 
-
-def attend_cudnn(q: Heads, k: Heads, v: Heads) -> Heads:
-    """Fused attention of cuDNN; bfloat16 or float16 on an NVIDIA GPU."""
-    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+attend_cudnn = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
+"""Fused attention of cuDNN; bfloat16 or float16 on an NVIDIA GPU."""
 
 
 def attend_splash(

@@ -107,16 +107,10 @@ class Backbone:
             # sharing it with the forward pass, and the barriers against that would cost.
             options = {"policy": REMAT[self.remat], "prevent_cse": not scanned}
             block = nn.remat(Block, static_argnums=(3,), **options)  # 3: ``count``, an int
-        return functools.partial(
-            block,
-            heads=self.heads,
-            mlp_ratio=self.mlp_ratio,
-            norm=self.norm,
-            join_norm=self.norm == "post" if self.join_norm is None else self.join_norm,
-            qkv_bias=self.qkv_bias,
-            dtype=self.dtype,
-            attention=self.attention,
-        )
+        names = ("heads", "mlp_ratio", "norm", "qkv_bias", "dtype", "attention")
+        own = {name: getattr(self, name) for name in names}
+        join_norm = self.norm == "post" if self.join_norm is None else self.join_norm
+        return functools.partial(block, join_norm=join_norm, **own)
 
     def blocks(self) -> nn.Module:
         """Returns the blocks of one half, as ``stacked`` makes them."""

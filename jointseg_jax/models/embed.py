@@ -15,8 +15,10 @@ Source: U-ViT (arXiv 2209.12152) section 3; UniDiffuser (arXiv 2303.06555) appen
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -26,20 +28,20 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jointseg_jax.models.blocks import linear, normal
+from jointseg_jax.types import require_values
 
 MAX_PERIOD = 10_000.0
 
-# variance 1/3 of the fan-in's inverse: uniform within sqrt(3 * 1/3 / fan_in) = 1 / sqrt(fan_in)
-torch_kernel = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
+def torch_inits(fan_in: int) -> dict[str, Any]:
+    """Returns torch's defaults for a kernel and a bias, uniform within ``1 / sqrt(fan_in)``."""
 
-def torch_bias(fan_in: int) -> Callable:
-    """Returns torch's default initial bias, uniform within ``1 / sqrt(fan_in)``."""
-
-    def init(key, shape, dtype=jnp.float32):
+    def bias(key, shape, dtype=jnp.float32):
         return jax.random.uniform(key, shape, dtype, -1.0, 1.0) * fan_in**-0.5
 
-    return init
+    # variance 1/3 of the fan-in's inverse: uniform within sqrt(3 * 1/3 / fan_in)
+    kernel = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+    return {"kernel_init": kernel, "bias_init": bias}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,19 +56,19 @@ class Patches:
 
     def __post_init__(self):
         object.__setattr__(self, "grid", tuple(self.grid))
-        if len(self.grid) != 2 or min(*self.grid, self.channels, self.patch) < 1:
-            raise ValueError(
-                f"Patches: grid={self.grid}, channels={self.channels}, patch={self.patch}; "
-                "grid is (height, width) and all numbers are at least 1."
-            )
-        self.cells(self.grid)
+        good = len(self.grid) == 2 and min(*self.grid, self.channels, self.patch) >= 1
+        given = {name: getattr(self, name) for name in ("grid", "channels", "patch")}
+        rule = "grid is (height, width) and all numbers are at least 1."
+        require_values("Patches", good, rule, **given)
+        self.extent()
 
-    def cells(self, size: Sequence[int]) -> tuple[int, int]:
-        """Returns rows and columns of patches in a latent of this height and width.
+    def extent(self, size: Sequence[int] | None = None) -> tuple[int, int]:
+        """Returns rows and columns of patches in a latent of this height and width, or natively.
 
         Raises:
           ValueError: patches do not divide it.
         """
+        size = self.grid if size is None else size
         if size[0] % self.patch or size[1] % self.patch:
             raise ValueError(
                 f"Patches: {size[0]}x{size[1]} latent cells cannot be cut into patches of "
@@ -74,15 +76,10 @@ class Patches:
             )
         return size[0] // self.patch, size[1] // self.patch
 
-    def extent(self, size: Sequence[int] | None = None) -> tuple[int, ...]:
-        """Returns rows and columns of patches at ``size``, or natively."""
-        return self.cells(self.grid if size is None else size)
-
     @property
     def tokens(self) -> int:
         """Tokens at the native size."""
-        rows, columns = self.cells(self.grid)
-        return rows * columns
+        return math.prod(self.extent())
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -101,7 +98,7 @@ class Patches:
                 "change its spec or its codec."
             )
         try:
-            self.cells(shape[1:3])
+            self.extent(shape[1:3])
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
 
@@ -115,11 +112,9 @@ class Tokens:
     inner: int = 0  # size of a linear bottleneck in the embedding and in the head; 0 = none
 
     def __post_init__(self):
-        if min(self.count, self.width) < 1 or self.inner < 0:
-            raise ValueError(
-                f"Tokens: count={self.count}, width={self.width}, inner={self.inner}; "
-                "count and width are at least 1, inner at least 0."
-            )
+        good = min(self.count, self.width) >= 1 and self.inner >= 0
+        rule = "count and width are at least 1, inner at least 0."
+        require_values("Tokens", good, rule, **asdict(self))
 
     def extent(self, size: Sequence[int] | None = None) -> tuple[int, ...]:
         """Returns the number of tokens; ``size`` is for grids."""
@@ -277,16 +272,10 @@ class PatchesIn(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "batch h w c"]) -> Float[Array, "batch tokens width"]:
         fan_in = self.spec.patch**2 * self.spec.channels
-        project = nn.Dense(
-            self.width,
-            dtype=self.dtype,
-            kernel_init=torch_kernel,
-            bias_init=torch_bias(fan_in),
-            name="project",
-        )
-        native = self.spec.cells(self.spec.grid)
-        position = self.param("position", normal, (*native, self.width))  # [rows, columns, width]
-        position = resize_position(position, self.spec.cells(x.shape[1:3]))
+        project = nn.Dense(self.width, dtype=self.dtype, name="project", **torch_inits(fan_in))
+        native = (*self.spec.extent(), self.width)
+        position = self.param("position", normal, native)  # [rows, columns, width]
+        position = resize_position(position, self.spec.extent(x.shape[1:3]))
         # (2) a convolution whose stride is its size, as a Linear of flattened patches
         tokens = project(patchify(x.astype(self.dtype), self.spec.patch))  # [b, n, width]
         return tokens + position.reshape(1, -1, self.width).astype(self.dtype)
@@ -303,12 +292,9 @@ class PatchesOut(nn.Module):
     ) -> Float[Array, "batch h w c"]:
         c = self.spec.channels
         x = linear(self.spec.patch**2 * c, "project", jnp.float32)(x)  # [b, n, patch**2 * c]
-        x = unpatchify(x, self.spec.cells(like.shape[1:3]), self.spec.patch)  # [b, h, w, c]
+        x = unpatchify(x, self.spec.extent(like.shape[1:3]), self.spec.patch)  # [b, h, w, c]
         if self.spec.conv:
-            kernel_init, bias_init = torch_kernel, torch_bias(9 * c)
-            x = nn.Conv(
-                c, (3, 3), padding=1, kernel_init=kernel_init, bias_init=bias_init, name="conv"
-            )(x)
+            x = nn.Conv(c, (3, 3), padding=1, name="conv", **torch_inits(9 * c))(x)
         return jnp.tanh(x) if self.spec.tanh else x
 
 

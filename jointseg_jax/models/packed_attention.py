@@ -32,24 +32,12 @@ from jointseg_jax import chips
 from jointseg_jax.models.attention import LANES, WASTE
 from jointseg_jax.sharding import on_shards
 
-ROWS = 16
-"""Rows of bfloat16 in a register: numbers of tokens are multiples of it."""
-
-QUERIES = 768
-"""Most queries in a block."""
-
-SCORES = 2176 * 768
-"""Most scores in a block; VMEM holds several such arrays of float32."""
-
-LONGEST = SCORES // LANES
-"""Most tokens that the kernel takes."""
-
-VMEM = 60 * 2**20
-"""Of the 64 MiB (v5p) or 128 MiB (v5e, v6e) that a core has."""
-
-PACKED = (16, 32, 64, 128)
-"""Head sizes that fill the lanes evenly."""
-
+ROWS = 16  # of bfloat16 in a register: numbers of tokens are multiples of it
+QUERIES = 768  # most in a block
+SCORES = 2176 * 768  # most in a block; VMEM holds several such arrays of float32
+LONGEST = SCORES // LANES  # most tokens that the kernel takes
+VMEM = 60 * 2**20  # of the 64 MiB (v5p) or 128 MiB (v5e, v6e) that a core has
+PACKED = (16, 32, 64, 128)  # head sizes that fill the lanes evenly
 PARALLEL = ("parallel", "parallel", "arbitrary")
 
 Tokens = Float[Array, "batch tokens width"]
@@ -133,8 +121,8 @@ def attend_packed(
             f"attention: packed, queries = {queries}: give a multiple of {ROWS} that divides the "
             f"{length} tokens."
         )
-    pad = ((0, 0), (0, length - tokens), (0, 0))
     if length > tokens:
+        pad = ((0, 0), (0, length - tokens), (0, 0))
         q, k, v = (jnp.pad(x, pad) for x in (q, k, v))
     run = functools.partial(_attend, Layout(size, count or tokens, queries))
     rows, _, width = q.shape

@@ -16,18 +16,10 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from jointseg_jax.models.blocks import normal
-from jointseg_jax.types import Params
+from jointseg_jax.types import Params, require_values
 
 PADDING = 0
 """Id of the padding word; a prompt of nothing else is the empty prompt."""
-
-
-def look_up(
-    table: Float[Array, "ids width"], ids: Int[Array, "*shape"]
-) -> Float[Array, "*shape width"]:
-    """Rows of ``table``, ``[*shape, width]``."""
-    # jnp.take gives NaN for an id outside the table: loud, where clamping would be silent
-    return jnp.take(table, ids, axis=0)
 
 
 class WordEmbedding(nn.Module):
@@ -42,11 +34,8 @@ class WordEmbedding(nn.Module):
     length: int  # words of every prompt, after padding
 
     def __post_init__(self):
-        if min(self.vocabulary_size, self.width, self.length) < 1:
-            raise ValueError(
-                f"WordEmbedding: vocabulary_size={self.vocabulary_size}, width={self.width}, "
-                f"length={self.length}; all are at least 1."
-            )
+        sizes = {name: getattr(self, name) for name in ("vocabulary_size", "width", "length")}
+        require_values("WordEmbedding", min(sizes.values()) >= 1, "all are at least 1.", **sizes)
         super().__post_init__()
 
     @nn.compact
@@ -56,11 +45,11 @@ class WordEmbedding(nn.Module):
                 f"WordEmbedding: prompts have {ids.shape[1]} words, want {self.length}; "
                 "change `length` or the tokenizer's."
             )
-        table = self.param(
-            "embedding", nn.initializers.normal(1.0), (self.vocabulary_size, self.width)
-        )
+        shape = (self.vocabulary_size, self.width)
+        table = self.param("embedding", nn.initializers.normal(1.0), shape)
         position = self.param("position", normal, (self.length, self.width))
-        return look_up(table, ids) + position[None]  # [b, l, d] + [1, l, d]
+        # jnp.take gives NaN for an id outside the table: loud, where clamping would be silent
+        return jnp.take(table, ids, axis=0) + position[None]  # [b, l, d] + [1, l, d]
 
     @nn.nowrap
     def empty(self) -> Int[np.ndarray, " words"]:
@@ -83,9 +72,7 @@ class Words:
 
     @property
     def module(self) -> WordEmbedding:
-        return WordEmbedding(
-            vocabulary_size=self.vocabulary_size, width=self.width, length=self.length
-        )
+        return WordEmbedding(self.vocabulary_size, self.width, self.length)
 
     def init(self, key: Key[Array, ""]) -> Params:
         """Returns the parameters of the table, or ``{}`` when it is fixed."""
@@ -101,10 +88,9 @@ class Words:
             # its empty prompt is trained like any other: text drop shows it often
             return jnp.asarray(self.module.apply({"params": params}, text))
         # drawn again from the seed wherever it is read: a fixed table is in no checkpoint
-        table = jax.random.normal(
-            jax.random.key(self.seed), (self.vocabulary_size, self.width), jnp.float32
-        )
-        return look_up(table, text)  # no position: every word alone is one vector
+        shape = (self.vocabulary_size, self.width)
+        table = jax.random.normal(jax.random.key(self.seed), shape, jnp.float32)
+        return jnp.take(table, text, axis=0)  # no position: every word alone is one vector
 
     def empty(self, batch: int) -> Int[Array, "batch words"]:
         """Returns token ids of the empty prompt."""

@@ -22,18 +22,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
 from jaxtyping import Array
 
 from jointseg_jax.models.backbone import Backbone, Half, UBlocks
 from jointseg_jax.models.embed import Spec, embed, head, head_products
 from jointseg_jax.models.uvit import (
     Denoiser,
+    Inputs,
     Predictions,
     Rule,
     Sizes,
@@ -41,7 +41,6 @@ from jointseg_jax.models.uvit import (
     edge_products,
     with_added,
 )
-from jointseg_jax.types import Streams
 
 MAP = "map_stream/"
 """Prefix of the taps of the map stream."""
@@ -74,13 +73,9 @@ class Exchange(nn.Module):
     backbone: Backbone
 
     def setup(self):
-        make = functools.partial(
-            nn.Dense,
-            self.width,
-            use_bias=self.bias,
-            dtype=self.backbone.dtype,
-            kernel_init=nn.initializers.zeros,
-        )
+        settings = {"use_bias": self.bias, "dtype": self.backbone.dtype}
+        start = nn.initializers.zeros
+        make = functools.partial(nn.Dense, self.width, kernel_init=start, **settings)
         if self.backbone.half:
             self.in_blocks, self.out_blocks = map(self.backbone.stacked, (make, make))
         self.mid_block = make()
@@ -145,21 +140,12 @@ class TwoStream(Denoiser):
             return Layer(*halves)
         return [Layer(*blocks) for blocks in zip(*(half.blocks for half in halves))]
 
-    def __call__(
-        self,
-        latents: Streams,
-        times: Mapping[str, ArrayLike],
-        text: Array | None = None,
-        *,
-        class_id: Array | None = None,
-        data_type: Array | None = None,
-        taps: Sequence[str] = (),
-    ) -> Predictions:
-        """Predicts both streams; the arguments are those of ``UViT.__call__``."""
-        self.check_call(latents, times, text, class_id, data_type, taps)
-        backbone, (image, name) = Backbone.of(self), self.specs
+    @nn.nowrap
+    def run(self, given: Inputs, taps: Sequence[str]) -> Predictions:
+        """The call, of inputs that fit."""
+        backbone, (image, name), latents = Backbone.of(self), self.specs, given.latents
         own = {image: latents[image]}
-        x = self.image_stream.embed(own, times, text, class_id, data_type)  # [b, n, width]
+        x = self.image_stream.embed(given._replace(latents=own))  # [b, n, width]
         m = self.map_stream.embed(latents[name])  # [b, first, width]
         tapped = {"tokens": x, MAP + "tokens": jnp.concatenate([x, m], axis=1)}
         within = [n for n in backbone.names if n in taps or MAP + n in taps]
@@ -170,7 +156,10 @@ class TwoStream(Denoiser):
         more = 0 if self.is_initializing() else backbone.padding(self.width, count, first + count)
         if more:
             x = jnp.pad(x, ((0, 0), (0, more), (0, 0)))
-        step = functools.partial(_layer, count=count)
+
+        def step(layer: nn.Module, state: Pair, skips: Pair | None) -> tuple[Pair, Pair]:
+            return layer(state, skips, count)
+
         (x, m), kept = backbone.run(step, (x, m), blocks, within)
         for n, (of_image, of_map) in kept.items():
             # taps of the map stream are in the order of ``spans``: [x, m], without padding
@@ -205,10 +194,6 @@ class TwoStream(Denoiser):
         """Returns the image stream's, and after ``map_stream/`` those of all the map's tokens."""
         blocks = ["tokens", *Backbone.of(self).names]
         return [*blocks, "norm", *(MAP + n for n in blocks)]
-
-
-def _layer(layer: nn.Module, state: Pair, skips: Pair | None, count: int) -> tuple[Pair, Pair]:
-    return layer(state, skips, count)
 
 
 def lengths(module: TwoStream, sizes: Sizes | None = None) -> tuple[int, ...]:

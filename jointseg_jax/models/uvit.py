@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import cast
+from typing import NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -59,8 +59,18 @@ Rule = tuple[bool, str]
 """(holds, the message otherwise)."""
 
 
+class Inputs(NamedTuple):
+    """The arguments of one call."""
+
+    latents: Streams
+    times: Mapping[str, ArrayLike]
+    text: Array | None
+    class_id: Array | None
+    data_type: Array | None
+
+
 class Denoiser(nn.Module):
-    """The fields that ``UViT`` and ``TwoStream`` share, and what they refuse."""
+    """The fields and the call that ``UViT`` and ``TwoStream`` share, and what they refuse."""
 
     streams: Mapping[str, Spec] | Sequence[tuple[str, Spec]]
     """(name, ``Patches`` | ``Tokens``) pairs, or a mapping; a spec may be a plain mapping with
@@ -111,6 +121,38 @@ class Denoiser(nn.Module):
         """The streams by name, in their order."""
         return dict(self.streams)
 
+    def __call__(
+        self,
+        latents: Streams,
+        times: Mapping[str, ArrayLike],
+        text: Array | None = None,
+        *,
+        class_id: Array | None = None,
+        data_type: Array | None = None,
+        taps: Sequence[str] = (),
+    ) -> Predictions:
+        """Predicts every stream; also returns the token arrays named by ``taps``.
+
+        Args:
+          latents: exactly the streams of the module.
+          times: labels 0..1000 per stream, ``[batch]`` or one number for all.
+          text: ``[batch, words, width]``, exactly when there is a ``context``.
+          class_id: ``[batch]`` integers, exactly when there are ``classes``.
+          data_type: ``[batch]`` integers; None stands for the last kind.
+          taps: names out of ``tap_names()``.
+
+        Raises:
+          ValueError: inputs that do not fit the module.
+        """
+        given = Inputs(latents, times, text, class_id, data_type)
+        self.check_call(given, taps)
+        return self.run(given, taps)
+
+    @nn.nowrap
+    def run(self, given: Inputs, taps: Sequence[str]) -> Predictions:
+        """The call, of inputs that fit."""
+        raise NotImplementedError
+
     # ---- what fields must be -------------------------------------------------------------------
 
     @nn.nowrap
@@ -121,28 +163,19 @@ class Denoiser(nn.Module):
     @nn.nowrap
     def _stream_rules(self) -> tuple[Rule, ...]:
         names = [n for n, _ in self.streams]
-        reserved = {"class_token", "data_type", "context", *(f"time_{n}" for n in names)}
+        taken = sorted({"class_token", "data_type", "context", *(f"time_{n}" for n in names)})
         # names become parameter paths: <name>_in, <name>_out
-        good = all(isinstance(n, str) and n.isidentifier() and n not in reserved for n in names)
+        good = all(isinstance(n, str) and n.isidentifier() and n not in taken for n in names)
+        good = good and len(set(names)) == len(names) > 0
+        known = bool(self.time_tokens) and set(self.time_tokens) <= set(names)
+        words = self.context is None or isinstance(self.context, Tokens)
         even = 2 if self.heads % 2 else 1  # the sinusoid has as many cosines as sines
+        fits = min(self.heads, self.width) > 0 and self.width % (even * self.heads) == 0
         return (
-            (
-                bool(names) and good and len(set(names)) == len(names),
-                "streams: one or more different identifiers, none of "
-                f"{sorted(reserved)}; given {names}",
-            ),
-            (
-                bool(self.time_tokens) and set(self.time_tokens) <= set(names),
-                f"time_tokens: one or more of the streams {names}; given {self.time_tokens}",
-            ),
-            (
-                self.context is None or isinstance(self.context, Tokens),
-                f"context: tokens or None; given {self.context}",
-            ),
-            (
-                min(self.heads, self.width) > 0 and self.width % (even * self.heads) == 0,
-                f"width: even and a multiple of heads={self.heads}; given {self.width}",
-            ),
+            (good, f"streams: one or more different identifiers, none of {taken}; given {names}"),
+            (known, f"time_tokens: one or more of the streams {names}; given {self.time_tokens}"),
+            (words, f"context: tokens or None; given {self.context}"),
+            (fits, f"width: even and a multiple of heads={self.heads}; given {self.width}"),
             (self.depth >= 1, f"depth: at least 1; given {self.depth}"),
         )
 
@@ -175,17 +208,10 @@ class Denoiser(nn.Module):
     # ---- what a call must be -------------------------------------------------------------------
 
     @nn.nowrap
-    def check_call(
-        self,
-        latents: Streams,
-        times: Mapping[str, ArrayLike],
-        text: Array | None,
-        class_id: Array | None,
-        data_type: Array | None,
-        taps: Sequence[str],
-    ) -> None:
+    def check_call(self, given: Inputs, taps: Sequence[str]) -> None:
         """Raises ValueError about the first input that does not fit."""
         where, specs = type(self).__name__, self.specs
+        latents, times, text, class_id, data_type = given
         missing, unknown = sorted(set(specs) - set(latents)), sorted(set(latents) - set(specs))
         if missing or unknown:
             raise ValueError(
@@ -226,11 +252,9 @@ class Denoiser(nn.Module):
     ) -> None:
         shape = None if value is None else jnp.shape(value)
         if shape not in wanted:
-            raise ValueError(
-                f"{type(self).__name__}: {what} has shape {shape}, want "
-                f"{' or '.join(map(str, wanted))}"
-                + (f"; change the input or `{field}`." if field else ".")
-            )
+            text = f"{what} has shape {shape}, want {' or '.join(map(str, wanted))}"
+            text += f"; change the input or `{field}`." if field else "."
+            raise ValueError(f"{type(self).__name__}: {text}")
 
     @nn.nowrap
     def tap_names(self) -> list[str]:
@@ -269,7 +293,7 @@ class UViT(Denoiser):
     @nn.nowrap
     def own_rules(self) -> tuple[Rule, ...]:
         """Returns the rule of ``share``."""
-        grids = {n: s.cells(s.grid) for n, s in self.specs.items() if isinstance(s, Patches)}
+        grids = {n: s.extent() for n, s in self.specs.items() if isinstance(s, Patches)}
         order = [n for n in grids if n in self.share]
         good = list(self.share) == order and len(order) > 1
         good = good and len({grids[n] for n in order}) == 1
@@ -295,38 +319,21 @@ class UViT(Denoiser):
         self.last_norm = layer_norm("norm", self.dtype)
         self.stream_heads = {n: head(n, s) for n, s in self.specs.items()}
 
-    def __call__(
-        self,
-        latents: Streams,
-        times: Mapping[str, ArrayLike],
-        text: Array | None = None,
-        *,
-        class_id: Array | None = None,
-        data_type: Array | None = None,
-        taps: Sequence[str] = (),
-    ) -> Predictions:
-        """Predicts every stream; also returns the token arrays named by ``taps``.
-
-        Args:
-          latents: exactly the streams of the module.
-          times: labels 0..1000 per stream, ``[batch]`` or one number for all.
-          text: ``[batch, words, width]``, exactly when there is a ``context``.
-          class_id: ``[batch]`` integers, exactly when there are ``classes``.
-          data_type: ``[batch]`` integers; None stands for the last kind.
-          taps: names out of ``tap_names()``.
-
-        Raises:
-          ValueError: inputs that do not fit the module.
-        """
-        self.check_call(latents, times, text, class_id, data_type, taps)
-        backbone = Backbone.of(self)
-        tokens = self.embed(latents, times, text, class_id, data_type)  # [b, n, width]
+    @nn.nowrap
+    def run(self, given: Inputs, taps: Sequence[str]) -> Predictions:
+        """The call, of inputs that fit."""
+        backbone, latents = Backbone.of(self), given.latents
+        tokens = self.embed(given)  # [b, n, width]
         within = [t for t in taps if t in backbone.names]
         count = tokens.shape[1]
         # padded once here, so that no layer's kernel has to pad; init gains nothing by it
         more = 0 if self.is_initializing() else backbone.padding(self.width, count)
         padded = jnp.pad(tokens, ((0, 0), (0, more), (0, 0))) if more else tokens
-        step = functools.partial(_block, count=count)
+
+        def step(block: nn.Module, x: Array, skip: Array | None) -> tuple[Array, Array]:
+            x = block(x, skip, count)
+            return x, x  # the output is also the skip
+
         x, tapped = backbone.run(step, padded, self.blocks(), within)
         if more:
             x, tapped = jax.tree.map(lambda y: y[:, :count], (x, tapped))
@@ -335,15 +342,9 @@ class UViT(Denoiser):
         features = with_added(self.add_features, self.features(x, latents))
         return self.predict(features, latents), tapped
 
-    def embed(
-        self,
-        latents: Streams,
-        times: Mapping[str, ArrayLike],
-        text: Array | None,
-        class_id: Array | None,
-        data_type: Array | None,
-    ) -> Array:
+    def embed(self, given: Inputs) -> Array:
         """Returns all tokens with their positions, ``[b, n, width]``."""
+        latents, times, text, class_id, data_type = given
         batch = next(iter(latents.values())).shape[0]
         parts = []  # each [b, its tokens, width]
         if self.classes:
@@ -404,12 +405,6 @@ class UViT(Denoiser):
 
 uvit = UViT
 """The constructor that configs name; it takes their plain mappings as they are."""
-
-
-def _block(block: nn.Module, x: Array, skip: Array | None, count: int) -> tuple[Array, Array]:
-    """One step of the backbone, whose output is also the skip."""
-    x = block(x, skip, count)
-    return x, x
 
 
 def with_added(pairs: Sequence[Sequence[str]], features: Mapping[str, Array]) -> dict[str, Array]:
