@@ -40,13 +40,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange, repeat
-from jaxtyping import Float, Int, Int32, Key
+from jaxtyping import Float, Int, Int32
 
 from jointseg_jax.codecs.batched_map import map_rows
 from jointseg_jax.codecs.codec import (
     CHANGE,
     AnyLatents,
     Confidence,
+    Fixed,
     Keys,
     Kind,
     LabelMaps,
@@ -57,6 +58,7 @@ from jointseg_jax.codecs.codec import (
 from jointseg_jax.codecs.pixels import cells
 from jointseg_jax.types import VOID, AnyArray, Array, ArrayT, Params, require, require_one_of
 
+Panoptic = Int[AnyArray, "batch height width 2"]
 Order = Literal["lsb", "msb"]
 Pooling = Literal["min", "mode", "parity_min"]
 
@@ -88,8 +90,8 @@ def bits_for(codes: int) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bits:
-    """Label maps as analog bits, one codeword per cell of ``pool`` x ``pool`` pixels."""
+class LabelBits(Fixed):
+    """How labels become bits."""
 
     classes: int
     bits: int | None = None  # channels; None: as few as the codes need
@@ -103,6 +105,12 @@ class Bits:
     codeword, always an id that exists."""
     scale: float = 1.0  # of the analog values
     noise: float = 0.5  # assumed error of a reading, in units of scale: for the confidence only
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bits(LabelBits):
+    """Label maps as analog bits, one codeword per cell of ``pool`` x ``pool`` pixels."""
+
     kind: ClassVar[Kind] = "labels"
 
     def __post_init__(self) -> None:
@@ -143,10 +151,6 @@ class Bits:
     @property
     def _offset(self) -> int:
         return 1 if self.void == "code" and self.background == "code" else 0
-
-    def init(self, key: Key[Array, ""]) -> Params:
-        """No parameters."""
-        return {}
 
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
         """Cells of ``pool`` pixels a side, one channel per bit."""
@@ -270,24 +274,13 @@ def enlarged(values: Array, pool: int) -> Array:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PanopticBits:
+class PanopticBits(LabelBits):
     """Maps of (label, segment) as analog bits: the label's as in ``Bits``, then the segment's.
 
     A segment is a number within the image, or 0 for no instance (stuff, VOID). Its bits have the
-    label's order and scale, but no origin and no snapping: every code is a segment. Fields with no
-    comment are those of ``Bits``.
+    label's order and scale, but no origin and no snapping: every code is a segment.
     """
 
-    classes: int
-    bits: int | None = None
-    order: Order = "lsb"
-    void: Literal["code", "zero", "forbid"] = "code"
-    background: Literal["code", "zero"] = "code"
-    pool: int = 1
-    pooling: Pooling = "min"
-    decoding: Literal["threshold", "snap"] = "threshold"
-    scale: float = 1.0
-    noise: float = 0.5
     instance_bits: int = 8  # tell segments 1 .. 2^instance_bits - 1 of one image apart
     labels: Bits = field(init=False, repr=False, compare=False)  # the codec of the labels
     kind: ClassVar[Kind] = "panoptic"
@@ -309,21 +302,11 @@ class PanopticBits:
         """The highest segment."""
         return 2**self.instance_bits - 1
 
-    def init(self, key: Key[Array, ""]) -> Params:
-        """No parameters."""
-        return {}
-
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
         """Cells of ``pool`` pixels a side, one channel per bit."""
         return (*self.labels.latent_shape(size)[:2], self.channels)
 
-    def encode(
-        self,
-        params: Params,
-        values: Int[AnyArray, "batch height width 2"],
-        *,
-        keys: Keys | None = None,
-    ) -> LatentMaps:
+    def encode(self, params: Params, values: Panoptic, *, keys: Keys | None = None) -> LatentMaps:
         """The codewords of the pooled map; a segment beyond the last one is coded as 0."""
         labels, segments = jnp.moveaxis(jnp.asarray(values, jnp.int32), -1, 0)
         words = self.labels.encode(params, labels)  # [b, h / pool, w / pool, label bits]

@@ -81,6 +81,14 @@ class TrainableCodec(Codec, Protocol):
         ...
 
 
+class Fixed:
+    """A codec without parameters."""
+
+    def init(self, key: Key[Array, ""]) -> Params:
+        """No parameters."""
+        return {}
+
+
 def two_keys(keys: Array) -> tuple[Array, Array]:
     """Each row's key split into two, for two independent uses; both are ``[batch]``."""
     pairs = jax.vmap(jax.random.split)(keys)  # [batch, 2]

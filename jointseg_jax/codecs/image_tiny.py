@@ -44,15 +44,9 @@ ACTIVATIONS = {
 }
 
 CHANNELS = 3
-
-MAGNITUDE = 3.0
-"""Latents that leave +-MAGNITUDE do not change the image any more."""
-
-KNEE = 2.0
-"""Where the loss begins to hold latents back."""
-
-AVERAGES = (1, 2, 4)
-"""Sides in pixels of the patches whose means the loss compares."""
+MAGNITUDE = 3.0  # latents that leave +-MAGNITUDE do not change the image any more
+KNEE = 2.0  # where the loss begins to hold latents back
+AVERAGES = (1, 2, 4)  # sides in pixels of the patches whose means the loss compares
 
 
 def scaled(latents: Float[ArrayT, "..."]) -> Float[ArrayT, "..."]:
@@ -80,17 +74,21 @@ class Block(nn.Module):
         return nn.relu(x + conv(y, x.shape[-1], "conv_3", self.dtype))
 
 
-class ImageEncoder(nn.Module):
-    """Images in [0, 1] to latents (float32).
-
-    conv(w_0) [block]*n_0 { halve(w_i) [block]*n_i }_i conv(latent channels).
-    """
+class Network(nn.Module):
+    """What encoder and decoder are made of."""
 
     widths: tuple[int, ...]  # of the levels, in the order of the pass
     blocks: tuple[int, ...]  # residual blocks of each level
     outputs: int  # channels
     activation: Activation
     dtype: np.dtype  # of the activations
+
+
+class ImageEncoder(Network):
+    """Images in [0, 1] to latents (float32).
+
+    conv(w_0) [block]*n_0 { halve(w_i) [block]*n_i }_i conv(latent channels).
+    """
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b rows columns d"]:
@@ -105,17 +103,11 @@ class ImageEncoder(nn.Module):
         return conv(x, self.outputs, "conv_out", self.dtype).astype("float32")
 
 
-class ImageDecoder(nn.Module):
+class ImageDecoder(Network):
     """Latents to images in [0, 1] (float32), not clipped.
 
     act(conv(w_0)) [block]*n_0 { nearest 2 x, conv_up(w_i) [block]*n_i }_i conv(channels).
     """
-
-    widths: tuple[int, ...]  # of the levels, in the order of the pass
-    blocks: tuple[int, ...]  # residual blocks of each level
-    outputs: int  # channels
-    activation: Activation
-    dtype: np.dtype  # of the activations
 
     @nn.compact
     def __call__(self, x: Float[Array, "b rows columns c"]) -> Float[Array, "b h w d"]:

@@ -20,12 +20,12 @@ Source: JoDiffusion (2512.13014), section 3.2, eq. 1, ``LightweightLabelVAE``.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from jaxtyping import Float, Int, Key
+from jaxtyping import Float, Key
 
 from jointseg_jax import rng
 from jointseg_jax.codecs.batched_map import map_rows
@@ -45,7 +45,7 @@ from jointseg_jax.codecs.codec import (
 from jointseg_jax.codecs.label_net import Decoder, Encoder
 from jointseg_jax.codecs.layers import apply
 from jointseg_jax.codecs.pixels import cells
-from jointseg_jax.codecs.point_loss import PointLoss
+from jointseg_jax.codecs.point_loss import PointLoss, cross_entropy
 from jointseg_jax.types import FILE_VOID, VOID, Array, Params, require, require_one_of
 
 
@@ -144,26 +144,20 @@ class LabelAE:
     @property
     def encoder(self) -> Encoder:
         """The Linen module of params["encoder"]."""
-        return Encoder(
-            widths=tuple(self.widths),
-            middle_width=self.middle_width,
-            middle_blocks=self.middle_blocks,
-            latent_channels=self.latent_channels,
-            groups=self.groups,
-            dtype=jnp.dtype(self.dtype),
-        )
+        widths, channels = tuple(self.widths), self.latent_channels
+        return Encoder(widths=widths, latent_channels=channels, **self._shared)
 
     @property
     def decoder(self) -> Decoder:
         """The Linen module of params["decoder"]."""
-        return Decoder(
-            up_widths=tuple(self.up_widths),
-            middle_width=self.middle_width,
-            middle_blocks=self.middle_blocks,
-            outputs=self.classes * self.patch**2,
-            groups=self.groups,
-            dtype=jnp.dtype(self.dtype),
-        )
+        outputs = self.classes * self.patch**2
+        return Decoder(up_widths=tuple(self.up_widths), outputs=outputs, **self._shared)
+
+    @property
+    def _shared(self) -> dict[str, Any]:
+        """The fields that both networks have."""
+        own = {name: getattr(self, name) for name in ("middle_width", "middle_blocks", "groups")}
+        return own | {"dtype": jnp.dtype(self.dtype)}
 
     def init(self, key: Key[Array, ""]) -> Params:
         """Fresh parameters: ``{"encoder": ..., "decoder": ...}``."""
@@ -313,21 +307,6 @@ class LabelAE:
             fallback = 0 if self.threshold_to == "background" else VOID
             labels = jnp.where(confidence < self.prob_threshold, fallback, labels)
         return labels, confidence
-
-
-def cross_entropy(
-    logits: Float[Array, "batch height width classes"], labels: Int[Array, "batch height width"]
-) -> Float[Array, ""]:
-    """Mean of -log softmax(logits)[label] over the pixels that are not VOID; 0 if all are VOID.
-
-    Source: JoDiffusion, eq. 1 (a mean instead of its sum, as in its code).
-    """
-    valid = labels != VOID
-    # VOID is -1, which would pick the last class; its losses are masked below.
-    index = jnp.where(valid, labels, 0).astype(jnp.int32)
-    label_logits = jnp.take_along_axis(logits, index[..., None], axis=-1)[..., 0]  # [b, h, w]
-    losses = jax.nn.logsumexp(logits, axis=-1) - label_logits
-    return jnp.where(valid, losses, 0.0).sum() / jnp.maximum(valid.sum(), 1)
 
 
 def unit_scale(latents: Float[Array, "..."]) -> Float[Array, ""]:

@@ -30,9 +30,9 @@ from typing import ClassVar, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Key, UInt8
+from jaxtyping import Float, UInt8
 
-from jointseg_jax.codecs.codec import Confidence, Keys, Kind, LabelMaps, Labels, Reading
+from jointseg_jax.codecs.codec import Confidence, Fixed, Keys, Kind, LabelMaps, Labels, Reading
 from jointseg_jax.codecs.pixels import normalise
 from jointseg_jax.types import VOID, AnyArray, Array, ArrayT, Params
 
@@ -46,7 +46,7 @@ WHITE = 255
 
 
 @dataclass(frozen=True, kw_only=True)
-class Palette:
+class Palette(Fixed):
     """Labels as colours in [-1, 1]."""
 
     classes: int
@@ -155,10 +155,6 @@ class Palette:
         void = np.full((1, 3), 1.0 if self.void == "white" else 0.0, np.float32)
         return np.concatenate([normalise(self.colours()), void])
 
-    def init(self, key: Key[Array, ""]) -> Params:
-        """No parameters."""
-        return {}
-
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
         """A colour per pixel."""
         return (*size, 3)
@@ -178,10 +174,8 @@ class Palette:
         return self.perturb(colours, uniforms)
 
     def perturb(
-        self,
-        colours: Float[ArrayT, "batch height width 3"],
-        uniforms: Float[ArrayT, "batch height width 3"],
-    ) -> Float[ArrayT, "batch height width 3"]:
+        self, colours: Float[ArrayT, "b h w 3"], uniforms: Float[ArrayT, "b h w 3"]
+    ) -> Float[ArrayT, "b h w 3"]:
         """The colours moved by ``perturbation (2 u - 1)`` grey levels."""
         amplitude = np.float32(self.perturbation / 127.5)
         return colours + amplitude * (2 * uniforms - 1)
@@ -282,12 +276,8 @@ def _visit(x: Array, colours: np.ndarray) -> tuple[Array, Array]:
         wins, follows = distance < least, distance < less
         second = jnp.where(wins, first, jnp.where(follows, index, second))
         less = jnp.where(wins, least, jnp.where(follows, distance, less))
-        return (
-            jnp.where(wins, index, first),
-            second,
-            jnp.where(wins, distance, least),
-            less,
-        ), None
+        first, least = jnp.where(wins, index, first), jnp.where(wins, distance, least)
+        return (first, second, least, less), None
 
     # A scan, for memory of the order of the pixels: all distances at once are [b, h, w, classes].
     unset, far = jnp.zeros(x.shape[:-1], jnp.int32), jnp.full(x.shape[:-1], jnp.inf)

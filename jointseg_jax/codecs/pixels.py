@@ -10,10 +10,14 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Key, Num, UInt8
+from jaxtyping import Float, Num, UInt8
 
-from jointseg_jax.codecs.codec import Kind
+from jointseg_jax.codecs.codec import AnyLatents, Fixed, Keys, Kind, LatentMaps
 from jointseg_jax.types import AnyArray, Array, ArrayT, Params, UserError, require
+
+Images = Num[AnyArray, "batch rows columns c"]
+AnyRows = Float[AnyArray, " batch *shape"]
+Rows = Float[Array, " batch *shape"]
 
 
 def normalise(image: UInt8[ArrayT, "..."]) -> Float[ArrayT, "..."]:
@@ -27,7 +31,7 @@ def quantise(image: Float[ArrayT, "..."]) -> UInt8[ArrayT, "..."]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pixels:
+class Pixels(Fixed):
     """The identity codec of images: a latent cell is a pixel in [-1, 1]."""
 
     channels: int = 3
@@ -36,21 +40,11 @@ class Pixels:
     def __post_init__(self) -> None:
         _positive("pixels codec", channels=self.channels)
 
-    def init(self, key: Key[Array, ""]) -> Params:
-        """No parameters."""
-        return {}
-
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
         """The image's own shape."""
         return (*size, self.channels)
 
-    def encode(
-        self,
-        params: Params,
-        image: Num[AnyArray, "batch height width channels"],
-        *,
-        keys: Key[Array, " batch"] | None = None,
-    ) -> Float[Array, "batch height width channels"]:
+    def encode(self, params: Params, image: Images, *, keys: Keys | None = None) -> LatentMaps:
         """Float32 in [-1, 1] from uint8, or from floats that are already in [-1, 1]."""
         _same_channels("pixels codec", image.shape[-1], self.channels)
         image = jnp.asarray(image)
@@ -64,15 +58,13 @@ class Pixels:
             )
         return image.astype(jnp.float32)
 
-    def decode(
-        self, params: Params, latents: Float[AnyArray, "batch height width channels"]
-    ) -> Float[Array, "batch height width channels"]:
+    def decode(self, params: Params, latents: AnyLatents) -> LatentMaps:
         """The latents clipped to [-1, 1]."""
         return jnp.clip(jnp.asarray(latents, jnp.float32), -1, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Latents:
+class Latents(Fixed):
     """The identity codec of a batch field that already holds (scaled) latents."""
 
     channels: int = 4  # of a map of latents
@@ -86,23 +78,13 @@ class Latents:
             object.__setattr__(self, "shape", tuple(self.shape))
             _positive("latents codec", **{f"shape[{i}]": n for i, n in enumerate(self.shape)})
 
-    def init(self, key: Key[Array, ""]) -> Params:
-        """No parameters."""
-        return {}
-
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, ...]:
         """The shape of the stored latents of an image of this size."""
         if self.shape is not None:
             return tuple(self.shape)
         return (*cells("latents codec", size, self.factor), self.channels)
 
-    def encode(
-        self,
-        params: Params,
-        latents: Float[AnyArray, " batch *shape"],
-        *,
-        keys: Key[Array, " batch"] | None = None,
-    ) -> Float[Array, " batch *shape"]:
+    def encode(self, params: Params, latents: AnyRows, *, keys: Keys | None = None) -> Rows:
         """The latents in float32."""
         if self.shape is None:
             _same_channels("latents codec", latents.shape[-1], self.channels)
@@ -113,9 +95,7 @@ class Latents:
             )
         return jnp.asarray(latents, jnp.float32)
 
-    def decode(
-        self, params: Params, latents: Float[AnyArray, " batch *shape"]
-    ) -> Float[Array, " batch *shape"]:
+    def decode(self, params: Params, latents: AnyRows) -> Rows:
         """The latents in float32."""
         return jnp.asarray(latents, jnp.float32)
 

@@ -164,14 +164,24 @@ def objects(
     return order, jnp.take_along_axis(present, order, axis=-1)
 
 
-def class_loss(points: ClassPoints) -> Float[Array, ""]:
-    """Mean cross-entropy over the points that are not VOID; 0 if all are."""
-    valid = points.labels != VOID
+def cross_entropy(
+    logits: Float[Array, "*rows classes"], labels: Int[Array, "*rows"]
+) -> Float[Array, ""]:
+    """Mean of -log softmax(logits)[label] over the rows that are not VOID; 0 if all are VOID.
+
+    Source: JoDiffusion, eq. 1 (a mean instead of its sum, as in its code).
+    """
+    valid = labels != VOID
     # VOID is -1, which would pick the last class; its losses are masked below.
-    index = jnp.where(valid, points.labels, 0)[..., None]
-    label_logits = jnp.take_along_axis(points.logits, index, axis=-1)[..., 0]  # [b, points]
-    losses = jax.nn.logsumexp(points.logits, axis=-1) - label_logits
+    index = jnp.where(valid, labels, 0)[..., None]
+    label_logits = jnp.take_along_axis(logits, index, axis=-1)[..., 0]  # [*rows]
+    losses = jax.nn.logsumexp(logits, axis=-1) - label_logits
     return jnp.where(valid, losses, 0.0).sum() / jnp.maximum(valid.sum(), 1)
+
+
+def class_loss(points: ClassPoints) -> Float[Array, ""]:
+    """The cross-entropy at the points."""
+    return cross_entropy(points.logits, points.labels)
 
 
 def mask_losses(points: MaskPoints) -> tuple[Float[Array, ""], Float[Array, ""]]:
