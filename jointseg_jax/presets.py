@@ -116,21 +116,15 @@ def scenes(
       thing_size: smallest and largest diameter, as a part of the side.
       texture: strength of stripes, dots and grain.
     """
-    source = {
-        "name": "scenes",
-        "size": size,
-        "max_things": things,
-        "thing_size": thing_size,
-        "texture": texture,
-    }
-    return {
-        "train": source | {"split": "train"},
-        "val": source | {"split": "val", "count": 2000},
-        "cache": "",  # folder made by launch/encode.py, to train from in place of train
-        "transforms": {},
-        "workers": 0,
-        "threads": 1,
-    }
+    source = {"name": "scenes", "size": size, "max_things": things}
+    source |= {"thing_size": thing_size, "texture": texture}
+    val = source | {"split": "val", "count": 2000}
+    return _data(source | {"split": "train"}, val, {}, workers=0, threads=1)
+
+
+def _data(train: Settings, val: Settings, transforms: Settings, **loading: int) -> Settings:
+    # cache: a folder made by launch/encode.py, to train from in place of train
+    return {"train": train, "val": val, "cache": "", "transforms": transforms} | loading
 
 
 def crops(
@@ -185,11 +179,6 @@ def dataset(
     }
     root, layout, train, val = layouts[name]
     source = {"name": "folders", "root": root, "layout": layout}
-    return {
-        "train": source | {"split": train},
-        "val": source | {"split": val},
-        "cache": "",  # as in ``scenes``
-        "transforms": crops(size, mode=mode, random_scale=random_scale),
-        "workers": 8,
-        "threads": 4,
-    } | changes
+    transforms = crops(size, mode=mode, random_scale=random_scale)
+    splits = (source | {"split": train}, source | {"split": val})
+    return _data(*splits, transforms, workers=8, threads=4) | changes

@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 
 from jointseg_jax.codecs.codec import AnnotationCodec, Codec, TrainableCodec
-from jointseg_jax.codecs.pixels import normalise, quantise
+from jointseg_jax.codecs.pixels import normalise
 from jointseg_jax.rng import fold
-from jointseg_jax.systems.system import Batch, Pairs
+from jointseg_jax.systems.system import Batch, Pairs, read
 from jointseg_jax.types import Array, Params
 
 
@@ -70,19 +70,6 @@ class Autoencode:
         """The batch's pairs, the coded half of each after encode and decode."""
         del frozen
         latents = self.codec.encode(params, batch[self.field], keys=keys)
-        return SHOWN[self.codec.kind](self.codec, params, latents, batch)
-
-
-def _labels(codec: Codec, params: Params, latents: Array, batch: Batch) -> Pairs:
-    labels, confidence = cast(AnnotationCodec, codec).decode_with_confidence(params, latents)
-    return {"image": batch["image"], "labels": labels, "confidence": confidence}
-
-
-def _image(codec: Codec, params: Params, latents: Array, batch: Batch) -> Pairs:
-    labels = batch["labels"].astype(jnp.int32)
-    image = quantise(codec.decode(params, latents))
-    return {"image": image, "labels": labels, "confidence": jnp.ones(labels.shape)}
-
-
-SHOWN = {"labels": _labels, "image": _image}
-"""What a preview shows, by the kind of the codec."""
+        labels = batch["labels"].astype(jnp.int32)
+        pairs = {"image": batch["image"], "labels": labels, "confidence": jnp.ones(labels.shape)}
+        return pairs | read(self.codec, self.codec.kind, params, latents)

@@ -42,7 +42,7 @@ from jointseg_jax.transport.guidance import Step, Times
 from jointseg_jax.transport.integrator import Solver
 from jointseg_jax.transport.process import Process
 from jointseg_jax.transport.times import TimeSampler
-from jointseg_jax.types import VOID, Array, Params, Streams
+from jointseg_jax.types import VOID, Array, Params, Streams, require_values
 
 STATE = "state"
 """The name of the bridge's one stream, for the denoiser and the solver."""
@@ -77,11 +77,10 @@ class Bridge:
                 f"bridge: {self.process.schedule} does not reach its source end at t = 1; set "
                 "`system.process.schedule` to linear."
             )
-        if self.correction < 0 or self.temperature <= 0:
-            raise ValueError(
-                f"bridge: correction={self.correction}, temperature={self.temperature}: must be at "
-                "least 0 and positive; change them in `system`."
-            )
+        own = {"correction": self.correction, "temperature": self.temperature}
+        good = self.correction >= 0 and self.temperature > 0
+        rule = "must be at least 0 and positive; change them in `system`."
+        require_values("bridge", good, rule, **own)
         if self.correction and self.mask.latent_shape(self.size) != (*self.size, 3):
             raise ValueError(
                 "bridge: the correction measures distances to colours, and the latents of "

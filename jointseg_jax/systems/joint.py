@@ -15,13 +15,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import cast
 
 import jax
 import jax.numpy as jnp
 
-from jointseg_jax.codecs.codec import AnnotationCodec, PanopticCodec
-from jointseg_jax.codecs.pixels import quantise
 from jointseg_jax.rng import fold
 from jointseg_jax.systems.system import (
     LATENTS,
@@ -31,11 +28,12 @@ from jointseg_jax.systems.system import (
     Pairs,
     Stream,
     TextEncoder,
+    read,
 )
 from jointseg_jax.transport.guidance import Branch, Context, Guidance, Step, Times
 from jointseg_jax.transport.integrator import Solver
 from jointseg_jax.transport.times import TimeSampler
-from jointseg_jax.types import Array, Params, Streams
+from jointseg_jax.types import Array, Params, Streams, require_values
 
 TEXT_STREAM = "text"
 
@@ -62,15 +60,11 @@ class Joint:
     time; 1.001 is label 1000, as JoDiffusion samples (never trained there)."""
 
     def __post_init__(self) -> None:
-        if self.weights not in ("explicit", "elements"):
-            raise ValueError(
-                f"joint: weights={self.weights!r}: must be one of explicit, elements; change "
-                "`system.weights`."
-            )
-        if not 0 <= self.text_drop < 1:
-            raise ValueError(
-                f"joint: text_drop={self.text_drop}: must lie in [0, 1); change `system.text_drop`."
-            )
+        known = self.weights in ("explicit", "elements")
+        rule = "must be one of explicit, elements; change `system.weights`."
+        require_values("joint", known, rule, weights=self.weights)
+        rule = "must lie in [0, 1); change `system.text_drop`."
+        require_values("joint", 0 <= self.text_drop < 1, rule, text_drop=self.text_drop)
         unknown = sorted(set(self.known) - set(self.streams))
         if unknown:
             raise ValueError(
@@ -213,7 +207,7 @@ class Joint:
         """What a person can use of clean latents: uint8 images, labels with their confidence."""
         out: Pairs = {}
         for name, stream in self.streams.items():
-            out |= READERS[stream.codec.kind](stream, frozen.get(name, {}), latents[name])
+            out |= read(stream.codec, stream.field, frozen.get(name, {}), latents[name])
         return out
 
     def latent_shape(self, name: str) -> tuple[int, ...]:
@@ -304,25 +298,3 @@ class Joint:
             return {k: self.streams[k].weight for k in latents}
         sizes = {k: z.size * (self.streams[k].weight > 0) for k, z in latents.items()}
         return {k: size / sum(sizes.values()) for k, size in sizes.items()}
-
-
-def _image(stream: Stream, params: Params, latents: Array) -> Pairs:
-    return {stream.field: quantise(stream.codec.decode(params, latents))}
-
-
-def _labels(stream: Stream, params: Params, latents: Array) -> Pairs:
-    labels, confidence = cast(AnnotationCodec, stream.codec).decode_with_confidence(params, latents)
-    return {stream.field: labels, "confidence": confidence}
-
-
-def _panoptic(stream: Stream, params: Params, latents: Array) -> Pairs:
-    labels, segments, confidence = cast(PanopticCodec, stream.codec).read(params, latents)
-    return {"labels": labels, "segments": segments, "confidence": confidence}
-
-
-def _nothing(stream: Stream, params: Params, latents: Array) -> Pairs:
-    return {}
-
-
-READERS = {"image": _image, "labels": _labels, "panoptic": _panoptic, "latents": _nothing}
-"""What a stream adds to a generated pair, by the kind of its codec."""

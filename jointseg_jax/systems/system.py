@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol, cast, runtime_checkable
 
-from jointseg_jax.codecs.codec import Codec
+from jointseg_jax.codecs.codec import AnnotationCodec, Codec, PanopticCodec
+from jointseg_jax.codecs.pixels import quantise
 from jointseg_jax.transport.integrator import Solver
 from jointseg_jax.transport.process import Process
-from jointseg_jax.types import Array, Params, Streams
+from jointseg_jax.types import Array, Params, Streams, require_values
 
 Batch = Mapping[str, Array]
 """The fields of a batch, one row per example."""
@@ -65,11 +66,22 @@ class Stream:
     off."""
 
     def __post_init__(self) -> None:
-        if self.weight < 0 or self.guidance < 0:
-            raise ValueError(
-                f"stream {self.field!r}: weight={self.weight}, guidance={self.guidance}: must both "
-                "be at least 0; change them in the stream's config."
-            )
+        own = {"weight": self.weight, "guidance": self.guidance}
+        rule = "must both be at least 0; change them in the stream's config."
+        require_values(f"stream {self.field!r}", min(own.values()) >= 0, rule, **own)
+
+
+def read(codec: Codec, field: str, params: Params, latents: Array) -> Pairs:
+    """What a person can use of latents: a uint8 image, or labels with their confidence."""
+    if codec.kind == "image":
+        return {field: quantise(codec.decode(params, latents))}
+    if codec.kind == "labels":
+        own = cast(AnnotationCodec, codec)
+        return dict(zip((field, "confidence"), own.decode_with_confidence(params, latents)))
+    if codec.kind == "panoptic":
+        parts = cast(PanopticCodec, codec).read(params, latents)
+        return dict(zip(("labels", "segments", "confidence"), parts))
+    return {}
 
 
 class Input(NamedTuple):
