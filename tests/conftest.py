@@ -5,6 +5,7 @@ optimization, and what one process of a session has compiled, every other reads 
 """
 
 import atexit
+import importlib.metadata
 import logging
 import os
 import re
@@ -18,10 +19,14 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # as in a worker of pytest-xd
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = (
-        os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-    ).strip()
+FLAGS = ["--xla_force_host_platform_device_count=8"]
+if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11):
+    # the older code generator takes half the time to compile; newer versions do not have it
+    FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+given = os.environ.get("XLA_FLAGS", "")
+os.environ["XLA_FLAGS"] = " ".join(
+    [given, *(flag for flag in FLAGS if flag.partition("=")[0] not in given)]
+).strip()
 
 from jaxtyping import install_import_hook
 

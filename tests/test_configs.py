@@ -91,21 +91,21 @@ def facts_of(given, argument):
 
 
 def system(name, argument, known, given):
-    """The system of a config, and the shapes of its parameters."""
     codecs = {}
     # in place of a trained codec: what its own config would train
     if name == "jodiffusion":
         codecs = {"mask": config("jodiffusion_codec", argument)["system"]["codec"]}
     if name == "semflow" and given["system"]["image"]["name"] == "trained":
         codecs = {"image": config("image_codec", "data=folders")["system"]["codec"]}
-    found = build.system(SystemConfig.parse(given["system"]), known, codecs)
-    return found, jax.eval_shape(found.init, jax.random.key(0))
+    return build.system(SystemConfig.parse(given["system"]), known, codecs)
 
 
 @functools.cache
 def system_of(name, argument):
+    """The system of a config, and the shapes of its parameters."""
     given = config(name, argument)
-    return system(name, argument, facts_of(given, argument), given)
+    found = system(name, argument, facts_of(given, argument), given)
+    return found, jax.eval_shape(found.init, jax.random.key(0))
 
 
 def count(shapes):
@@ -147,7 +147,8 @@ def test_a_config_read_back_from_json_makes_the_same_system(name, argument):
     given = config(name, argument)
     again = from_plain(json.loads(json.dumps(plain(given))))
     assert again == given
-    assert system(name, argument, facts_of(given, argument), again) == system_of(name, argument)
+    known = facts_of(given, argument)
+    assert system(name, argument, known, again) == system(name, argument, known, given)
 
 
 @pytest.mark.parametrize(("name", "argument"), CASES)

@@ -61,6 +61,7 @@ def test_the_run_is_the_same_to_the_bit(workdir):
     assert (run.step, run.digest) == (4, DIGEST)
 
 
+@pytest.mark.thorough
 def test_the_same_command_goes_on_from_it(workdir):
     config = quickstart(steps=6)
     config["system"]["denoiser"] |= {"width": 16, "depth": 1}
@@ -86,6 +87,7 @@ def machine():
     }
 
 
+@pytest.mark.thorough
 def test_it_samples_the_same_pairs(workdir, tmp_path):
     """To the byte where these were made; elsewhere XLA may round the last bits otherwise."""
     out = tmp_path / "pairs"

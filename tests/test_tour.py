@@ -12,6 +12,7 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
 NOTEBOOK = Path(__file__).parents[1] / "launch/tour.ipynb"
@@ -47,6 +48,7 @@ def executed(source, names):
     return outputs
 
 
+@pytest.mark.thorough
 def test_the_tour_runs(monkeypatch):
     monkeypatch.setenv("TOUR_STEPS", "2")
     notebook, names = json.loads(NOTEBOOK.read_text()), {}

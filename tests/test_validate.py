@@ -83,7 +83,7 @@ def steps_of(workdir):
     return [record.get("step", record.get("begin")) for record in records]
 
 
-@pytest.mark.cli
+@pytest.mark.thorough
 def test_the_loop_tells_where_its_time_went(run):
     found = goodput.summary(run)
     assert (found.step, found.launches, found.lost_steps, found.lost) == (4, 1, 0, 0)
@@ -103,7 +103,7 @@ def test_a_run_that_lost_its_last_checkpoint_has_lost_those_steps(run, tmp_path)
     assert steps_of(workdir) == [0, 1, 2, 2, 3, 4, 4, 2, 3, 4, 4]
 
 
-@pytest.mark.cli
+@pytest.mark.thorough
 def test_a_run_that_can_go_on(run):
     before = contents(run)
     found = validated(config(steps=6), run, allow=["steps"])
@@ -124,7 +124,7 @@ def test_a_run_that_can_go_on(run):
     assert contents(run) == before
 
 
-@pytest.mark.cli
+@pytest.mark.thorough
 def test_arrays_of_another_size_are_refused(run):
     meta, found = read_meta(run / "checkpoints"), validate.Findings()
     other = {"params": {"kernel": jax.ShapeDtypeStruct((2, 3), np.float32)}}
@@ -153,7 +153,7 @@ def damaged(tmp_path):
     return tmp_path / "data"
 
 
-@pytest.mark.cli
+@pytest.mark.thorough
 def test_everything_that_is_wrong_is_told_at_once(run, damaged):
     before = contents(run)
     given = config(ema=1.5, mesh=(3, 1, 1), batch=9)
@@ -235,7 +235,7 @@ def launched(*words):
     return subprocess.run([*COMMAND, *words], cwd=ROOT, **options)
 
 
-@pytest.mark.cli
+@pytest.mark.thorough
 def test_a_launch_that_finds_something_leaves_nothing(tmp_path):
     words = ("--config.ema=1.5", "--config.mesh=3,1,1", "--scan=4")
     done = launched(f"--workdir={tmp_path / 'run'}", *words)

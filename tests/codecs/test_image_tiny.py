@@ -113,6 +113,7 @@ def test_decoding_in_parts_changes_nothing(monkeypatch):
     np.testing.assert_allclose(parts, whole, atol=1e-6)  # sums blocked otherwise
 
 
+@pytest.mark.thorough
 def test_the_parts_of_the_loss():
     error = jnp.zeros((1, 4, 6, 1)).at[0, :, :3].set(1.0)
     # |e|: half the pixels; 2 x 2 means: 1, 1/2, 0 in a row; 4 does not divide 6
@@ -141,6 +142,7 @@ def test_the_parts_of_the_loss():
     np.testing.assert_allclose(total, sum(parts), rtol=1e-5)
 
 
+@pytest.mark.thorough
 def test_the_tether_pulls_latents_back_only_beyond_two():
     codec, image = small(tether=1.0), images()
     params = started(codec)
@@ -151,6 +153,7 @@ def test_the_tether_pulls_latents_back_only_beyond_two():
     assert float(loss(codec, params, image, keys())[1]["loss/tether"]) == pytest.approx(9.0)
 
 
+@pytest.mark.thorough
 def test_noise_reaches_the_decoder_from_a_rows_own_key():
     codec, image = small(noise=0.3), images()
     params = started(codec)
@@ -162,7 +165,7 @@ def test_noise_reaches_the_decoder_from_a_rows_own_key():
     np.testing.assert_allclose(both, np.mean(alone), rtol=1e-5)  # means of means in float32
 
 
-@pytest.mark.cli
+@pytest.mark.thorough
 def test_it_learns_scenes():
     codec, rows = small(noise=0.02), 8
     image, params = images(rows), started(codec)
@@ -185,6 +188,7 @@ def test_it_learns_scenes():
     assert float(metrics["psnr"][-1]) > float(metrics["psnr"][0]) + 5
 
 
+@pytest.mark.thorough
 def test_every_parameter_gets_a_gradient():
     codec = small()
     grad = jax.jit(jax.grad(lambda p: codec.loss(p, images(), keys())[0]))
@@ -192,6 +196,7 @@ def test_every_parameter_gets_a_gradient():
     assert all(float(jnp.abs(g).max()) > 0 for g in jax.tree.leaves(gradients))
 
 
+@pytest.mark.thorough
 def test_bfloat16_activations_keep_float32_ends():
     codec, image = small(dtype="bfloat16"), images()
     params = started(codec)

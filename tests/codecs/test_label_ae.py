@@ -69,6 +69,7 @@ def test_published_parameter_counts(classes, parameters):
     assert jax.eval_shape(codec.logits, shapes, latents).shape == (1, 512, 384, classes)
 
 
+@pytest.mark.thorough
 def test_doubling_is_a_transposed_convolution():
     module = Double(5)
     x = normal(0, 2, 3, 4, 7)
@@ -80,6 +81,7 @@ def test_doubling_is_a_transposed_convolution():
     np.testing.assert_allclose(module.apply({"params": params}, x), want, atol=1e-5)
 
 
+@pytest.mark.thorough
 def test_initial_weights_fill_their_interval():
     x = jnp.zeros((1, 1, 1, 64))
     decoder = Decoder(up_widths=(), middle_width=64, middle_blocks=0, outputs=48, groups=4)
@@ -127,6 +129,7 @@ def test_unit_scale_gives_unit_spread():
     assert float(jnp.std(unit_scale(latents) * latents)) == pytest.approx(1, rel=1e-5)
 
 
+@pytest.mark.thorough
 def test_samples_follow_their_own_keys():
     codec, labels = small(latent="sample"), maps()
     params = started(codec)
@@ -176,7 +179,7 @@ def test_decoding_in_parts_changes_nothing(monkeypatch):
     np.testing.assert_allclose(whole[1], parts[1], rtol=1e-5)  # the same sums, blocked otherwise
 
 
-@pytest.mark.cli
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "fields", [{"latent": "sample", "patch": 2}, {"point_loss": {"points": 32}}]
 )
@@ -205,6 +208,7 @@ def test_it_learns_to_return_its_input(fields):
     assert float(losses[-5:].mean()) < 0.5 * float(losses[:5].mean())
 
 
+@pytest.mark.thorough
 def test_every_parameter_gets_a_gradient():
     codec, labels = small(latent="sample", middle_blocks=1), maps()
     params = started(codec)
@@ -248,6 +252,7 @@ def row_errors(codec, params, labels, latents):
     return jax.vmap(cross_entropy)(logits[:, None], labels[:, None])
 
 
+@pytest.mark.thorough
 def test_refinement_brings_every_row_nearer_to_its_labels():
     plain, refined = small(), small(refine=5)
     params, labels = started(plain), maps(3)
@@ -258,6 +263,7 @@ def test_refinement_brings_every_row_nearer_to_its_labels():
     assert more.mean() < after.mean()
 
 
+@pytest.mark.thorough
 def test_refinement_treats_every_row_alone():
     codec, labels = small(refine=3), maps(3).at[0, :2].set(VOID)
     params = started(codec)

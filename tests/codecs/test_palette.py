@@ -70,7 +70,9 @@ def at_the_corners(codecs):
     return found
 
 
-@pytest.mark.parametrize("void", ["white", "masked", "read"])
+@pytest.mark.parametrize(
+    "void", [pytest.param("white", marks=pytest.mark.thorough), "masked", "read"]
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_class_returns_exactly_under_the_largest_perturbation(kind, void):
     fields = KINDS[kind] | ({"decode_void": True} if void == "read" else {"void": void})

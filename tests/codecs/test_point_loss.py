@@ -84,6 +84,7 @@ def test_uncertain_points_are_found():
     assert gap[:16].max() <= np.median(gap[16:])
 
 
+@pytest.mark.thorough
 def test_void_points_do_not_count():
     labels = halves()
     void = labels.at[:, :, :4].set(VOID)

@@ -233,7 +233,7 @@ def running(pid):
         return False
 
 
-@pytest.mark.cli
+@pytest.mark.thorough
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="lists processes through /proc")
 def test_no_worker_outlives_a_killed_run(tmp_path):
     script = tmp_path / "run.py"

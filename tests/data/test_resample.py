@@ -45,6 +45,7 @@ def test_passes_over_rows_are_pillows_to_the_last_bit(target, box, monkeypatch):
     assert want.shape == (*target, 3) and want.flags.writeable
 
 
+@pytest.mark.thorough
 def test_compiled_passes_are_pillows_to_the_last_bit(monkeypatch):
     pytest.importorskip("numba")
     passes = resample.compiled()

@@ -103,6 +103,7 @@ def test_a_codec_with_a_palette_reports_labels_too():
     assert "chain" not in autoencoder_report(run_of(alone, {}), 0, 0, ())
 
 
+@pytest.mark.thorough
 def test_an_untrained_codec_is_measured():
     codec = ImageTiny(widths=(4, 4), blocks=(1, 0), up_widths=(4, 4), up_blocks=(0, 1))
     params = jax.jit(codec.init)(jax.random.key(0))

@@ -52,6 +52,7 @@ def read(path):
     return np.where(values == 255, -1, values) if values.ndim == 2 else values
 
 
+@pytest.mark.thorough
 def test_pairs_are_those_of_the_folder(joint, tmp_path):
     options = SampleOptions(num=10, prompts=("a car", "a"), seed=3, per_device=1, absorb=2)
     sample(joint, tmp_path, options)
@@ -77,6 +78,7 @@ def test_filters_leave_pairs_out_and_the_others_as_they_are(joint):
     assert sample_pairs(joint, SampleOptions(num=2, per_device=1, filters=nothing)) == {}
 
 
+@pytest.mark.thorough
 def test_a_bridge_reads_images_of_any_size(bridge, tmp_path):
     rng = np.random.default_rng(0)
     shapes = ((8, 8, 3), (12, 9, 3), (30, 40, 3))

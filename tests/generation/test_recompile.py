@@ -65,6 +65,7 @@ CONFIG = RunConfig.parse(
 )
 
 
+@pytest.mark.thorough
 def test_a_short_last_batch_compiles_nothing(system, tmp_path, monkeypatch, compilations):
     one = functools.partial(sharding.make_mesh, (-1, 1, 1), jax.devices()[:1])
     monkeypatch.setattr(sharding, "own_mesh", one)

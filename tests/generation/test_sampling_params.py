@@ -34,6 +34,7 @@ def drawn(module):
     }
 
 
+@pytest.mark.thorough
 def test_a_bfloat16_network_says_the_same_bit_for_bit():
     made = system("bfloat16")
     params = drawn(made.denoiser)

@@ -15,10 +15,6 @@ from jointseg_jax.models.blocks import Attention, Block, gelu
 FLOAT32 = 2e-6
 
 
-quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-"""Compiler options for code that runs once: half the compile time."""
-
-
 def normal(seed, *shape):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
@@ -30,7 +26,7 @@ def parameters(module, *inputs):
     return jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s.shape), s.dtype), shapes)
 
 
-@functools.partial(jax.jit, static_argnums=0, compiler_options=quick)
+@functools.partial(jax.jit, static_argnums=0)
 def apply(module, params, *inputs):
     return module.apply({"params": params}, *inputs)
 

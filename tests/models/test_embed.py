@@ -18,9 +18,6 @@ from jointseg_jax.models.embed import (
     unpatchify,
 )
 
-quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-"""Compiler options for code that runs once: half the compile time."""
-
 
 def test_sinusoid_is_cosines_then_sines():
     t, half = np.array([0.0, 1.0, 436.0, 999.5]), 16
@@ -71,13 +68,13 @@ def test_positions_of_the_native_size_are_untouched():
 def test_patch_projections_start_as_torch_convolutions():
     spec = Patches(grid=(4, 4), channels=3, patch=2, conv=True)
     x = jnp.zeros((1, 4, 4, 3))
-    init = jax.jit(PatchesIn(spec, 512, jnp.float32).init, compiler_options=quick)
+    init = jax.jit(PatchesIn(spec, 512, jnp.float32).init)
     params = init(jax.random.key(0), x)["params"]
     bound = 1 / np.sqrt(12)
     for leaf in (params["project"]["kernel"], params["project"]["bias"]):
         # the largest of >= 512 uniform draws lies within 2% of the bound (chance e^-10)
         assert 0.98 * bound < np.abs(leaf).max() <= bound
-    init = jax.jit(PatchesOut(spec).init, compiler_options=quick)
+    init = jax.jit(PatchesOut(spec).init)
     head = init(jax.random.key(1), jnp.zeros((1, 4, 512)), x)["params"]
     assert np.abs(head["conv"]["kernel"]).max() <= 1 / np.sqrt(27)
     # 6144 draws: the deviation is known to 1%

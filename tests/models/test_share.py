@@ -28,6 +28,7 @@ def inputs(key):
     return latents, {"image": jnp.array([3.0, 700.0]), "mask": jnp.array([3.0, 700.0])}
 
 
+@pytest.mark.thorough
 def test_shared_streams_take_half_the_tokens_and_keep_their_shapes():
     apart, shared = module(), module(share=("image", "mask"))
     assert apart.spans()["mask"].stop == 33
@@ -38,6 +39,7 @@ def test_shared_streams_take_half_the_tokens_and_keep_their_shapes():
     assert forward_flops(shared) < 0.6 * forward_flops(apart)
 
 
+@pytest.mark.thorough
 def test_each_prediction_sees_both_streams():
     shared = module(share=("image", "mask"))
     latents, times = inputs(jax.random.key(0))

@@ -125,6 +125,7 @@ def test_the_gpus_commands_name_files_that_exist(tmp_path, smoke):
         assert named or words[1] == "-m"
 
 
+@pytest.mark.thorough
 def test_attention_that_is_right_is_ok_and_what_is_not_is_not(monkeypatch):
     found = bench_attention.measure("packed", 33, 1, 8, 16, "float32")
     assert found["ok"] and found["padded_to"] > found["tokens"] == 33

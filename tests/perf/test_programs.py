@@ -59,6 +59,7 @@ def test_random_rows_are_shaped_as_the_pipelines(config_of):
     assert not np.array_equal(made["image"], abstract.random_rows(found.info, shapes, 1)["image"])
 
 
+@pytest.mark.thorough
 def test_training_is_the_update_of_a_run(trained, config_of):
     here, found = trained
     state = here.benchmark.state
@@ -169,6 +170,7 @@ def test_what_cannot_be_measured_is_refused(config_of):
         bench_model.Sampling(config_of("sample", batch=12))
 
 
+@pytest.mark.thorough
 def test_a_sampler_without_a_result_is_refused(config_of):
     config = config_of("sample").config
     cells = {"field": "cells", "codec": {"name": "latents"}, "tokens": {"patch": 1}}

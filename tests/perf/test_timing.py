@@ -110,6 +110,7 @@ def test_ratios_are_of_one_image():
     assert found["update"]["median"] == 0.5  # as long for twice as many: the second is faster
 
 
+@pytest.mark.thorough
 def test_a_config_in_a_process_of_its_own():
     child = bench.Subprocess(MASKS)
     try:

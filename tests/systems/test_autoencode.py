@@ -49,6 +49,7 @@ def keys(rows=4):
     return sample_keys(0, jnp.arange(rows))
 
 
+@pytest.mark.thorough
 def test_the_loss_is_the_codecs_and_a_row_uses_its_own_key_only():
     loss = jax.jit(SYSTEM.loss)
     together, metrics = loss(params(), {}, batch(), keys())
@@ -101,6 +102,7 @@ def test_the_preview_of_an_image_codec_shows_what_it_gives_back_beside_the_label
     assert shown["labels"].dtype == jnp.int32 and (shown["confidence"] == 1).all()
 
 
+@pytest.mark.thorough
 def test_a_palette_takes_the_place_of_some_images():
     def values(painted, seed=0, rows=slice(None)):
         system = Autoencode(

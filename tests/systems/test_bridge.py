@@ -135,6 +135,7 @@ def test_segmentation_is_determined_and_synthesis_is_not():
     assert (np.asarray(mades[0]) != np.asarray(mades[1])).mean() > 0.5
 
 
+@pytest.mark.thorough
 def test_a_row_does_not_depend_on_those_beside_it():
     for solver in (Euler(steps=3), Dopri5()):
         system, labels = bridge(perturbation=20.0, solver=solver), maps()
@@ -186,6 +187,7 @@ def test_the_correction_is_held_constant_and_vanishes_at_the_colours():
     )
 
 
+@pytest.mark.thorough
 def test_training_reaches_both_directions():
     """A small network learns the coupling: the loss falls, in either kind of times."""
     system = bridge(uvit(), times=Shared(distribution=LogitNormal()), perturbation=6.0)

@@ -24,9 +24,6 @@ from jointseg_jax.transport.times import Shared
 SIDE, CLASSES, ROWS = 8, 3, 4
 NETWORKS = {"one": UViT, "two": TwoStream}
 
-quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-"""Compiler options for code that runs once: half the compile time."""
-
 
 @functools.cache
 def system(network):
@@ -81,7 +78,7 @@ def keys():
 @pytest.mark.parametrize("network", NETWORKS)
 def test_the_loss_is_the_images_and_everything_but_the_maps_head_learns(network):
     loss = jax.value_and_grad(system(network).loss, has_aux=True)
-    loss = jax.jit(loss, compiler_options=quick)
+    loss = jax.jit(loss)
     (total, metrics), gradients = loss(params(network), {}, batch(), keys())
     assert set(metrics) == {"loss", "loss/image"} and total == metrics["loss/image"]
     silent = {p for p, g in rules.by_path(gradients).items() if np.abs(g).max() == 0}
@@ -93,7 +90,7 @@ def test_made_images_depend_on_the_given_maps_which_come_back(network):
     def generate(given):
         return system(network).generate(params(network), {}, None, keys(), condition=given)
 
-    run = jax.jit(generate, compiler_options=quick)
+    run = jax.jit(generate)
     first, second = (run({"labels": batch(seed)["labels"]}) for seed in (0, 1))
     for seed, made in enumerate((first, second)):
         np.testing.assert_array_equal(made["labels"], batch(seed)["labels"])

@@ -53,7 +53,7 @@ print("result", meta["step"], state_digest(found) == state_digest(state_of(1)), 
 """
 
 
-@pytest.mark.cli
+@pytest.mark.thorough
 def test_damage_seen_by_one_process_is_damage_for_all(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -104,6 +104,7 @@ def test_a_new_manager_finds_what_the_last_one_wrote(tmp_path, async_):
 # --- damage (F11, F12)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("flips", [10, pytest.param(100, marks=pytest.mark.slow)])
 def test_flipped_bits_are_noticed(run, caplog, flips):  # F11
     rng = np.random.default_rng(0)

@@ -178,7 +178,7 @@ def raw(config, batch):
     return {k: np.stack(v) for k, v in rows.items()} | {"text": batch["text"]}
 
 
-@pytest.mark.cli
+@pytest.mark.thorough
 def test_what_is_kept_and_said(made):
     out, report, said = made
     assert report["fields"] == {
@@ -194,7 +194,7 @@ def test_what_is_kept_and_said(made):
     assert "image: kept as `image`; its codec is applied in each step" in said
 
 
-@pytest.mark.cli
+@pytest.mark.thorough
 def test_a_batch_is_the_codecs_own_encoding_of_the_same_records(config, made):
     out = made[0]
     batch = read(config, out)
@@ -214,7 +214,7 @@ def test_a_batch_is_the_codecs_own_encoding_of_the_same_records(config, made):
     assert loss.shape == ()
 
 
-@pytest.mark.cli
+@pytest.mark.thorough
 def test_a_stopped_encoding_goes_on_to_the_same_bytes(config, made, tmp_path):
     out = tmp_path / "again"
 
@@ -234,7 +234,7 @@ def test_a_stopped_encoding_goes_on_to_the_same_bytes(config, made, tmp_path):
     assert all((out / n).read_bytes() == (made[0] / n).read_bytes() for n in names)
 
 
-@pytest.mark.cli
+@pytest.mark.thorough
 def test_other_settings_are_refused_by_name(config, made):
     out = made[0]
     with pytest.raises(
@@ -252,7 +252,7 @@ def test_other_settings_are_refused_by_name(config, made):
     assert said in str(error.value)
 
 
-@pytest.mark.cli
+@pytest.mark.thorough
 def test_a_codec_that_was_trained_on_is_refused(config, made, codec, tmp_path):
     known = DatasetInfo.of(build.source(parsed(config), "train"), captions=0)
     pretrained.check_unchanged(made[0], system_config(config), known)
@@ -262,7 +262,7 @@ def test_a_codec_that_was_trained_on_is_refused(config, made, codec, tmp_path):
         encode(parsed(from_plain(other)), options(made[0]), progress=Bar)
 
 
-@pytest.mark.cli
+@pytest.mark.thorough
 def test_the_step_that_reads_latents_is_known_by_the_index_alone(config, made, tmp_path):
     (tmp_path / "frozen").mkdir()
     for name in ("train.json", "frozen/mask.json"):
@@ -288,7 +288,7 @@ def test_the_step_that_reads_latents_is_known_by_the_index_alone(config, made, t
         abstract.dataset_info(parsed(here | {"system": here["system"] | {"size": (16, 16)}}))
 
 
-@pytest.mark.cli
+@pytest.mark.thorough
 def test_the_input_benchmark_reads_the_cache(config, made):
     job = bench_input.Input(
         BenchConfig(what="data", name="made", config=cached(config, made[0]), step_ms=1.0)
@@ -301,14 +301,14 @@ def test_the_input_benchmark_reads_the_cache(config, made):
         job.close()
 
 
-@pytest.mark.cli
+@pytest.mark.thorough
 def test_processes_that_read_change_nothing(config, made, tmp_path):
     encode(parsed(config), options(tmp_path, workers=1, threads=1), progress=Bar)
     names = [p.name for p in made[0].iterdir() if p.is_file()]
     assert all((tmp_path / n).read_bytes() == (made[0] / n).read_bytes() for n in names)
 
 
-@pytest.mark.cli
+@pytest.mark.thorough
 def test_validation_comes_from_the_cache_as_it_would_from_the_data(config, made, tmp_path):
     out = shutil.copytree(made[0], tmp_path / "cache")
     assert build.source(parsed(cached(config, out)), "val").name == "scenes"
@@ -338,7 +338,7 @@ def test_validation_comes_from_the_cache_as_it_would_from_the_data(config, made,
         options(out, split="val", keep=("labels",))
 
 
-@pytest.mark.cli
+@pytest.mark.thorough
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_precision_is_the_nearest_and_takes_half_the_space(config, made, tmp_path, dtype):
     report = encode(parsed(config), options(tmp_path, dtype=dtype, limit=4, crops=0), progress=Bar)
@@ -348,7 +348,7 @@ def test_half_precision_is_the_nearest_and_takes_half_the_space(config, made, tm
     np.testing.assert_array_equal(rows[0].astype(jnp.dtype(dtype)), rows[1], strict=True)
 
 
-@pytest.mark.cli
+@pytest.mark.thorough
 def test_a_codec_that_draws_is_not_kept_as_latents(config, tmp_path):
     drawing = json.loads(json.dumps(config))
     drawing["system"]["streams"]["mask"]["codec"] |= {"latent": "sample"}
@@ -370,7 +370,7 @@ def test_a_run_that_trains_its_codec_is_refused(config, tmp_path):
         encode(parsed(config | {"system": system}), options(tmp_path), progress=Bar)
 
 
-@pytest.mark.cli
+@pytest.mark.thorough
 def test_the_codec_of_the_cache_is_taken_and_no_other(config, made, tmp_path):
     out = shutil.copytree(made[0], tmp_path / "cache")
     here = cached(config, out)

@@ -384,7 +384,7 @@ def trained(tmp_path_factory):
     return runs, given
 
 
-@pytest.mark.cli
+@pytest.mark.thorough
 def test_a_run_goes_on_from_the_weights_it_was_given(trained):
     runs, _ = trained
     images, pairs = workdir.load_run(runs / "image"), workdir.load_run(runs / "pair")
@@ -407,7 +407,7 @@ def test_a_run_goes_on_from_the_weights_it_was_given(trained):
     assert 0 < np.abs(after["exchange/mid_block/kernel"]).max() < 1e-3
 
 
-@pytest.mark.cli
+@pytest.mark.thorough
 def test_a_run_on_images_alone_shows_images(trained):
     runs, _ = trained
     with Image.open(runs / "image/samples/00000002.png") as sheet:
@@ -419,7 +419,7 @@ def test_a_run_on_images_alone_shows_images(trained):
     assert {k: v.shape for k, v in made.items()} == {"image": (2, *SIZE, 3)}
 
 
-@pytest.mark.cli
+@pytest.mark.thorough
 def test_a_checkpoint_goes_before_the_start(trained, tmp_path):
     """A resumed run does not read the other weights again, nor need them."""
     runs, given = trained

@@ -108,6 +108,7 @@ def test_the_time_stamp_is_renewed_while_held(tmp_path, monkeypatch):
         assert held.path.stat().st_mtime > 0
 
 
+@pytest.mark.thorough
 def test_only_one_of_many_launches_wins(tmp_path):
     """Processes that find the same stale lock at the same moment."""
     stale = lock._self() | {"pid": 2**22 + 1, "since": "2026-01-01"}

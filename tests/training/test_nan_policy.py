@@ -118,7 +118,7 @@ def named(message, records):
 
 
 # F15; a loss, one gradient leaf, one row: test_step.py
-@pytest.mark.cli
+@pytest.mark.thorough
 def test_skip_leaves_the_step_out(devices, tmp_path, records, caplog):
     assert train(RunConfig.parse(config(records[5], doses=99, policy="skip")), tmp_path) == 0
     (warning,) = caplog.messages
@@ -128,7 +128,7 @@ def test_skip_leaves_the_step_out(devices, tmp_path, records, caplog):
     assert all(np.isfinite(r["loss"]) for r in read_records(tmp_path / "metrics.jsonl"))
 
 
-@pytest.mark.cli
+@pytest.mark.thorough
 def test_stop_ends_the_run_with_what_a_user_needs(devices, tmp_path, records):
     with pytest.raises(NonFinite) as error:
         train(RunConfig.parse(config(records[5], doses=99, policy="stop")), tmp_path)
@@ -138,7 +138,7 @@ def test_stop_ends_the_run_with_what_a_user_needs(devices, tmp_path, records):
     assert counters(tmp_path)[0] == 2
 
 
-@pytest.mark.cli
+@pytest.mark.thorough
 @pytest.mark.parametrize("devices", [2], indirect=True)
 def test_rollback_goes_back_and_on(devices, tmp_path, records, caplog):
     assert train(RunConfig.parse(config(records[5], doses=1, policy="rollback")), tmp_path) == 0
@@ -149,7 +149,7 @@ def test_rollback_goes_back_and_on(devices, tmp_path, records, caplog):
     assert [r["step"] for r in read_records(tmp_path / "metrics.jsonl")] == [2, 4, 6]
 
 
-@pytest.mark.cli
+@pytest.mark.thorough
 def test_rollback_gives_up_where_nothing_changes(devices, tmp_path, records, caplog):
     with pytest.raises(NonFinite) as error:
         train(RunConfig.parse(config(records[5], doses=99, policy="rollback")), tmp_path)

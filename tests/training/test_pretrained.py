@@ -174,6 +174,7 @@ def test_a_fitted_scale_makes_latents_of_unit_deviation(tmp_path, latent):
 # ------------------------------------------------------------------------- independence
 
 
+@pytest.mark.thorough
 def test_a_joint_workdir_works_without_the_codecs(tmp_path):
     ema, config = codec_run(tmp_path / "codec"), joint_config(tmp_path / "codec", scale=0.3)
     joint = tmp_path / "joint"

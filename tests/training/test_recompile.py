@@ -44,6 +44,7 @@ def config(monkeypatch):
     }
 
 
+@pytest.mark.thorough
 def test_nothing_is_compiled_after_the_second_step(config, tmp_path, monkeypatch, compilations):
     batches, known = [], []
 

@@ -26,6 +26,7 @@ def test_closed_form(start, end):
     np.testing.assert_allclose(got["state"], wanted, rtol=2e-4)
 
 
+@pytest.mark.thorough
 def test_tighter_tolerances_are_nearer():
     x = jnp.ones((1, 4))
     wanted = np.exp(np.sin(3))

@@ -47,6 +47,7 @@ def test_order_in_both_directions(gaussian, solver, ratio, start, end):
         assert errors[0] / errors[1] == pytest.approx(ratio, rel=0.1)
 
 
+@pytest.mark.thorough
 def test_euler_takes_any_prediction_and_schedule(gaussian):
     with jax.enable_x64(True):
         for schedule, predicts in itertools.product(

@@ -266,6 +266,7 @@ def test_other_refusals(disk, tmp_path):
         folders(disk, layout="cityscape")
 
 
+@pytest.mark.thorough
 def test_workers_change_nothing_not_even_the_reports(disk):
     data = disk.image("a3").read_bytes()
     disk.image("a3").write_bytes(data[: len(data) // 2])
