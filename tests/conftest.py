@@ -19,14 +19,14 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # as in a worker of pytest-xd
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-FLAGS = ["--xla_force_host_platform_device_count=8"]
-if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11):
-    # the older code generator takes half the time to compile; newer versions do not have it
-    FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 given = os.environ.get("XLA_FLAGS", "")
-os.environ["XLA_FLAGS"] = " ".join(
-    [given, *(flag for flag in FLAGS if flag.partition("=")[0] not in given)]
-).strip()
+if "xla_force_host_platform_device_count" not in given:
+    given = f"{given} --xla_force_host_platform_device_count=8".strip()
+os.environ["XLA_FLAGS"] = given
+if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11):
+    # The older code generator takes half the time to compile, and one thread is enough.
+    quick = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    os.environ["XLA_FLAGS"] = f"{given} {quick}"
 
 from jaxtyping import install_import_hook
 
@@ -36,8 +36,20 @@ import jax
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_debug_key_reuse", True)
 jax.config.update("jax_disable_most_optimizations", True)
+jax.devices()  # reads the flags; libtpu does not know them, so processes started here get none
+os.environ["XLA_FLAGS"] = given
+# their programs are other ones
+jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"] + "/quick")
+
+KEYS_ARE_DRAWN = ("codecs", "evaluation", "generation", "systems", "training", "transport")
+"""Folders whose tests check that no key is used twice, which slows all that is traced or called."""
+
+
+@pytest.fixture(autouse=True)
+def keys_used_once(request):
+    with jax.debug_key_reuse(request.path.parent.name in KEYS_ARE_DRAWN):
+        yield
 
 
 def pytest_addoption(parser):

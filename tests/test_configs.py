@@ -62,7 +62,13 @@ def arguments(name):
     return found + [f"{a},{other}".removeprefix(",") for a in found if other]
 
 
-CASES = [(name, argument) for name in DATA for argument in arguments(name)]
+def case(name, argument):
+    """A config as its file has it, its smoke run, and its last data set; the others are many."""
+    few = ("", "smoke", f"data={(DATA[name] or ('',))[-1]}")
+    return pytest.param(name, argument, marks=() if argument in few else pytest.mark.thorough)
+
+
+CASES = [case(name, argument) for name in DATA for argument in arguments(name)]
 
 
 @functools.cache
@@ -100,12 +106,16 @@ def system(name, argument, known, given):
     return build.system(SystemConfig.parse(given["system"]), known, codecs)
 
 
+def shapes_of(found):
+    return jax.eval_shape(found.init, jax.random.key(0))
+
+
 @functools.cache
 def system_of(name, argument):
     """The system of a config, and the shapes of its parameters."""
     given = config(name, argument)
     found = system(name, argument, facts_of(given, argument), given)
-    return found, jax.eval_shape(found.init, jax.random.key(0))
+    return found, shapes_of(found)
 
 
 def count(shapes):
@@ -283,7 +293,7 @@ def test_pdm_has_its_published_size():
     assert (mask["codec"]["pool"], mask["tokens"]["patch"]) == (4, 4)  # ours: factor 2
     _, ours = system_of("pdm", "data=coco_panoptic")
     mask["codec"]["pool"], mask["tokens"]["patch"] = 8, 2
-    _, published = system("pdm", "data=coco_panoptic", facts(133), given)
+    published = shapes_of(system("pdm", "data=coco_panoptic", facts(133), given))
     embedding = 8 * 2 * 2 * 512 + 512  # 8 bits, 2 x 2 cells; a second one exists and is not used
     assert count(published) == 44_874_508 - embedding
     # patches of 4 make three more times 8 x 2 x 2 weights of the way in, and of the way out
@@ -296,7 +306,7 @@ def test_two_streams_have_their_published_size():
     mask = given["system"]["streams"]["mask"]
     mask["codec"]["pool"], mask["tokens"]["patch"] = 8, 2
     given["system"]["denoiser"]["exchange_bias"] = True
-    _, shapes = system("pdm_two_stream", "data=coco_panoptic", facts(133), given)
+    shapes = shapes_of(system("pdm_two_stream", "data=coco_panoptic", facts(133), given))
     embedding = 8 * 2 * 2 * 512 + 512  # a second one exists and is not used
     projections = 13 * 262_656  # and so do the projections of the image stream into the map stream
     assert count(shapes) == 95_813_388 - embedding - projections
@@ -338,7 +348,7 @@ def test_the_label_autoencoder_has_its_published_size(data, classes, parameters)
     """With the published numbers of classes: things of COCO, and a background everywhere."""
     argument = f"data={data}"
     given = config("jodiffusion_codec", argument)
-    _, shapes = system("jodiffusion_codec", argument, facts(classes), given)
+    shapes = shapes_of(system("jodiffusion_codec", argument, facts(classes), given))
     assert count(shapes) == parameters
 
 

@@ -69,6 +69,7 @@ def label_maps(draw):
 AREAS = st.integers(0, 30)
 
 
+@pytest.mark.thorough
 @settings(max_examples=150, deadline=None)
 @given(label_maps(), AREAS)
 def test_sequential_is_the_original_pixel_for_pixel(labels, tau):

@@ -6,7 +6,6 @@ Programs are compiled with little optimization, for they run for a second at mos
 import dataclasses
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -25,7 +24,7 @@ class Launcher:
 
     def start(self, name: str, *arguments: object, devices: int = 1) -> subprocess.Popen:
         """Starts a launcher and returns the process."""
-        flags = re.sub(r"(device_count)=\d+", rf"\1={devices}", os.environ["XLA_FLAGS"])
+        flags = f"--xla_force_host_platform_device_count={devices}"
         return subprocess.Popen(
             [sys.executable, f"launch/{name}.py", *map(str, arguments)],
             cwd=ROOT,

@@ -64,6 +64,7 @@ def test_pairs_are_those_of_the_folder(joint, tmp_path):
         np.testing.assert_array_equal(pairs["labels"][i], labels)
 
 
+@pytest.mark.thorough
 def test_filters_leave_pairs_out_and_the_others_as_they_are(joint):
     options = SampleOptions(num=8, per_device=1)
     all_pairs = sample_pairs(joint, options)

@@ -118,20 +118,9 @@ def test_the_image_stream_has_the_parameters_of_a_uvit(options, scan):
     assert ours["map_stream"]["out_blocks"] == want["out_blocks"]
 
 
-@pytest.mark.parametrize(
-    "jit",
-    [pytest.param(False, id="eager", marks=pytest.mark.thorough), pytest.param(True, id="jit")],
-)
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        *(
-            pytest.param(options, marks=pytest.mark.thorough)
-            for options in ({"scan": True}, {"norm": "post"}, {"exchange_bias": True})
-        ),
-    ],
-)
+@pytest.mark.thorough
+@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
+@pytest.mark.parametrize("options", [{}, {"scan": True}, {"norm": "post"}, {"exchange_bias": True}])
 def test_a_fresh_network_predicts_the_image_as_its_image_stream_alone_does(options, jit):
     """Bit for bit: what the map says is multiplied by zero, and x + 0 is x."""
     module = build(**{"depth": 2} | options)
@@ -224,12 +213,13 @@ def test_the_network_is_the_loop_written_out(options):
 # --- scan, remat, taps ---------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "options, changes",
     [
         ("post", {"scan": True, "remat": "full"}),
-        pytest.param("pre", {"scan": True, "remat": "attn_out"}, marks=pytest.mark.thorough),
-        pytest.param("pre", {"remat": "full"}, marks=pytest.mark.thorough),
+        ("pre", {"scan": True, "remat": "attn_out"}),
+        ("pre", {"remat": "full"}),
     ],
 )
 def test_scan_and_remat_change_no_output_and_no_gradient(options, changes):
@@ -258,7 +248,8 @@ def test_scan_makes_the_stacked_tree():
     assert jax.tree.structure(stack_blocks(stacked)) == jax.tree.structure(stacked)
 
 
-@pytest.mark.parametrize("scan", [False, pytest.param(True, marks=pytest.mark.thorough)])
+@pytest.mark.thorough
+@pytest.mark.parametrize("scan", [False, True])
 def test_taps_are_the_tokens_of_either_stream(scan):
     module, params, given = prepared()
     spans = module.spans()

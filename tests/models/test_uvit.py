@@ -317,6 +317,7 @@ def test_a_gradient_reaches_every_parameter(fields):
         assert np.isfinite(slope).all() and np.abs(slope).max() > 1e-4, jax.tree_util.keystr(path)
 
 
+@pytest.mark.thorough
 def test_initial_values():
     """Norms 1 and 0, biases 0, everything else drawn; a fresh network predicts something."""
     module = build(PDM, depth=2, time_mlp=True, qkv_bias=True)

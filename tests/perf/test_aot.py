@@ -326,6 +326,7 @@ def parameters(given):
     return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
 
+@pytest.mark.thorough
 def test_the_update_of_training_on_other_devices(small, check_gradients, check_products):
     """On the CPU's eight: what the compiler says there is of the same kind."""
     given = small
@@ -352,6 +353,7 @@ def test_the_sampler_needs_no_collective(small, check_products):
     check_products(found.costs.flops * found.chips / lowered.flops)
 
 
+@pytest.mark.thorough
 def test_a_frozen_codec_is_part_of_the_program():
     given, codec = config("jodiffusion", "smoke"), config("jodiffusion_codec", "smoke").system
     lowered = programs.lower_training(given, jax.devices(), missing=Missing(codec=codec))

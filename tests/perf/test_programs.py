@@ -76,6 +76,7 @@ def test_training_is_the_update_of_a_run(trained, config_of):
     assert any(part.startswith("backward") for part in found.after["trace"]["parts"])
 
 
+@pytest.mark.thorough
 def test_the_page_says_what_the_last_line_says(trained):
     _, found = trained
     text = page.bench_page([found], "train")

@@ -128,6 +128,7 @@ def test_an_error_in_another_process_is_reported_here():
         bench.Subprocess(BenchConfig(what="train", name="maps"))
 
 
+@pytest.mark.thorough
 def test_a_process_that_ends_by_itself_is_reported():
     child = bench.Subprocess(MASKS)
     child.process.kill()

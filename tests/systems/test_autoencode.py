@@ -66,6 +66,7 @@ def test_the_loss_is_the_codecs_and_a_row_uses_its_own_key_only():
     assert abs(other - together) > 1e-4 * abs(together)  # the latents are sampled
 
 
+@pytest.mark.thorough
 def test_the_gradient_reaches_every_parameter():
     gradient = jax.jit(jax.grad(lambda p: SYSTEM.loss(p, {}, batch(), keys())[0]))(params())
     still = [
@@ -91,6 +92,7 @@ def image_params():
     return jax.jit(IMAGES.init)(jax.random.key(0))
 
 
+@pytest.mark.thorough
 def test_the_preview_of_an_image_codec_shows_what_it_gives_back_beside_the_labels():
     shown = jax.jit(IMAGES.preview)(image_params(), {}, batch(), keys())
     latents = TINY.encode(image_params(), batch()["image"])

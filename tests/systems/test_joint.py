@@ -252,6 +252,7 @@ def test_text_is_dropped_at_its_rate_and_by_the_rows_own_key():
     np.testing.assert_array_equal(dropped(keys(rows)[::-1]), once[::-1])
 
 
+@pytest.mark.thorough
 def test_no_text_is_the_empty_prompt():
     for kind, make in SYSTEMS.items():
         none, empty = (asked(make, kind, t) for t in (None, jnp.zeros((4, WORDS), jnp.int32)))
@@ -377,6 +378,7 @@ def small_uvit():
     )
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "joint", [context(denoiser=small_uvit()), text_stream()], ids=["context", "text_stream"]
 )

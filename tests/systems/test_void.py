@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from jointseg_jax import build
 from jointseg_jax.config import SystemConfig
@@ -18,6 +19,7 @@ PDM = Path(__file__).parents[2] / "configs/pdm.py"
 SIZE, ROWS = 8, 2
 
 
+@pytest.mark.thorough
 def test_a_batch_of_void_has_a_finite_loss_and_gradient():
     config = runpy.run_path(str(PDM))["get_config"]("smoke").to_dict()
     config["system"] |= {"size": (SIZE, SIZE), "text": {"name": "words", "width": 8, "length": 4}}

@@ -141,6 +141,7 @@ def test_averaged_parameters_become_the_image_stream_and_the_rest_stays_fresh(im
         same(got["denoiser"][part], fresh["denoiser"][part])
 
 
+@pytest.mark.thorough
 def test_a_scanned_run_starts_an_unrolled_one(tmp_path):
     ema = leave(tmp_path / "image", scan=True)
     given = loaded(spec(tmp_path / "image"), shapes("pair"))

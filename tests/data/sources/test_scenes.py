@@ -155,6 +155,7 @@ def test_caption_names_and_counts_what_is_visible(records):
             assert found[name] == len(np.unique(record["segments"][mine]))
 
 
+@pytest.mark.thorough
 def test_vocabulary_is_complete_and_not_larger():
     source = Scenes(size=16)
     said = {w for i in range(1500) for w in re.findall("[a-z]+", source[i]["captions"][0])}
