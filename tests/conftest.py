@@ -5,6 +5,7 @@ optimization, and what one process of a session has compiled, every other reads 
 """
 
 import atexit
+import collections
 import importlib.metadata
 import logging
 import os
@@ -27,6 +28,7 @@ if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11
     # The older code generator takes half the time to compile, and one thread is enough.
     quick = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
     os.environ["XLA_FLAGS"] = f"{given} {quick}"
+    os.environ["QUICK_XLA_FLAGS"] = quick
 
 from jaxtyping import install_import_hook
 
@@ -62,6 +64,17 @@ def pytest_addoption(parser):
         default=None,
         help="folder of conformance fixtures (default ../shared/fixtures, else $JOINTSEG_FIXTURES)",
     )
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest chooses by marks
+def pytest_collection_modifyitems(items):
+    """Options of a test beyond the first N of ``thorough_after(N)`` are of the tier thorough."""
+    options = collections.Counter()
+    for item in items:
+        if few := item.get_closest_marker("thorough_after"):
+            options[item.path, item.originalname] += 1
+            if options[item.path, item.originalname] > few.args[0]:
+                item.add_marker("thorough")
 
 
 @pytest.fixture

@@ -312,6 +312,7 @@ def test_two_streams_have_their_published_size():
     assert count(shapes) == 95_813_388 - embedding - projections
 
 
+@pytest.mark.thorough_after(1)
 @pytest.mark.parametrize("name", ["pdm_two_stream", "pdm_given_maps"])
 @pytest.mark.parametrize("data", ["scenes", "folders", "coco_panoptic"])
 def test_the_image_stage_becomes_the_image_stream(name, data):

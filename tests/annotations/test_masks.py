@@ -128,6 +128,7 @@ def test_without_numba_the_result_is_the_same(monkeypatch):
         masks.compiled.cache_clear()
 
 
+@pytest.mark.thorough
 def test_fast_mode_is_fast():
     """512 x 512 with about 1,000 regions in at most 50 ms of one core's time (best of 5)."""
     labels = scattered()

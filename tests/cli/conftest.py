@@ -25,6 +25,8 @@ class Launcher:
     def start(self, name: str, *arguments: object, devices: int = 1) -> subprocess.Popen:
         """Starts a launcher and returns the process."""
         flags = f"--xla_force_host_platform_device_count={devices}"
+        if name != "compile":  # libtpu, which it needs, does not know them
+            flags += " " + os.environ.get("QUICK_XLA_FLAGS", "")
         return subprocess.Popen(
             [sys.executable, f"launch/{name}.py", *map(str, arguments)],
             cwd=ROOT,

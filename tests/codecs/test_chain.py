@@ -57,6 +57,7 @@ def test_with_pixels_the_latents_are_the_colours():
     np.testing.assert_array_equal(read(PIXELS, {}, perturbed)[0], labels())
 
 
+@pytest.mark.thorough
 def test_it_is_the_first_then_the_second_and_back():
     params = jax.jit(TINY.init)(jax.random.key(1))
     latents = encode(TINY, params, labels())

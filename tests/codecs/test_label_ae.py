@@ -106,6 +106,7 @@ def test_what_the_encoder_sees():
     np.testing.assert_array_equal(original, [[1, 1], [0, 0], [1, -1], [-1, -1]])
 
 
+@pytest.mark.thorough_after(1)
 @pytest.mark.parametrize("fields", [{}, {"patch": 2}, {"middle_blocks": 1}, {"up_widths": ()}])
 def test_shapes_and_scale(fields):
     codec, larger, labels = small(**fields), small(**fields, scale=3.0), maps()
@@ -219,6 +220,7 @@ def test_every_parameter_gets_a_gradient():
     assert set(metrics) == {"loss", "loss/cross_entropy", "latent/std", "latent/noise"}
 
 
+@pytest.mark.thorough
 def test_bfloat16_activations_keep_float32_ends():
     codec, labels = small(dtype="bfloat16"), maps()
     params = started(codec)

@@ -33,6 +33,7 @@ def faults(**environment):
     return said, int(count)
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc is meant")
 def test_pictures_take_the_memory_of_those_before_unless_the_user_says_otherwise():
     said, count = faults()

@@ -93,6 +93,7 @@ def test_pooling_loses_edges_first(run):
     assert worst == {"name": min(present, key=present.get), "iou": min(present.values())}
 
 
+@pytest.mark.thorough
 def test_panoptic_codecs_are_measured_by_their_segments_too(run):
     run = dataclasses.replace(run, config=run.config.replace({"data.panoptic": True}))
     codec = PanopticBits(classes=len(SCENES.classes), instance_bits=3)

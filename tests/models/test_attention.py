@@ -84,6 +84,7 @@ def same(*case):
         np.testing.assert_allclose(a, b, rtol=FLOAT32, atol=FLOAT32, err_msg=name)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("backend", "width"), [("splash", 32), ("packed", 128)])
 def test_a_network_says_the_same_with_every_backend(backend, width):
     """The parameters are those of the plain backend; 249 tokens become 256, a token of time too."""

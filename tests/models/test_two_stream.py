@@ -100,6 +100,7 @@ def image_only(given):
 # --- the image stream ----------------------------------------------------------------------------
 
 
+@pytest.mark.thorough_after(1)
 @pytest.mark.parametrize("scan", [False, True])
 @pytest.mark.parametrize("options", OPTIONS)
 def test_the_image_stream_has_the_parameters_of_a_uvit(options, scan):
@@ -344,6 +345,7 @@ def count(module):
     return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
 
+@pytest.mark.thorough_after(1)
 @pytest.mark.parametrize("factor", [1, 2, 4])
 def test_published_parameter_count(factor):
     """The published 95.8 M are factor 1, and include idle projections and an idle embedding."""

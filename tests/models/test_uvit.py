@@ -106,18 +106,12 @@ DEEP = 4
 """Two blocks in each half: enough to notice an exchanged order."""
 
 
+@pytest.mark.thorough_after(1)
 @pytest.mark.parametrize(
-    "fields, scan, remat",  # pdm: pre-norm; joint: post-norm
-    [
-        ("joint", True, "attn_out"),
-        *(
-            pytest.param(fields, scan, remat, marks=pytest.mark.thorough)
-            for fields in ("pdm", "joint")
-            for scan, remat in [(False, "attn_out"), *((True, r) for r in REMAT)]
-            if (fields, scan, remat) != ("joint", True, "attn_out")
-        ),
-    ],
+    "scan,remat",
+    [(True, "attn_out"), *((True, r) for r in REMAT if r != "attn_out"), (False, "attn_out")],
 )
+@pytest.mark.parametrize("fields", ["joint", "pdm"])  # post-norm and pre-norm
 def test_scan_and_remat_change_no_output_and_no_gradient(fields, scan, remat):
     module, params, given = prepared(fields, DEEP)
     outputs, gradients = reference(fields, DEEP)
@@ -145,6 +139,7 @@ def test_stack_and_unstack_are_inverse(kind):
     assert {type(p) for p in jax.tree.leaves(back)} == {type(p) for p in jax.tree.leaves(params)}
 
 
+@pytest.mark.thorough_after(1)
 @pytest.mark.parametrize("scan", [False, True])
 def test_taps_follow_the_blocks(scan):
     module, params, given = prepared("joint", DEEP)
@@ -287,6 +282,7 @@ UNIDIFFUSER = {
 JODIFFUSION = UNIDIFFUSER | {"text": Tokens(count=77, width=768, inner=64), "mask": LATENT}
 
 
+@pytest.mark.thorough
 def test_published_parameter_counts():
     """U-ViT-S/2 (COCO) and Deep, UniDiffuser v1, JoDiffusion less its 26,112 idle ones, PDM."""
     small = {
@@ -310,6 +306,7 @@ def test_published_parameter_counts():
     assert count(UViT(**pdm, depth=12, scan=True)) == 44_874_508 - idle
 
 
+@pytest.mark.thorough_after(1)
 @pytest.mark.parametrize("fields", ["pdm", "joint"])
 def test_a_gradient_reaches_every_parameter(fields):
     _, gradients = reference(fields)
@@ -335,6 +332,7 @@ def test_initial_values():
             assert np.unique(leaf).size > 0.98 * leaf.size, name
 
 
+@pytest.mark.thorough_after(1)
 @pytest.mark.parametrize("scan", [False, True])
 def test_bfloat16_keeps_float32_parameters_and_predictions(scan):
     module, params, given = prepared("joint")
@@ -384,6 +382,7 @@ def test_flops_of_the_one_billion_network():
 # --- mesh ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("scan", [False, True])
 def test_tokens_are_pinned_once_and_after_each_block_with_the_same_numbers_on_a_mesh(scan):
     module, params, given = prepared("pdm")

@@ -77,6 +77,7 @@ def test_the_gradient_reaches_every_parameter():
     assert not still
 
 
+@pytest.mark.thorough
 def test_the_preview_shows_images_beside_what_the_codec_gives_back():
     shown = jax.jit(SYSTEM.preview)(params(), {}, batch(), keys())
     np.testing.assert_array_equal(shown["image"], batch()["image"])
@@ -126,6 +127,7 @@ def test_a_palette_takes_the_place_of_some_images():
     assert (values(0.5, seed=1) != mixed).any()
 
 
+@pytest.mark.thorough
 def test_the_loss_of_painted_rows_is_that_of_their_colours():
     system = dataclasses.replace(IMAGES, palette=PALETTE, painted=1.0)
     got = jax.jit(system.loss)(image_params(), {}, batch(), keys())[0]

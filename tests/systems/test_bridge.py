@@ -108,13 +108,14 @@ def test_a_cell_counts_if_none_of_its_pixels_is_void():
 
 
 # Euler on dx/dt = x / (1 + t) is exact: x is linear in t along the flow
+@pytest.mark.thorough_after(2)
 @pytest.mark.parametrize(
     "solver",
     [
         Euler(steps=1),
         Euler(steps=7),
         Heun(steps=3),
-        pytest.param(Dopri5(), marks=pytest.mark.thorough),
+        Dopri5(),
     ],
 )
 def test_both_directions_are_read_off_one_network(solver):

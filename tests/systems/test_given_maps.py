@@ -75,7 +75,8 @@ def keys():
     return sample_keys(0, jnp.arange(ROWS))
 
 
-@pytest.mark.parametrize("network", ["one", pytest.param("two", marks=pytest.mark.thorough)])
+@pytest.mark.thorough_after(1)
+@pytest.mark.parametrize("network", NETWORKS)
 def test_the_loss_is_the_images_and_everything_but_the_maps_head_learns(network):
     loss = jax.value_and_grad(system(network).loss, has_aux=True)
     loss = jax.jit(loss)
@@ -85,6 +86,7 @@ def test_the_loss_is_the_images_and_everything_but_the_maps_head_learns(network)
     assert silent == {p for p in rules.paths(gradients) if "/mask_out/" in p}
 
 
+@pytest.mark.thorough_after(1)
 @pytest.mark.parametrize("network", NETWORKS)
 def test_made_images_depend_on_the_given_maps_which_come_back(network):
     def generate(given):

@@ -163,6 +163,7 @@ def same_pairs(got, want):
 # ------------------------------------------------------------------------------- rows
 
 
+@pytest.mark.thorough_after(1)
 @pytest.mark.parametrize("kind", SYSTEMS)
 def test_a_rows_loss_depends_on_its_own_key_only(kind):
     joint, rows = SYSTEMS[kind](), batch()
@@ -177,6 +178,7 @@ def test_a_rows_loss_depends_on_its_own_key_only(kind):
     assert len({float(a["loss"]) for a in alone}) == 4
 
 
+@pytest.mark.thorough_after(1)
 @pytest.mark.parametrize("kind", SYSTEMS)
 def test_a_sample_depends_on_its_own_key_only(kind):
     guidance = {"guidance": 2.0} if kind == "text_stream" else {"image": {"guidance": 2.0}}

@@ -178,6 +178,7 @@ DAMAGES = {
 }
 
 
+@pytest.mark.thorough_after(2)
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda f: f.__name__)
 def test_damage_falls_back_renames_and_says_so_in_one_line(run, caplog, damage):
     damage(run / "30")
@@ -212,6 +213,7 @@ def test_training_goes_on_past_a_damaged_step(run):
     assert {"30.damaged-unreadable", "30.damaged-unreadable.2"} <= names
 
 
+@pytest.mark.thorough
 def test_all_damaged_stops_until_told_to_start_afresh(run, caplog):
     for step in (10, 20, 30):
         damage_truncated(run / str(step))
@@ -291,6 +293,7 @@ def test_restores_onto_another_mesh_bit_equal(tmp_path):
         assert all(jax.tree.leaves(as_asked))
 
 
+@pytest.mark.thorough_after(2)
 @pytest.mark.parametrize(
     ("change", "line"),
     [
@@ -504,6 +507,7 @@ FULL = """
 """
 
 
+@pytest.mark.thorough
 def test_a_write_the_disk_refuses_is_told_and_earlier_steps_stay(tmp_path):
     """F9: a limit on the file size stands for a full disk: the write fails half-way all the same.
 

@@ -127,6 +127,7 @@ def test_nothing_to_start_from_is_a_fresh_start():
     assert init_from.insert(fresh, {}) is fresh
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("scan", [False, True])
 def test_averaged_parameters_become_the_image_stream_and_the_rest_stays_fresh(images, scan):
     folder, ema = images
@@ -222,6 +223,7 @@ def test_a_reference_file_becomes_the_image_stream(tmp_path):
 # ------------------------------------------------------------------------------- refusals
 
 
+@pytest.mark.thorough_after(4)
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -357,6 +359,7 @@ def updated(chosen):
     return jax.eval_shape(update, state, {}, batch)[0]
 
 
+@pytest.mark.thorough
 def test_frozen_parameters_have_no_gradient_no_moments_and_no_average():
     chosen = trainable(shapes("pair"))
     state = updated(chosen)

@@ -102,6 +102,7 @@ SHARED = """
 """
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_one_of_two_processes_stops_both_at_the_same_step(number):
     with socket.socket() as free:

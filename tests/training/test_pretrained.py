@@ -135,6 +135,7 @@ def test_the_averaged_parameters_and_the_fields_are_copied(tmp_path):
     ]
 
 
+@pytest.mark.thorough
 def test_codecs_are_gathered_once(tmp_path):
     ema, config = codec_run(tmp_path / "codec"), joint_config(tmp_path / "codec", scale="fit")
     pretrained.import_codecs(tmp_path / "joint", system_config(config), facts(), batches())
@@ -159,6 +160,7 @@ def test_the_scale_is_the_codecs_own_unless_another_is_given(tmp_path):
     assert scales == {"own": 0.7, "given": 0.3}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("latent", ["mode", "sample"])
 def test_a_fitted_scale_makes_latents_of_unit_deviation(tmp_path, latent):
     codec_run(tmp_path / "codec", latent=latent, scale=0.7)

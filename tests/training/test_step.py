@@ -138,6 +138,7 @@ def same(got, want):
 # ------------------------------------------------------------------------ accumulation
 
 
+@pytest.mark.thorough_after(1)
 @pytest.mark.parametrize("parts", [2, 4])
 def test_accumulation_changes_nothing_but_rounding(parts):
     data = [batch(i) for i in range(3)]
@@ -190,6 +191,7 @@ SMOOTH = {"schedule": {"name": "constant", "lr": 0.01}, "eps": 1e-2, "clip": 1.0
 ON_MESH = {"adamw": AdamW(**SMOOTH).build(100), "muon": Muon(**SMOOTH).build(100)}
 
 
+@pytest.mark.thorough_after(2)
 @pytest.mark.parametrize(
     ("preset", "name"),
     [("replicate", "adamw"), ("zero1", "adamw"), ("zero1", "muon"), ("fsdp", "adamw")],

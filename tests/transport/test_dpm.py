@@ -29,6 +29,7 @@ def solver(steps, order, **knobs):
     return DPMSolverPP(steps=calls, order=order, **knobs)
 
 
+@pytest.mark.thorough_after(10)
 @pytest.mark.parametrize(
     ("order", "knobs"),
     [

@@ -26,6 +26,7 @@ def ends(process):
     return data, process.source(keys[3:], data)
 
 
+@pytest.mark.thorough_after(24)
 @pytest.mark.parametrize(("schedule", "predicts", "scale"), CASES)
 @pytest.mark.parametrize("t", [0.37, (0.02, 0.4, 0.97)], ids=["one time", "a time per row"])
 def test_reading_a_target_gives_back_data_and_source(schedule, predicts, scale, t):

@@ -289,6 +289,7 @@ def test_workers_change_nothing_not_even_the_reports(disk):
     assert f"{disk.image('a3')}: the file is truncated" in report["error"]
 
 
+@pytest.mark.thorough
 def test_bad_samples_stop_the_run_through_a_worker(disk):
     disk.image("a3").write_bytes(b"")
     options = {"batch": 6, "seed": 0, "transforms": (Resize(size=12),)}
