@@ -76,7 +76,7 @@ def test_the_tour_uses_the_public_face_only():
             modules.add(node.module)
     assert modules <= {"jointseg_jax", "jax", "jax.numpy", "numpy", "optax", "os", "PIL"}
     lines = [line for line in source.splitlines() if line.strip() and line.strip()[0] != "#"]
-    assert len(lines) <= 90
+    assert len(lines) <= 80
 
 
 def test_outputs_are_those_of_one_run_or_none():
