@@ -44,7 +44,7 @@ os.environ["XLA_FLAGS"] = given
 # their programs are other ones
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"] + "/quick")
 
-KEYS_ARE_DRAWN = ("codecs", "evaluation", "generation", "systems", "training", "transport")
+KEYS_ARE_DRAWN = ("generation", "systems", "training")
 """Folders whose tests check that no key is used twice, which slows all that is traced or called."""
 
 

@@ -63,8 +63,8 @@ def arguments(name):
 
 
 def case(name, argument):
-    """A config as its file has it, its smoke run, and its last data set; the others are many."""
-    few = ("", "smoke", f"data={(DATA[name] or ('',))[-1]}")
+    """A config's smoke run and its last data set, and those of the tier thorough."""
+    few = ("smoke", f"data={DATA[name][-1]}" if DATA[name] else "")
     return pytest.param(name, argument, marks=() if argument in few else pytest.mark.thorough)
 
 
@@ -279,6 +279,7 @@ def test_the_networks_of_the_image_stream_and_of_unidiffuser_have_their_publishe
     assert size_of("jodiffusion", "voc", streams) == 952_509_520
 
 
+@pytest.mark.thorough_after(1)
 @pytest.mark.parametrize("data", ["voc", "coco_panoptic", "ade20k"])
 def test_jodiffusion_has_its_published_size(data):
     _, shapes = system_of("jodiffusion", f"data={data}")
@@ -330,6 +331,7 @@ def test_the_image_stage_becomes_the_image_stream(name, data):
     assert {p for p in wanted if "/image_stream/" in p or "/text/" in p} == set(found)
 
 
+@pytest.mark.thorough_after(1)
 @pytest.mark.parametrize("argument", ["smoke", "data=coco_panoptic"])
 def test_given_maps_are_seen_clean_and_not_learnt(argument):
     for streams in ("one", "two"):

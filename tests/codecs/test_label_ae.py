@@ -277,6 +277,7 @@ def test_refinement_treats_every_row_alone():
         np.testing.assert_allclose(whole[row : row + 1], alone, atol=1e-3)
 
 
+@pytest.mark.thorough
 def test_refinement_steps_are_as_long_as_the_docstring_says():
     codec = small(refine=1, refine_rate=0.25)
     params, labels = started(codec), maps(2)

@@ -88,6 +88,7 @@ def test_pixels_are_perfect_and_every_record_counts_once():
     json.dumps(report, allow_nan=False)
 
 
+@pytest.mark.thorough
 def test_a_codec_with_a_palette_reports_labels_too():
     system = Autoencode(
         codec=Pixels(),

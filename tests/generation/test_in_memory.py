@@ -94,6 +94,7 @@ def test_a_bridge_reads_images_of_any_size(bridge, tmp_path):
     np.testing.assert_array_equal(labels, sample_pairs(bridge, options)["labels"])
 
 
+@pytest.mark.thorough
 def test_arrays_are_told_apart(bridge, tmp_path):
     maps = [np.full((8, 8), value, np.int32) for value in (0, 2)]
     first, second = (InMemory(kind="labels", rows=rows) for rows in (maps, maps[::-1]))

@@ -233,6 +233,7 @@ def test_scan_and_remat_change_no_output_and_no_gradient(options, changes):
     assert_trees_close(unstack_blocks(got_gradients) if scan else got_gradients, gradients)
 
 
+@pytest.mark.thorough
 def test_scan_makes_the_stacked_tree():
     module, params, _ = prepared()
     other = module.clone(scan=True)
@@ -326,6 +327,7 @@ def test_bfloat16_keeps_float32_parameters_and_predictions():
         assert 1e-4 < error < 0.07, (name, error)
 
 
+@pytest.mark.thorough_after(1)
 @pytest.mark.parametrize("sizes", [None, {"image": (8, 16), "mask": (16, 4)}])
 def test_forward_flops_are_those_xla_counts(sizes):
     square = Patches(grid=(16, 16), channels=3, patch=2, conv=True)

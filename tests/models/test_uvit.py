@@ -353,6 +353,7 @@ def test_bfloat16_keeps_float32_parameters_and_predictions(scan):
 # --- cost ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough_after(1)
 @pytest.mark.parametrize(
     "sizes", [None, {"image": (8, 16), "mask": (16, 4)}], ids=["native", "other"]
 )

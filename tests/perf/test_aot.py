@@ -345,6 +345,7 @@ def test_the_update_of_training_on_other_devices(small, check_gradients, check_p
     assert values["roofline_ms"] == pytest.approx(lowered.flops / 8 / 197e9, rel=1e-4)  # rounded
 
 
+@pytest.mark.thorough
 def test_the_sampler_needs_no_collective(small, check_products):
     lowered = programs.lower_sampling(small, jax.devices(), missing=Missing(), per_chip=2, steps=4)
     found = on_hosts(lowered)

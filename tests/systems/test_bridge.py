@@ -108,7 +108,7 @@ def test_a_cell_counts_if_none_of_its_pixels_is_void():
 
 
 # Euler on dx/dt = x / (1 + t) is exact: x is linear in t along the flow
-@pytest.mark.thorough_after(2)
+@pytest.mark.thorough_after(1)
 @pytest.mark.parametrize(
     "solver",
     [
@@ -229,6 +229,7 @@ class Drawn(Pixels):
         return latents + jax.vmap(lambda key: jax.random.normal(key, latents.shape[1:]))(keys)
 
 
+@pytest.mark.thorough
 def test_image_latents_are_drawn_in_training_and_the_mode_otherwise():
     system = bridge(mask=Chain(first=Palette(classes=CLASSES), second=Drawn()))
     labels = maps()

@@ -75,7 +75,7 @@ def keys():
     return sample_keys(0, jnp.arange(ROWS))
 
 
-@pytest.mark.thorough_after(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize("network", NETWORKS)
 def test_the_loss_is_the_images_and_everything_but_the_maps_head_learns(network):
     loss = jax.value_and_grad(system(network).loss, has_aux=True)

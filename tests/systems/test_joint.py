@@ -204,6 +204,7 @@ def test_element_weights_are_one_mean_over_the_concatenated_vector():
     close(loss, np.mean(both**2))  # ... so the text stream below is what tells sizes apart
 
 
+@pytest.mark.thorough
 def test_element_weights_follow_the_sizes_and_leave_out_weight_zero():
     joint = text_stream(weights="elements")
     sizes = {"text": WORDS * WIDTH, "image": SIDE * SIDE * 3, "mask": SIDE * SIDE * 3}
@@ -321,6 +322,7 @@ def test_the_network_is_asked_twice_only_where_a_free_stream_is_guided(image, ma
     assert {z.shape[0] for latents, _, _ in seen for z in latents.values()} == {rows}
 
 
+@pytest.mark.thorough
 def test_guidance_scales_what_the_prompt_adds_to_each_stream():
     def answer(image, mask, text):
         scales = {"image": {"guidance": image}, "mask": {"guidance": mask}}
@@ -333,6 +335,7 @@ def test_guidance_scales_what_the_prompt_adds_to_each_stream():
     assert np.abs(with_text["image"] - without["image"]).max() > 100 * REORDERED
 
 
+@pytest.mark.thorough_after(1)
 @pytest.mark.parametrize(("time", "label"), [(1.0, 999), (1.001, 1000)])
 def test_a_text_stream_is_silenced_by_fresh_noise_at_every_step(time, label):
     seen = []

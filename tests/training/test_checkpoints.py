@@ -178,7 +178,7 @@ DAMAGES = {
 }
 
 
-@pytest.mark.thorough_after(2)
+@pytest.mark.thorough_after(1)
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda f: f.__name__)
 def test_damage_falls_back_renames_and_says_so_in_one_line(run, caplog, damage):
     damage(run / "30")
@@ -202,6 +202,7 @@ def test_an_array_that_the_files_lack_is_damage(run, tmp_path):
     assert (run / "30.damaged-digest").is_dir()
 
 
+@pytest.mark.thorough
 def test_training_goes_on_past_a_damaged_step(run):
     damage_truncated(run / "30")
     with Checkpoints(run) as checkpoints:
@@ -317,6 +318,7 @@ def test_another_model_is_refused_and_not_taken_for_damage(run, change, line):
     assert (run / "30").is_dir()
 
 
+@pytest.mark.thorough_after(1)
 @pytest.mark.parametrize(
     ("key", "value", "text"),
     [

@@ -150,6 +150,7 @@ def test_a_scanned_run_starts_an_unrolled_one(tmp_path):
     same(placed["denoiser"]["image_stream"], unstack_blocks(ema["denoiser"]))
 
 
+@pytest.mark.thorough
 def test_without_rules_everything_goes_where_it_came_from(images):
     folder, ema = images
     given = loaded({"workdir": str(folder)}, shapes("image"))
@@ -223,7 +224,7 @@ def test_a_reference_file_becomes_the_image_stream(tmp_path):
 # ------------------------------------------------------------------------------- refusals
 
 
-@pytest.mark.thorough_after(4)
+@pytest.mark.thorough_after(2)
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

@@ -150,6 +150,7 @@ def test_accumulation_changes_nothing_but_rounding(parts):
     close(same_metrics, metrics, rtol=1e-4)
 
 
+@pytest.mark.thorough_after(2)
 @pytest.mark.parametrize("parts", [1, 2, 4, 8])
 def test_a_rows_noise_is_that_of_its_row_whatever_the_accumulation(parts):
     update, state = run(Exposed(), optimizer=optax.sgd(1.0), accumulate=parts, seed=3)
@@ -269,6 +270,7 @@ def test_no_average_is_the_parameters_themselves():
 # -------------------------------------------------------------------------- not finite
 
 
+@pytest.mark.thorough_after(2)
 @pytest.mark.parametrize("cause", BAD)
 @pytest.mark.parametrize("parts", [1, 4])
 def test_an_update_that_is_not_finite_is_discarded(cause, parts):
