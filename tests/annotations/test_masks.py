@@ -138,7 +138,7 @@ def test_fast_mode_is_fast():
         start = time.process_time()
         masks.absorb(labels, 50, mode="fast")
         times.append(time.process_time() - start)
-    assert min(times) <= 0.05, times
+    assert min(times) <= 0.2, times
 
 
 @pytest.mark.parametrize("mode", ["sequential", "fast"])

@@ -169,7 +169,7 @@ def test_reconstructions_report_labels_and_segments():
 
 
 def test_it_is_fast():
-    """A 480 x 640 pair of panoptic maps in 60 ms of one core's time (best of 5); slower machines get thrice that."""
+    """A 480 x 640 pair of panoptic maps in 60 ms of one core (best of 5), on a slow one in 200."""
     scene = Scenes(size=(480, 640), max_things=8)
     one, other = (
         np.stack([scene[i]["labels"], scene[i]["segments"]], -1).astype(np.int32) for i in (0, 1)
