@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from jointseg_jax import chips
-from jointseg_jax.config import RunConfig
+from jointseg_jax.config import WatchdogConfig
 from jointseg_jax.training.goodput import Goodput
 from jointseg_jax.training.watchdog import Watchdog
 
@@ -29,16 +29,27 @@ class Clock:
     """Times one launch; a context manager around it.
 
     Args:
-      stacks: file for the stacks of all threads at a standstill (``watchdog``).
+      steps, batch: of the run.
+      watchdog: says when a standstill ends the launch.
+      stacks: file for the stacks of all threads at a standstill.
       writes: True for the process that keeps the run's files.
     """
 
-    def __init__(self, workdir: Path, config: RunConfig, *, stacks: Path, writes: bool):
+    def __init__(
+        self,
+        workdir: Path,
+        steps: int,
+        batch: int,
+        watchdog: WatchdogConfig,
+        *,
+        stacks: Path,
+        writes: bool,
+    ):
         self._goodput = Goodput(workdir, writes=writes)
-        self._watchdog = Watchdog(config.watchdog, stacks=stacks, doing=lambda: self._goodput.phase)
+        self._watchdog = Watchdog(watchdog, stacks=stacks, doing=lambda: self._goodput.phase)
         self._in_flight = InFlight()
         self._asked = 0.0  # when the loop began to ask for the batch
-        self._new_window = functools.partial(Telemetry, total=config.steps, batch=config.batch)
+        self._new_window = functools.partial(Telemetry, total=steps, batch=batch)
         self.window = self._new_window(flops=None)
 
     def __enter__(self) -> Clock:

@@ -154,7 +154,8 @@ class Session:
             opened.enter_context(WorkdirLock(workdir))
             self.preemption = opened.enter_context(Preemption())
             stacks = workdir / f"stacks{self._own}.txt"
-            clock = Clock(workdir, config, stacks=stacks, writes=self._first)
+            known = (config.steps, config.batch, config.watchdog)
+            clock = Clock(workdir, *known, stacks=stacks, writes=self._first)
             self.clock = opened.enter_context(clock)
             self.checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
             opened.callback(self._close)

@@ -109,6 +109,7 @@ def scattered(size=512, classes=21):
     return labels
 
 
+@pytest.mark.thorough
 def test_the_sweeps_agree_on_a_large_map():
     labels = scattered(256)
     want = sequential(labels, 50, masks.sweep_crops)

@@ -70,7 +70,7 @@ def at_the_corners(codecs):
     return found
 
 
-@pytest.mark.thorough_after(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize("void", ["masked", "read", "white"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_class_returns_exactly_under_the_largest_perturbation(kind, void):

@@ -102,6 +102,7 @@ def test_void_points_do_not_count():
     assert float(value) == 0 and bool((gradient == 0).all())
 
 
+@pytest.mark.thorough
 def test_slots_beyond_the_present_classes_change_nothing():
     labels = halves()
     logits = normal(4, 1, 16, 16, 7)

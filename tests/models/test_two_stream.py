@@ -347,7 +347,7 @@ def count(module):
     return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
 
-@pytest.mark.thorough_after(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize("factor", [1, 2, 4])
 def test_published_parameter_count(factor):
     """The published 95.8 M are factor 1, and include idle projections and an idle embedding."""

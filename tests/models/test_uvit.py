@@ -111,7 +111,7 @@ DEEP = 4
     "scan,remat",
     [(True, "attn_out"), *((True, r) for r in REMAT if r != "attn_out"), (False, "attn_out")],
 )
-@pytest.mark.parametrize("fields", ["joint", "pdm"])  # post-norm and pre-norm
+@pytest.mark.parametrize("fields", ["pdm", "joint"])  # pre-norm and post-norm
 def test_scan_and_remat_change_no_output_and_no_gradient(fields, scan, remat):
     module, params, given = prepared(fields, DEEP)
     outputs, gradients = reference(fields, DEEP)
@@ -139,7 +139,7 @@ def test_stack_and_unstack_are_inverse(kind):
     assert {type(p) for p in jax.tree.leaves(back)} == {type(p) for p in jax.tree.leaves(params)}
 
 
-@pytest.mark.thorough_after(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize("scan", [False, True])
 def test_taps_follow_the_blocks(scan):
     module, params, given = prepared("joint", DEEP)
@@ -203,6 +203,7 @@ def test_every_prediction_reads_every_input(fields):
         assert moved == (set() if path in silent else set(base)), path
 
 
+@pytest.mark.thorough
 def test_without_skips_there_are_no_joins():
     module = build(skip=False, scan=True)
     given, params = inputs(module), random_params(module)
@@ -225,6 +226,7 @@ def test_small_depths(depth, blocks, scan):
     assert ("in_blocks" in params) == ("out_blocks" in params) == (blocks > 1)
 
 
+@pytest.mark.thorough
 def test_another_grid_is_the_module_of_that_grid_with_resized_positions():
     module, params, given = prepared("pdm")
     tall = Patches(grid=(8, 2), channels=2, patch=2, conv=True)
@@ -256,6 +258,7 @@ def test_data_type_is_the_last_one_when_not_said():
     assert np.abs(last["image"] - forward(module, params, given)["image"]).max() > 1e-3
 
 
+@pytest.mark.thorough
 def test_one_time_may_stand_for_all_rows():
     module, params, given = prepared("joint")
     rows = {"image": jnp.full(2, 7.0), "text": jnp.full(2, 3.0)}
@@ -332,7 +335,7 @@ def test_initial_values():
             assert np.unique(leaf).size > 0.98 * leaf.size, name
 
 
-@pytest.mark.thorough_after(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize("scan", [False, True])
 def test_bfloat16_keeps_float32_parameters_and_predictions(scan):
     module, params, given = prepared("joint")

@@ -91,6 +91,7 @@ class Noted(bench.InProcess):
         super().close()
 
 
+@pytest.mark.thorough
 def test_configs_take_turns(monkeypatch):
     monkeypatch.setattr(bench, "Subprocess", Noted)
     one, other = (BenchConfig(**vars(MASKS) | {"name": n}) for n in "AB")

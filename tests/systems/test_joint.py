@@ -178,7 +178,7 @@ def test_a_rows_loss_depends_on_its_own_key_only(kind):
     assert len({float(a["loss"]) for a in alone}) == 4
 
 
-@pytest.mark.thorough_after(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", SYSTEMS)
 def test_a_sample_depends_on_its_own_key_only(kind):
     guidance = {"guidance": 2.0} if kind == "text_stream" else {"image": {"guidance": 2.0}}
@@ -335,7 +335,7 @@ def test_guidance_scales_what_the_prompt_adds_to_each_stream():
     assert np.abs(with_text["image"] - without["image"]).max() > 100 * REORDERED
 
 
-@pytest.mark.thorough_after(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize(("time", "label"), [(1.0, 999), (1.001, 1000)])
 def test_a_text_stream_is_silenced_by_fresh_noise_at_every_step(time, label):
     seen = []
@@ -427,6 +427,7 @@ def test_previews_are_pairs_a_person_can_look_at(kind):
     }
 
 
+@pytest.mark.thorough
 def test_panoptic_streams_give_labels_and_segments():
     mask = Stream(
         field="panoptic",

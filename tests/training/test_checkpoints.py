@@ -436,6 +436,7 @@ def half_written(folder):
     return [p for p in folder.glob("[0-9]*") if not (p / "commit_success.txt").exists()]
 
 
+@pytest.mark.thorough
 def test_donation_while_a_save_is_in_flight(tmp_path):
     @jax.jit
     def make(i):

@@ -281,6 +281,7 @@ def test_mistakes_are_named(images, changes, said):
     assert re.search(said, str(error.value), re.DOTALL), str(error.value)
 
 
+@pytest.mark.thorough
 def test_other_sizes_do_not_fit(images):
     with pytest.raises(UserError, match=r"\(16, 16\) does not fit \(32, 32\)|does not fit \("):
         loaded(spec(images[0]), shapes("pair", width=32))

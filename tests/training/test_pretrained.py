@@ -150,6 +150,7 @@ def test_codecs_are_gathered_once(tmp_path):
 # ------------------------------------------------------------------------------- scale
 
 
+@pytest.mark.thorough
 def test_the_scale_is_the_codecs_own_unless_another_is_given(tmp_path):
     codec_run(tmp_path / "codec", scale=0.7)
     scales = {}

@@ -138,7 +138,7 @@ def same(got, want):
 # ------------------------------------------------------------------------ accumulation
 
 
-@pytest.mark.thorough_after(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize("parts", [2, 4])
 def test_accumulation_changes_nothing_but_rounding(parts):
     data = [batch(i) for i in range(3)]

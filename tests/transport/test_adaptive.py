@@ -48,6 +48,7 @@ def test_a_row_that_needs_more_steps_is_not_a_number():
     assert jnp.isnan(got["state"]).all()
 
 
+@pytest.mark.thorough
 def test_under_jit():
     solve = jax.jit(lambda x: Dopri5(start=0.0, end=1.0)(turning, PROCESS, {"state": x})["state"])
     np.testing.assert_allclose(solve(jnp.ones((2, 3))), np.exp(np.sin(3)), rtol=5e-3)
