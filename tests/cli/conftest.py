@@ -4,6 +4,7 @@ Programs are compiled with little optimization, for they run for a second at mos
 """
 
 import dataclasses
+import fcntl
 import json
 import os
 import shutil
@@ -111,13 +112,20 @@ def launch():
 
 @pytest.fixture(scope="session")
 def launched(launch, tmp_path_factory):
-    """The quickstart's smoke run, trained once for all tests of a worker."""
-    workdir = tmp_path_factory.mktemp("trained")
-    words = ("--config=configs/quickstart.py:smoke", f"--workdir={workdir}")
-    return dataclasses.replace(launch("train", *words), workdir=workdir)
+    """The quickstart's smoke run, trained once for all workers of pytest."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # that of the session, with one folder for each worker
+    workdir, said = folder / "launched", folder / "launched.json"
+    with open(folder / "launched.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the first trains, the others wait for it
+        if not said.exists():
+            done = launch("train", "--config=configs/quickstart.py:smoke", f"--workdir={workdir}")
+            said.write_text(json.dumps([done.out, done.error]))
+    return Finished(*json.loads(said.read_text()), workdir)
 
 
 @pytest.fixture(scope="session")
-def trained(launched):
-    """Its workdir."""
-    return launched.workdir
+def trained(launched, tmp_path_factory):
+    """A copy of its workdir, for one worker."""
+    return shutil.copytree(launched.workdir, tmp_path_factory.mktemp("trained") / "run")

@@ -17,12 +17,12 @@ from jointseg_jax.data.sources.arrayrecord import ArrayRecords
 SMOKE = "--config=configs/quickstart.py:smoke"
 
 
-def test_train(launched, trained):
+def test_train(launched):
     assert {"alignment_miou", "chance_miou", "grid", "seconds"} <= set(launched.json)
     assert len(launched.digest) == 32
-    assert (trained / "metrics.jsonl").stat().st_size > 0
+    assert (launched.workdir / "metrics.jsonl").stat().st_size > 0
     assert os.path.getsize(launched.json["grid"]) > 1000
-    assert f"everything is in {trained}" in launched.out
+    assert f"everything is in {launched.workdir}" in launched.out
 
 
 def test_sample(launch, trained, tmp_path):
