@@ -252,9 +252,9 @@ class Denoiser(nn.Module):
     ) -> None:
         shape = None if value is None else jnp.shape(value)
         if shape not in wanted:
-            text = f"{what} has shape {shape}, want {' or '.join(map(str, wanted))}"
-            text += f"; change the input or `{field}`." if field else "."
-            raise ValueError(f"{type(self).__name__}: {text}")
+            message = f"{what} has shape {shape}, want {' or '.join(map(str, wanted))}"
+            message += f"; change the input or `{field}`." if field else "."
+            raise ValueError(f"{type(self).__name__}: {message}")
 
     @nn.nowrap
     def tap_names(self) -> list[str]:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jointseg_jax.codecs.codec import AnnotationCodec, Codec, TrainableCodec
 from jointseg_jax.codecs.pixels import normalise
 from jointseg_jax.rng import fold
-from jointseg_jax.systems.system import Batch, Pairs, read
+from jointseg_jax.systems.system import READERS, Batch, Pairs
 from jointseg_jax.types import Array, Params
 
 
@@ -72,4 +72,5 @@ class Autoencode:
         latents = self.codec.encode(params, batch[self.field], keys=keys)
         labels = batch["labels"].astype(jnp.int32)
         pairs = {"image": batch["image"], "labels": labels, "confidence": jnp.ones(labels.shape)}
-        return pairs | read(self.codec, self.codec.kind, params, latents)
+        kind = self.codec.kind  # also the field of what it reads
+        return pairs | READERS[kind](self.codec, kind, params, latents)

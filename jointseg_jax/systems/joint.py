@@ -22,13 +22,13 @@ import jax.numpy as jnp
 from jointseg_jax.rng import fold
 from jointseg_jax.systems.system import (
     LATENTS,
+    READERS,
     Batch,
     Denoiser,
     Input,
     Pairs,
     Stream,
     TextEncoder,
-    read,
 )
 from jointseg_jax.transport.guidance import Branch, Context, Guidance, Step, Times
 from jointseg_jax.transport.integrator import Solver
@@ -207,7 +207,8 @@ class Joint:
         """What a person can use of clean latents: uint8 images, labels with their confidence."""
         out: Pairs = {}
         for name, stream in self.streams.items():
-            out |= read(stream.codec, stream.field, frozen.get(name, {}), latents[name])
+            reader, own = READERS[stream.codec.kind], frozen.get(name, {})
+            out |= reader(stream.codec, stream.field, own, latents[name])
         return out
 
     def latent_shape(self, name: str) -> tuple[int, ...]:

@@ -71,17 +71,26 @@ class Stream:
         require_values(f"stream {self.field!r}", min(own.values()) >= 0, rule, **own)
 
 
-def read(codec: Codec, field: str, params: Params, latents: Array) -> Pairs:
-    """What a person can use of latents: a uint8 image, or labels with their confidence."""
-    if codec.kind == "image":
-        return {field: quantise(codec.decode(params, latents))}
-    if codec.kind == "labels":
-        own = cast(AnnotationCodec, codec)
-        return dict(zip((field, "confidence"), own.decode_with_confidence(params, latents)))
-    if codec.kind == "panoptic":
-        parts = cast(PanopticCodec, codec).read(params, latents)
-        return dict(zip(("labels", "segments", "confidence"), parts))
+def _image(codec: Codec, field: str, params: Params, latents: Array) -> Pairs:
+    return {field: quantise(codec.decode(params, latents))}  # uint8
+
+
+def _labels(codec: Codec, field: str, params: Params, latents: Array) -> Pairs:
+    parts = cast(AnnotationCodec, codec).decode_with_confidence(params, latents)
+    return dict(zip((field, "confidence"), parts))
+
+
+def _panoptic(codec: Codec, field: str, params: Params, latents: Array) -> Pairs:
+    parts = cast(PanopticCodec, codec).read(params, latents)
+    return dict(zip(("labels", "segments", "confidence"), parts))
+
+
+def _nothing(codec: Codec, field: str, params: Params, latents: Array) -> Pairs:
     return {}
+
+
+READERS = {"image": _image, "labels": _labels, "panoptic": _panoptic, "latents": _nothing}
+"""What a person can use of latents, as fields of a pair, by the kind of their codec."""
 
 
 class Input(NamedTuple):
