@@ -385,7 +385,7 @@ def needed(config: SystemConfig, part: str) -> Spec:
 def process(spec: Spec, where: str) -> Process:
     """One process and its schedule."""
     schedule = make(SCHEDULES, spec["schedule"], where=where + ".process.schedule")
-    fields = {**spec, "schedule": schedule}
+    fields = {k: v for k, v in spec.items() if k != "name"} | {"schedule": schedule}
     return construct(Process, fields, where=where + ".process", name="process")
 
 

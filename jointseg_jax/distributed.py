@@ -109,7 +109,8 @@ def _of_flags(flags: Flags, slurm: Settings | None) -> Settings:
             "--coordinator=HOST:PORT --num_processes=N --process_id=I, the first two the same "
             "everywhere; one process needs none of them."
         )
-    coordinator, processes, process = values.values()
+    coordinator, processes = flags.coordinator, flags.num_processes
+    process = flags.process_id
     _require_index(process, processes, "--process_id", "--num_processes")
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 2**16:

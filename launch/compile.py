@@ -116,7 +116,7 @@ def main() -> int:
     from jointseg_jax.perf import abstract, page, programs, report
 
     chip = chips.chip_of(TOPOLOGY.value)
-    options = dict(chips.chip_of(TOPOLOGY.value).options) | _options(OPTIONS.value)
+    options = dict(chip.options) | _options(OPTIONS.value)
     devices = chips.devices_of(TOPOLOGY.value)
     config = RunConfig.parse(CONFIG.value.to_dict())
     config = abstract.with_denoiser(

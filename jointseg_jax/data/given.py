@@ -65,7 +65,7 @@ class Given:
         """``labels`` or ``images``."""
         return "images" if self.classes is None else "labels"
 
-    @property
+    @functools.cached_property
     def ids(self) -> tuple[str, ...]:
         """Names the items."""
         return tuple(entry.id for entry in self.entries)

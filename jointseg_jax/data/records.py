@@ -9,10 +9,11 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NotRequired, Protocol, TypedDict, runtime_checkable
+from typing import NotRequired, Protocol, TypedDict, runtime_checkable
 
 import numpy as np
 
+from jointseg_jax.config import from_plain
 from jointseg_jax.data.classes import Classes
 from jointseg_jax.types import VOID
 
@@ -172,10 +173,5 @@ class DatasetInfo:
     def load(path: Path) -> DatasetInfo:
         """Reads what ``dump`` gave."""
         values = json.loads(path.read_text())
-        classes = Classes(**{name: _tuples(value) for name, value in values["classes"].items()})
+        classes = Classes(**from_plain(values["classes"]))
         return DatasetInfo(classes, tuple(values["vocabulary"]), tuple(values["captions"]))
-
-
-def _tuples(value: Any) -> Any:
-    """Returns tuples in place of the lists that JSON made of them, inner ones too."""
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value

@@ -45,8 +45,9 @@ class Reconstruction:
     def add(self, labels: Maps, decoded: Maps, valid: Valid | None = None) -> None:
         """Counts a batch of maps (or one) and what came back for them."""
         before, after = (shares(maps, len(self.names)) for maps in (labels, decoded))
-        both = [np.ravel(share_difference(before, after, void=void)) for void in (True, False)]
-        self._differences.append(np.stack(both)[:, slice(None) if valid is None else valid])
+        both = np.stack([share_difference(before, after, void=void) for void in (True, False)])
+        kept = both if valid is None else both[:, valid]  # [2, *batch]
+        self._differences.append(kept.reshape(2, -1))
         self.whole.add(labels, decoded, valid)
         # All but the edges become VOID in the truth, which a confusion matrix leaves out.
         edge = masks.boundary(labels, EDGE)

@@ -19,7 +19,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-import itertools
 import json
 import os
 import shutil
@@ -81,7 +80,7 @@ class PairWriter:
 
     def write(self, index: int, *pair: Any, **options: Any) -> None:
         """Writes pair ``index``, the next one in order; arguments as of ``files``."""
-        self._require_next(index)
+        self._advance_to(index)
         self.append(self.files(index, *pair, **options))
 
     def files(
@@ -134,7 +133,7 @@ class PairWriter:
 
     def append(self, line: Mapping[str, object]) -> None:
         """Adds the next pair to the manifest; its files must be there."""
-        self._require_next(line["index"])
+        self._advance_to(line["index"])
         self._add_line(line)
 
     def _list_kept(self) -> None:
@@ -168,7 +167,7 @@ class PairWriter:
                 f"in {self._manifest.name} are whole, and the same command goes on from them."
             ) from error
 
-    def _require_next(self, index: object) -> None:
+    def _advance_to(self, index: object) -> None:
         self._list_kept()
         if index != self.done:
             raise ValueError(f"pair {index} out of order; {self.done} is next.")
@@ -179,10 +178,15 @@ class PairWriter:
         A line that is torn or out of order ends the manifest.
         """
         saved = jsonl.read_until_damaged(self._manifest) if self._manifest.exists() else ()
-        in_order = itertools.takewhile(lambda i: i[1].get("index") == i[0], enumerate(saved))
-        kept = {index: line for index, line in in_order if self._is_whole(line)}
-        gap = next(index for index in itertools.count() if index not in kept)
-        return [kept.pop(index) for index in range(gap)], kept
+        lines, kept = [], {}
+        for index, line in enumerate(saved):
+            if line.get("index") != index:
+                break
+            if self._is_whole(line):
+                kept[index] = line
+        while len(lines) in kept:
+            lines.append(kept.pop(len(lines)))
+        return lines, kept
 
     def _is_whole(self, line: Mapping[str, object]) -> bool:
         """True if all files of a line are there with the bytes that it says."""

@@ -249,8 +249,8 @@ def write_pair(
     if condition is not None:
         repeat, item = divmod(index, len(condition))
         # named as the item, with a number from the second pair of it on
-        fields["given"] = condition.ids[item]
-        name = condition.ids[item] + (f"-{repeat + 1}" if repeat else "")
+        fields["given"] = given = condition.ids[item]
+        name = given + (f"-{repeat + 1}" if repeat else "")
     prompt = options.prompts[index % len(options.prompts)]
     if reason := options.filters.reason(pair):
         return writer.reject(index, prompt, fields, reason, name=name)

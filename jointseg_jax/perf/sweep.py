@@ -72,7 +72,7 @@ class Trial(NamedTuple):
     @property
     def order(self) -> tuple[float, int]:
         """What the best is chosen by: least ``image_ms``, then fewest rows."""
-        time = self.report.figures["image_ms"] if self.report is not None else math.nan
+        time = self.report.figures.get("image_ms", math.nan) if self.report else math.nan
         return (math.inf if math.isnan(time) else time, self.setting.rows)
 
 

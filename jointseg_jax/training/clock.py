@@ -38,10 +38,10 @@ class Clock:
     def __init__(
         self,
         workdir: Path,
+        *,
         steps: int,
         batch: int,
         watchdog: WatchdogConfig,
-        *,
         stacks: Path,
         writes: bool,
     ):

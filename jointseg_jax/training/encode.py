@@ -30,7 +30,7 @@ from jointseg_jax.types import UserError
 
 log = logging.getLogger("jointseg_jax")
 
-Count = Callable[[int], object]
+Progress = Callable[[int], object]
 """Called with the number of records that were done."""
 
 
@@ -113,7 +113,7 @@ class _Run:
         """Records in some shards."""
         return sum(len(self.plan.records_of(number)) for number in shards)
 
-    def keep(self, done: Count) -> int:
+    def keep(self, progress: Progress) -> int:
         """Leaves out the shards that are already whole; returns how many."""
         out, split = self.options.out, self.options.split
         whole = texts.is_whole(out, read_index(index_path(out, split)))
@@ -123,19 +123,19 @@ class _Run:
         for number in self.mine:
             if not shard_writer.kept(out, shard_name(split, number, self.plan.shards), part=part):
                 self.todo.append(number)
-            done(len(self.plan.records_of(number)))
+            progress(len(self.plan.records_of(number)))
         return len(self.mine) - len(self.todo)
 
-    def write(self, done: Count) -> None:
+    def write(self, progress: Progress) -> None:
         """Makes the shards of this process that are not there yet."""
         threads = self.options.threads
         records = [record for number in self.todo for record in self.plan.records_of(number)]
         reading = ReadConfig(workers=self.options.workers, threads=threads, prefetch=2 * threads)
         with contextlib.closing(self.plan.viewer.all(records, reading)) as found:
             for number in self.todo:
-                self._shard(number, found, done)
+                self._shard(number, found, progress)
 
-    def _shard(self, number: int, found: Iterator[ViewedRecord], done: Count) -> None:
+    def _shard(self, number: int, found: Iterator[ViewedRecord], progress: Progress) -> None:
         name = shard_name(self.options.split, number, self.plan.shards)
         made, count = self.plan.contents, len(self.plan.records_of(number))
         rows, text = count * self.plan.views.count, None if made.words else made.text
@@ -143,7 +143,7 @@ class _Run:
         groups = self._groups(itertools.islice(found, count))
         # the devices encode one group while the one before it is written
         for group, latents in one_ahead((group, self._launch(group)) for group in groups):
-            done(self._keep(shard, group, latents))
+            progress(self._keep(shard, group, latents))
         shard.close()
 
     def _groups(self, records: Iterator[ViewedRecord]) -> Iterator[list[ViewedRecord]]:

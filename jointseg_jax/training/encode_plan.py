@@ -74,7 +74,7 @@ class EncodeOptions:
         for name, bound in least.items():
             value = getattr(self, name)
             if value is not None and value < bound:
-                raise UserError(f"ERROR [encode] {name}={value}; at least {bound}. Set --{name}.")
+                raise UserError(f"ERROR [encode] {name}={value}; must be at least {bound}.")
         if self.split == "val" and (self.latents is not None or self.keep):
             raise UserError(
                 "ERROR [flags] --split=val: all that its records have is kept, for previews and "

@@ -97,9 +97,11 @@ class Faults:
         if refused > self._limit:
             raise self._over_limit(f"{found}; {refused} updates in a row were refused")
         log.warning("%s", found)
-        if self._policy == "rollback" and saved is None:
+        if self._policy != "rollback":
+            return False
+        if saved is None:
             log.warning("there is no checkpoint to go back to yet; the step is left out")
-        return self._policy == "rollback" and self._returns_to(saved, found)
+        return self._count_return(saved, found)
 
     def go_back_from(self, leaps: Losses, *, saved: int | None) -> bool:
         """``go_back`` for finite losses that have leapt (``Spikes.among``); at least one."""
@@ -110,9 +112,10 @@ class Faults:
             f"records {_some(records)} were in the batch; last checkpoint: {saved}"
         )
         log.warning("%s", found)
-        return self._on_spike == "rollback" and self._returns_to(saved, found)
+        return self._on_spike == "rollback" and self._count_return(saved, found)
 
-    def _returns_to(self, saved: int | None, found: str) -> bool:
+    def _count_return(self, saved: int | None, found: str) -> bool:
+        """True if there is a step to go back to; raises once too many returns led there."""
         if saved is None:
             return False
         returns = self._returns[1] + 1 if self._returns[0] == saved else 1

@@ -81,9 +81,10 @@ class WorkdirLock:
         self._stop.set()
         self._thread.join()
         self._thread = None
+        me = _self()
         with contextlib.suppress(OSError), self._opened() as file:
             owner = _owner(file)
-            if owner is not None and {**owner, "since": None} == {**_self(), "since": None}:
+            if owner is not None and all(owner.get(k) == v for k, v in me.items() if k != "since"):
                 self.path.unlink()
 
     def _acquire(self) -> None:

@@ -154,8 +154,14 @@ class Session:
             opened.enter_context(WorkdirLock(workdir))
             self.preemption = opened.enter_context(Preemption())
             stacks = workdir / f"stacks{self._own}.txt"
-            known = (config.steps, config.batch, config.watchdog)
-            clock = Clock(workdir, *known, stacks=stacks, writes=self._first)
+            clock = Clock(
+                workdir,
+                steps=config.steps,
+                batch=config.batch,
+                watchdog=config.watchdog,
+                stacks=stacks,
+                writes=self._first,
+            )
             self.clock = opened.enter_context(clock)
             self.checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
             opened.callback(self._close)

@@ -57,8 +57,7 @@ def to_reference(codec: LabelAE, params: Params) -> dict[str, np.ndarray]:
     renames, flat = table(codec), by_path(params)
     _same_names({r.path for r in renames}, set(flat), "parameters")
     _same_shapes(codec, flat)
-    back = {axes: axes and tuple(np.argsort(axes).tolist()) for _, _, axes in renames}
-    return {r.reference: _turned(np.asarray(flat[r.path]), back[r.axes]) for r in renames}
+    return {r.reference: _turned(np.asarray(flat[r.path]), _inverse(r.axes)) for r in renames}
 
 
 def _encoder(codec: LabelAE) -> Iterator[Rename]:
@@ -106,6 +105,10 @@ def _turned(tensor: np.ndarray, axes: Axes) -> np.ndarray:
         return tensor
     # Contiguous: safetensors writes the bytes as they lie, whatever the strides.
     return np.ascontiguousarray(tensor.transpose(axes))
+
+
+def _inverse(axes: tuple[int, ...] | None) -> tuple[int, ...] | None:
+    return None if axes is None else tuple(np.argsort(axes).tolist())
 
 
 def _same_names(want: set[str], got: set[str], what: str) -> None:

@@ -105,12 +105,12 @@ class CachedBatches(HostBatches):
         train: bool,
         threads: int,
     ):
-        super().__init__(step, in_order(self._make, map(self.plan, itertools.count(step)), threads))
         self._source, self._batch, self._seed, self._train = source, batch, seed, train
         local = batch // hosts
         self._own = np.arange(host * local, (host + 1) * local)
         # The order of the last epoch asked for: a batch may lie in two, and n may be millions.
         self._epoch: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
+        super().__init__(step, in_order(self._make, map(self.plan, itertools.count(step)), threads))
 
     def plan(self, step: int) -> tuple[np.ndarray, np.ndarray | None]:
         """Returns the records [rows] and random numbers [DRAWS, rows] of this host in a step."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 import bisect
 import functools
 import itertools
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +27,7 @@ import numpy as np
 from jointseg_jax.data import files
 from jointseg_jax.data.cached import store
 from jointseg_jax.data.cached.store import CacheIndex, Field, Note, ShardEntry
-from jointseg_jax.data.cached.texts import PIECE, Texts
+from jointseg_jax.data.cached.texts import Texts, pieces
 from jointseg_jax.data.classes import Classes
 from jointseg_jax.data.records import BadSample, Record, derive
 from jointseg_jax.types import UserError
@@ -46,7 +47,7 @@ class Cache:
     fields: tuple[Field, ...] = field(init=False, repr=False, compare=False)  # of a row
     texts: Texts | None = field(init=False, repr=False, compare=False)  # None: nothing reads any
     _starts: list[int] = field(init=False, repr=False, compare=False)  # first record of each shard
-    # Shards and notes are opened when they are first read, by whichever thread comes first.
+    # Shards and notes are opened when they are first read; notes, which are long, by one thread.
     _shard: Callable[[int], Shard] = field(init=False, repr=False, compare=False)
     _notes: Callable[[int], list[Note]] = field(init=False, repr=False, compare=False)
 
@@ -79,7 +80,7 @@ class Cache:
         # Without ``self``, whose maps would wait for the collector of cycles to be closed.
         shard = functools.partial(_opened, root, shards, fields)
         notes = functools.partial(_noted, root, shards)
-        derive(self, _shard=functools.cache(shard), _notes=functools.cache(notes))
+        derive(self, _shard=functools.cache(shard), _notes=_once(notes))
 
     def __reduce__(self) -> tuple[Callable[[], Cache], tuple[()]]:
         # A copy in a worker opens the files itself: maps do not travel.
@@ -155,8 +156,8 @@ class Cache:
         problems = []
         for read, first, end in spans:
             try:
-                for start in range(first, end, PIECE):
-                    read(np.arange(start, min(start + PIECE, end)))
+                for piece in pieces(end - first):
+                    read(first + np.arange(piece.start, piece.stop))
             except BadSample as problem:
                 problems.append(problem)
         return problems
@@ -223,6 +224,17 @@ class Cache:
 def _opened(root: Path, shards: list[ShardEntry], fields: tuple[Field, ...], number: int) -> Shard:
     store.check_files(root, [shards[number]])
     return store.opened(root / shards[number]["file"], fields)
+
+
+def _once(notes: Callable[[int], list[Note]]) -> Callable[[int], list[Note]]:
+    """A cache that several threads may ask: it alone would let each of them read the file."""
+    read, lock = functools.cache(notes), threading.Lock()
+
+    def locked(shard: int) -> list[Note]:
+        with lock:
+            return read(shard)
+
+    return locked
 
 
 def _noted(root: Path, shards: list[ShardEntry], number: int) -> list[Note]:

@@ -380,11 +380,15 @@ LAYOUTS: dict[str, Callable[[Path, str], SplitIndex]] = {
     "celebamask_hq_parts": list_celebamask_hq_parts,
 }
 
-CLASSES_OF = {"celebamask_hq": "celeba_mask", "celebamask_hq_parts": "celeba_mask"}
-"""The class list of a layout, where it goes by another name than the layout."""
+LAYOUT_CLASSES = {name: name for name in ("voc", "ade20k", "coco_panoptic", "coco_stuff")} | {
+    "cityscapes": "cityscapes",
+    "celebamask_hq": "celeba_mask",
+    "celebamask_hq_parts": "celeba_mask",
+}
+"""Layouts whose classes are always those of one list."""
 
 
 def published_classes(spec: Mapping[str, object]) -> Classes | None:
     """The classes that a source's spec names by their list or by its layout; None for others."""
-    layout = str(spec.get("layout"))
-    return CLASS_LISTS.get(str(spec.get("classes") or CLASSES_OF.get(layout, layout)))
+    named = spec.get("classes") or LAYOUT_CLASSES.get(str(spec.get("layout")))
+    return CLASS_LISTS.get(str(named))
