@@ -44,13 +44,13 @@ os.environ["XLA_FLAGS"] = given
 # their programs are other ones
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"] + "/quick")
 
-KEYS_ARE_DRAWN = ("generation", "systems", "training")
-"""Folders whose tests check that no key is used twice, which slows all that is traced or called."""
+NO_KEYS = ("conformance", "data", "models", "perf", "weights")
+"""Folders whose tests do not check that no key is used twice: it slows all that is traced."""
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")  # before what a module trains for its tests
 def keys_used_once(request):
-    with jax.debug_key_reuse(request.path.parent.name in KEYS_ARE_DRAWN):
+    with jax.debug_key_reuse(request.path.parent.name not in NO_KEYS):
         yield
 
 
@@ -68,12 +68,17 @@ def pytest_addoption(parser):
 
 @pytest.hookimpl(tryfirst=True)  # before pytest chooses by marks
 def pytest_collection_modifyitems(items):
-    """Options of a test beyond the first N of ``thorough_after(N)`` are of the tier thorough."""
-    options = collections.Counter()
+    """All options of a test but the N of ``thorough_but(N)``, spread over them, are thorough."""
+    options = collections.defaultdict(list)
     for item in items:
-        if few := item.get_closest_marker("thorough_after"):
-            options[item.path, item.originalname] += 1
-            if options[item.path, item.originalname] > few.args[0]:
+        if item.get_closest_marker("thorough_but"):
+            options[item.path, item.originalname].append(item)
+    for found in options.values():
+        (few,) = found[0].get_closest_marker("thorough_but").args
+        last, gaps = len(found) - 1, max(few - 1, 1)
+        kept = {round(i * last / gaps) for i in range(few)}  # the first, the last, those between
+        for place, item in enumerate(found):
+            if place not in kept:
                 item.add_marker("thorough")
 
 

@@ -279,7 +279,7 @@ def test_the_networks_of_the_image_stream_and_of_unidiffuser_have_their_publishe
     assert size_of("jodiffusion", "voc", streams) == 952_509_520
 
 
-@pytest.mark.thorough_after(1)
+@pytest.mark.thorough_but(1)
 @pytest.mark.parametrize("data", ["voc", "coco_panoptic", "ade20k"])
 def test_jodiffusion_has_its_published_size(data):
     _, shapes = system_of("jodiffusion", f"data={data}")
@@ -313,7 +313,7 @@ def test_two_streams_have_their_published_size():
     assert count(shapes) == 95_813_388 - embedding - projections
 
 
-@pytest.mark.thorough_after(1)
+@pytest.mark.thorough_but(1)
 @pytest.mark.parametrize("name", ["pdm_two_stream", "pdm_given_maps"])
 @pytest.mark.parametrize("data", ["scenes", "folders", "coco_panoptic"])
 def test_the_image_stage_becomes_the_image_stream(name, data):
@@ -331,7 +331,7 @@ def test_the_image_stage_becomes_the_image_stream(name, data):
     assert {p for p in wanted if "/image_stream/" in p or "/text/" in p} == set(found)
 
 
-@pytest.mark.thorough_after(1)
+@pytest.mark.thorough_but(1)
 @pytest.mark.parametrize("argument", ["smoke", "data=coco_panoptic"])
 def test_given_maps_are_seen_clean_and_not_learnt(argument):
     for streams in ("one", "two"):

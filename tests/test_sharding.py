@@ -212,7 +212,7 @@ def test_constrain_splits_the_batch_over_the_data_axes():
     assert y.sharding.shard_shape(y.shape) == (1, 4)
 
 
-@pytest.mark.thorough_after(1)
+@pytest.mark.thorough_but(1)
 @pytest.mark.parametrize(("scan", "blocks"), [(False, 5), (True, 3)])
 def test_a_network_pins_its_tokens_and_what_each_block_makes_of_them(scan, blocks):
     net = module(width=8, scan=scan)

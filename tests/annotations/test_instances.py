@@ -146,7 +146,7 @@ def test_a_map_of_nothing_large_enough_is_void():
 
 @pytest.mark.thorough
 def test_it_is_fast():
-    """512 x 512 with 40 instances and 1 % of noise in at most 50 ms of one core (best of 5)."""
+    """512 x 512 with 40 instances and 1 % of noise in 50 ms of one core, on a slow one in 200."""
     rng, size = np.random.default_rng(0), 512
     field = rng.standard_normal((2, size, size))
     labels = ndimage.gaussian_filter(field, (0, size / 20, size / 20)).argmax(0)

@@ -44,7 +44,7 @@ def coded(codecs, maps, noises):
     return encoded, [c.decode_with_confidence({}, x) for c, x in zip(codecs, noisy)]
 
 
-@pytest.mark.thorough_after(2)
+@pytest.mark.thorough_but(2)
 @pytest.mark.parametrize("special", SPECIALS)
 def test_every_id_returns_exactly(special):
     made = codecs(special, (2, 16, 17, 133), scale=0.3)
@@ -58,7 +58,7 @@ def test_every_id_returns_exactly(special):
         assert float(confidence.min()) > 0.5 and float(confidence.max()) <= 1 + 1e-6
 
 
-@pytest.mark.thorough_after(1)
+@pytest.mark.thorough_but(1)
 @pytest.mark.parametrize("special", SPECIALS)
 def test_noise_below_the_threshold_changes_nothing(special):
     made = [c for pool in (1, 2) for c in codecs(special, (21,), pool=pool, scale=2.0)]

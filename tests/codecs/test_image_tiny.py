@@ -75,7 +75,7 @@ def test_the_published_size():
     assert codec.factor == 8 and codec.latent_shape((512, 384)) == (64, 48, 4)
 
 
-@pytest.mark.thorough_after(1)
+@pytest.mark.thorough_but(1)
 @pytest.mark.parametrize("fields", [{}, {"widths": (8,), "blocks": (2,), "up_widths": (8,),
                                          "up_blocks": (0,)}, {"latent_channels": 7}])  # fmt: skip
 def test_shapes_scale_and_types(fields):

@@ -106,7 +106,7 @@ def test_what_the_encoder_sees():
     np.testing.assert_array_equal(original, [[1, 1], [0, 0], [1, -1], [-1, -1]])
 
 
-@pytest.mark.thorough_after(1)
+@pytest.mark.thorough_but(1)
 @pytest.mark.parametrize("fields", [{}, {"patch": 2}, {"middle_blocks": 1}, {"up_widths": ()}])
 def test_shapes_and_scale(fields):
     codec, larger, labels = small(**fields), small(**fields, scale=3.0), maps()
@@ -265,7 +265,6 @@ def test_refinement_brings_every_row_nearer_to_its_labels():
     assert more.mean() < after.mean()
 
 
-@pytest.mark.thorough
 def test_refinement_treats_every_row_alone():
     codec, labels = small(refine=3), maps(3).at[0, :2].set(VOID)
     params = started(codec)

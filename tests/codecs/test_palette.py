@@ -70,7 +70,7 @@ def at_the_corners(codecs):
     return found
 
 
-@pytest.mark.thorough
+@pytest.mark.thorough_but(1)
 @pytest.mark.parametrize("void", ["masked", "read", "white"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_class_returns_exactly_under_the_largest_perturbation(kind, void):
@@ -98,7 +98,7 @@ def test_beyond_the_reach_some_class_is_lost(kind):
     assert (labels != np.arange(19).reshape(1, 1, -1)).any()
 
 
-@pytest.mark.thorough_after(1)
+@pytest.mark.thorough_but(1)
 @pytest.mark.parametrize("decode_void", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_nearest_and_margin_are_those_of_a_full_search(kind, decode_void):

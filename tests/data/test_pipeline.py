@@ -143,7 +143,7 @@ def test_augmentation_differs_between_epochs_and_rows():
     assert all(len(set(views)) == len(views) == 4 for views in rows.values())
 
 
-@pytest.mark.thorough_after(1)
+@pytest.mark.thorough_but(1)
 @pytest.mark.parametrize("start", [1, 3, 7])
 def test_resuming_is_starting_at_the_step(start):
     whole = read(9)
@@ -156,7 +156,7 @@ def test_the_step_is_counted():
         assert stream.step == 7
 
 
-@pytest.mark.thorough_after(1)
+@pytest.mark.thorough_but(1)
 @pytest.mark.parametrize("hosts", [2, 4])
 def test_hosts_share_the_same_global_batch(hosts):
     parts = [read(5, host=host, hosts=hosts) for host in range(hosts)]

@@ -61,7 +61,7 @@ def true_pairs(count=20):
     return [Pair(SCENES[i]["image"], SCENES[i]["labels"]) for i in range(count)]
 
 
-@pytest.mark.thorough_after(1)
+@pytest.mark.thorough_but(1)
 @pytest.mark.parametrize("limit", [None, 3, 70])
 def test_every_validation_record_counts_once(run, limit):
     report = codec_report(run, CODEC, {}, "labels", limit)

@@ -64,7 +64,6 @@ def test_pairs_are_those_of_the_folder(joint, tmp_path):
         np.testing.assert_array_equal(pairs["labels"][i], labels)
 
 
-@pytest.mark.thorough
 def test_filters_leave_pairs_out_and_the_others_as_they_are(joint):
     options = SampleOptions(num=8, per_device=1)
     all_pairs = sample_pairs(joint, options)
@@ -79,7 +78,6 @@ def test_filters_leave_pairs_out_and_the_others_as_they_are(joint):
     assert sample_pairs(joint, SampleOptions(num=2, per_device=1, filters=nothing)) == {}
 
 
-@pytest.mark.thorough
 def test_a_bridge_reads_images_of_any_size(bridge, tmp_path):
     rng = np.random.default_rng(0)
     shapes = ((8, 8, 3), (12, 9, 3), (30, 40, 3))

@@ -44,7 +44,7 @@ def test_a_bfloat16_network_says_the_same_bit_for_bit():
     jax.tree.map(np.testing.assert_array_equal, predict(params), predict(rounded))
 
 
-@pytest.mark.thorough_after(1)
+@pytest.mark.thorough_but(1)
 @pytest.mark.parametrize("scan", [False, True])
 def test_kernels_of_blocks_are_rounded_and_norms_and_edges_are_not(scan):
     made = system("bfloat16", scan=scan)

@@ -42,7 +42,7 @@ def prepared(network):
     return module, jax.tree.map(draw, shapes), jax.tree.map(draw, module.input_shapes(2))
 
 
-@pytest.mark.thorough
+@pytest.mark.thorough_but(1)
 @pytest.mark.parametrize("network", NETWORKS)
 def test_the_image_head_reads_the_sum_and_the_map_head_its_own(network):
     """One stream: both normed. Two: the image normed, the map as it leaves its last block."""

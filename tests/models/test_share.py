@@ -28,7 +28,6 @@ def inputs(key):
     return latents, {"image": jnp.array([3.0, 700.0]), "mask": jnp.array([3.0, 700.0])}
 
 
-@pytest.mark.thorough
 def test_shared_streams_take_half_the_tokens_and_keep_their_shapes():
     apart, shared = module(), module(share=("image", "mask"))
     assert apart.spans()["mask"].stop == 33

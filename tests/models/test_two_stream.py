@@ -100,7 +100,7 @@ def image_only(given):
 # --- the image stream ----------------------------------------------------------------------------
 
 
-@pytest.mark.thorough_after(1)
+@pytest.mark.thorough_but(1)
 @pytest.mark.parametrize("scan", [False, True])
 @pytest.mark.parametrize("options", OPTIONS)
 def test_the_image_stream_has_the_parameters_of_a_uvit(options, scan):
@@ -327,7 +327,7 @@ def test_bfloat16_keeps_float32_parameters_and_predictions():
         assert 1e-4 < error < 0.07, (name, error)
 
 
-@pytest.mark.thorough_after(1)
+@pytest.mark.thorough_but(1)
 @pytest.mark.parametrize("sizes", [None, {"image": (8, 16), "mask": (16, 4)}])
 def test_forward_flops_are_those_xla_counts(sizes):
     square = Patches(grid=(16, 16), channels=3, patch=2, conv=True)

@@ -106,7 +106,7 @@ DEEP = 4
 """Two blocks in each half: enough to notice an exchanged order."""
 
 
-@pytest.mark.thorough_after(1)
+@pytest.mark.thorough_but(1)
 @pytest.mark.parametrize(
     "scan,remat",
     [(True, "attn_out"), *((True, r) for r in REMAT if r != "attn_out"), (False, "attn_out")],
@@ -309,7 +309,7 @@ def test_published_parameter_counts():
     assert count(UViT(**pdm, depth=12, scan=True)) == 44_874_508 - idle
 
 
-@pytest.mark.thorough_after(1)
+@pytest.mark.thorough_but(1)
 @pytest.mark.parametrize("fields", ["pdm", "joint"])
 def test_a_gradient_reaches_every_parameter(fields):
     _, gradients = reference(fields)
@@ -356,7 +356,7 @@ def test_bfloat16_keeps_float32_parameters_and_predictions(scan):
 # --- cost ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.thorough_after(1)
+@pytest.mark.thorough_but(1)
 @pytest.mark.parametrize(
     "sizes", [None, {"image": (8, 16), "mask": (16, 4)}], ids=["native", "other"]
 )

@@ -136,7 +136,7 @@ def test_attention_that_is_right_is_ok_and_what_is_not_is_not(monkeypatch):
     assert not refused["ok"] and refused["error"].startswith("cudnn: ")
 
 
-@pytest.mark.thorough_after(1)
+@pytest.mark.thorough_but(1)
 @pytest.mark.parametrize("name", ["small", "large"])
 def test_the_peer_has_the_sizes_of_the_papers(name):
     module, _ = bench_peer.NETWORKS[name]

@@ -1,7 +1,6 @@
 """Which calls count, what they come to, and in which order configs take turns."""
 
 import math
-import pickle
 import time
 
 import pytest
@@ -65,10 +64,7 @@ def test_clocks_by_wall_and_by_processor():
     assert spin > 0 and rest < 0.04
 
 
-def test_requests_survive_the_way_to_another_process():
-    config = {"mesh": (-1, 1, 1), "system": {"size": (8, 8), "scale": 1.0, "text": None}}
-    request = BenchConfig(what="train", name="a", config=config, batch=4, step_ms=1.5)
-    assert pickle.loads(pickle.dumps(request)) == request
+def test_a_batch_that_the_devices_cannot_share_is_refused():
     with pytest.raises(UserError, match="--batch=6: must be a multiple of the 4 devices"):
         BenchConfig(what="sample", name="a", batch=6).batch_of(16, 4)
 

@@ -49,7 +49,6 @@ def keys(rows=4):
     return sample_keys(0, jnp.arange(rows))
 
 
-@pytest.mark.thorough
 def test_the_loss_is_the_codecs_and_a_row_uses_its_own_key_only():
     loss = jax.jit(SYSTEM.loss)
     together, metrics = loss(params(), {}, batch(), keys())

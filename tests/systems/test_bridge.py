@@ -108,7 +108,7 @@ def test_a_cell_counts_if_none_of_its_pixels_is_void():
 
 
 # Euler on dx/dt = x / (1 + t) is exact: x is linear in t along the flow
-@pytest.mark.thorough_after(1)
+@pytest.mark.thorough_but(1)
 @pytest.mark.parametrize(
     "solver",
     [

@@ -163,7 +163,7 @@ def same_pairs(got, want):
 # ------------------------------------------------------------------------------- rows
 
 
-@pytest.mark.thorough_after(1)
+@pytest.mark.thorough_but(1)
 @pytest.mark.parametrize("kind", SYSTEMS)
 def test_a_rows_loss_depends_on_its_own_key_only(kind):
     joint, rows = SYSTEMS[kind](), batch()
@@ -178,7 +178,7 @@ def test_a_rows_loss_depends_on_its_own_key_only(kind):
     assert len({float(a["loss"]) for a in alone}) == 4
 
 
-@pytest.mark.thorough
+@pytest.mark.thorough_but(1)
 @pytest.mark.parametrize("kind", SYSTEMS)
 def test_a_sample_depends_on_its_own_key_only(kind):
     guidance = {"guidance": 2.0} if kind == "text_stream" else {"image": {"guidance": 2.0}}
@@ -322,7 +322,6 @@ def test_the_network_is_asked_twice_only_where_a_free_stream_is_guided(image, ma
     assert {z.shape[0] for latents, _, _ in seen for z in latents.values()} == {rows}
 
 
-@pytest.mark.thorough
 def test_guidance_scales_what_the_prompt_adds_to_each_stream():
     def answer(image, mask, text):
         scales = {"image": {"guidance": image}, "mask": {"guidance": mask}}

@@ -178,7 +178,7 @@ DAMAGES = {
 }
 
 
-@pytest.mark.thorough_after(1)
+@pytest.mark.thorough_but(1)
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda f: f.__name__)
 def test_damage_falls_back_renames_and_says_so_in_one_line(run, caplog, damage):
     damage(run / "30")
@@ -294,7 +294,7 @@ def test_restores_onto_another_mesh_bit_equal(tmp_path):
         assert all(jax.tree.leaves(as_asked))
 
 
-@pytest.mark.thorough_after(2)
+@pytest.mark.thorough_but(2)
 @pytest.mark.parametrize(
     ("change", "line"),
     [
@@ -318,7 +318,7 @@ def test_another_model_is_refused_and_not_taken_for_damage(run, change, line):
     assert (run / "30").is_dir()
 
 
-@pytest.mark.thorough_after(1)
+@pytest.mark.thorough_but(1)
 @pytest.mark.parametrize(
     ("key", "value", "text"),
     [

@@ -42,7 +42,7 @@ def on_device(x):
     return np.asarray(digest._on_device(x.sharding)(x))
 
 
-@pytest.mark.thorough_after(4)
+@pytest.mark.thorough_but(4)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_host_and_device_agree(dtype):
     for shape in ((), (5,), (3, 4, 5), (0, 3)):

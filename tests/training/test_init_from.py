@@ -224,7 +224,7 @@ def test_a_reference_file_becomes_the_image_stream(tmp_path):
 # ------------------------------------------------------------------------------- refusals
 
 
-@pytest.mark.thorough_after(2)
+@pytest.mark.thorough_but(2)
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

@@ -138,7 +138,7 @@ def same(got, want):
 # ------------------------------------------------------------------------ accumulation
 
 
-@pytest.mark.thorough
+@pytest.mark.thorough_but(1)
 @pytest.mark.parametrize("parts", [2, 4])
 def test_accumulation_changes_nothing_but_rounding(parts):
     data = [batch(i) for i in range(3)]
@@ -150,7 +150,7 @@ def test_accumulation_changes_nothing_but_rounding(parts):
     close(same_metrics, metrics, rtol=1e-4)
 
 
-@pytest.mark.thorough_after(2)
+@pytest.mark.thorough_but(2)
 @pytest.mark.parametrize("parts", [1, 2, 4, 8])
 def test_a_rows_noise_is_that_of_its_row_whatever_the_accumulation(parts):
     update, state = run(Exposed(), optimizer=optax.sgd(1.0), accumulate=parts, seed=3)
@@ -192,7 +192,7 @@ SMOOTH = {"schedule": {"name": "constant", "lr": 0.01}, "eps": 1e-2, "clip": 1.0
 ON_MESH = {"adamw": AdamW(**SMOOTH).build(100), "muon": Muon(**SMOOTH).build(100)}
 
 
-@pytest.mark.thorough_after(2)
+@pytest.mark.thorough_but(2)
 @pytest.mark.parametrize(
     ("preset", "name"),
     [("replicate", "adamw"), ("zero1", "adamw"), ("zero1", "muon"), ("fsdp", "adamw")],
@@ -270,7 +270,7 @@ def test_no_average_is_the_parameters_themselves():
 # -------------------------------------------------------------------------- not finite
 
 
-@pytest.mark.thorough_after(2)
+@pytest.mark.thorough_but(2)
 @pytest.mark.parametrize("cause", BAD)
 @pytest.mark.parametrize("parts", [1, 4])
 def test_an_update_that_is_not_finite_is_discarded(cause, parts):

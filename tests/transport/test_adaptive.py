@@ -17,7 +17,7 @@ def turning(x, t, step):
     return {"state": 3 * jnp.cos(3 * t["state"]) * x["state"]}
 
 
-@pytest.mark.thorough_after(1)
+@pytest.mark.thorough_but(1)
 @pytest.mark.parametrize("start, end", [(0.0, 1.0), (1.0, 0.0), (0.2, 0.7)])
 def test_closed_form(start, end):
     x = jnp.linspace(-1, 1, 12).reshape(3, 4)

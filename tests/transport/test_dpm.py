@@ -29,7 +29,7 @@ def solver(steps, order, **knobs):
     return DPMSolverPP(steps=calls, order=order, **knobs)
 
 
-@pytest.mark.thorough_after(4)
+@pytest.mark.thorough_but(4)
 @pytest.mark.parametrize(
     ("order", "knobs"),
     [
@@ -91,7 +91,7 @@ def standard(gaussian, kappa):
     return gaussian(Process(schedule=SD, predicts="data", scale=kappa), mean=0.0, std=1.0)
 
 
-@pytest.mark.thorough_after(2)
+@pytest.mark.thorough_but(2)
 @pytest.mark.parametrize(("grid", "order"), WITHIN)
 @pytest.mark.parametrize("kappa", [1.0, 2.0])
 def test_samples_have_the_deviation_of_the_data(gaussian, grid, order, kappa):

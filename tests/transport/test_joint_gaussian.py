@@ -105,7 +105,7 @@ def table_of(kappa, order, **changes):
     return solver.table(processes(kappa))
 
 
-@pytest.mark.thorough_after(1)
+@pytest.mark.thorough_but(1)
 @pytest.mark.parametrize("kappa", [1.0, 2.0])
 def test_the_closed_form_is_the_flow(kappa):
     """A thousand steps of order 3 in the log-SNR end where the formula says."""

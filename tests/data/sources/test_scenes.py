@@ -54,7 +54,7 @@ def test_a_scene_depends_on_seed_split_and_index_only():
     assert len(set(plans.values())) == len(plans)
 
 
-@pytest.mark.thorough_after(2)
+@pytest.mark.thorough_but(2)
 @pytest.mark.parametrize(("side", "count"), [(32, 200), (64, 200), (128, 200), (256, 40)])
 def test_oracle_reads_the_renders(side, count):
     source = Scenes(size=side, split="val")
