@@ -1,6 +1,7 @@
-"""Launchers as a user runs them: subprocesses, with one shared compile cache.
+"""Launchers as a user runs them: other processes, with one shared compile cache.
 
-Programs are compiled with little optimization, for they run for a second at most.
+Programs are compiled with little optimization, for they run for a second at most. A launch that
+gets no signal shares a process with those before it (``served.py``).
 """
 
 import dataclasses
@@ -22,29 +23,51 @@ class Launcher:
     """Runs ``launch/NAME.py`` in the repository root."""
 
     environment: dict[str, str]
+    folder: Path
+    """Where a served launch leaves what it prints."""
+
+    servers: dict[str, subprocess.Popen] = dataclasses.field(default_factory=dict)
+    """By what they were started with."""
 
     def start(self, name: str, *arguments: object, devices: int = 1) -> subprocess.Popen:
-        """Starts a launcher and returns the process."""
-        flags = f"--xla_force_host_platform_device_count={devices}"
-        if name != "compile":  # libtpu, which it needs, does not know them
-            flags += " " + os.environ.get("QUICK_XLA_FLAGS", "")
-        return subprocess.Popen(
-            [sys.executable, f"launch/{name}.py", *map(str, arguments)],
-            cwd=ROOT,
-            env={**self.environment, "XLA_FLAGS": flags},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        """Starts a launcher in a process of its own and returns the process."""
+        command = [sys.executable, f"launch/{name}.py", *map(str, arguments)]
+        settings = self._settings(name, devices) | {"stdout": subprocess.PIPE}
+        return subprocess.Popen(command, **settings, stderr=subprocess.PIPE)
 
     def __call__(
         self, name: str, *arguments: object, devices: int = 1, status: int = 0
     ) -> "Finished":
         """Runs a launcher to its end and checks its exit status."""
-        process = self.start(name, *arguments, devices=devices)
-        out, error = process.communicate(timeout=600)
-        assert process.returncode == status, f"status {process.returncode}\n{out}\n{error}"
-        return Finished(out, error)
+        out, error = self.folder / "out.txt", self.folder / "error.txt"
+        server = self._server(self._settings(name, devices))
+        request = [name, [str(word) for word in arguments], str(out), str(error)]
+        print(json.dumps(request), file=server.stdin)
+        server.stdin.flush()
+        answer = server.stdout.readline()
+        found = int(answer) if answer else server.wait()  # it ended there and then
+        done = Finished(out.read_text(), error.read_text())
+        assert found == status, f"status {found}\n{done.out}\n{done.error}"
+        return done
+
+    def close(self) -> None:
+        """Ends the processes that launches share."""
+        for server in self.servers.values():
+            server.communicate()
+
+    def _settings(self, name: str, devices: int) -> dict:
+        flags = f"--xla_force_host_platform_device_count={devices}"
+        if name != "compile":  # libtpu, which it needs, does not know them
+            flags += " " + os.environ.get("QUICK_XLA_FLAGS", "")
+        return {"cwd": ROOT, "text": True, "env": {**self.environment, "XLA_FLAGS": flags}}
+
+    def _server(self, settings: dict) -> subprocess.Popen:
+        key = json.dumps(settings["env"], sort_keys=True)
+        if key not in self.servers or self.servers[key].poll() is not None:
+            pipes = dict.fromkeys(("stdin", "stdout"), subprocess.PIPE)
+            command = [sys.executable, Path(__file__).with_name("served.py")]
+            self.servers[key] = subprocess.Popen(command, **settings, **pipes)
+        return self.servers[key]
 
     def on_disk(self, size: str, folder: Path, script: str) -> subprocess.CompletedProcess:
         """Runs a shell script that finds a file system of its own at ``$DISK``, or skips the test.
@@ -105,9 +128,12 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="session")
-def launch():
+def launch(tmp_path_factory):
     settings = {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    return Launcher(os.environ | settings)  # with the compile cache of all tests
+    # with the compile cache of all tests
+    launcher = Launcher(os.environ | settings, tmp_path_factory.mktemp("launches"))
+    yield launcher
+    launcher.close()
 
 
 @pytest.fixture(scope="session")

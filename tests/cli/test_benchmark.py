@@ -11,7 +11,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-def launch(*arguments, status=0):
+def alone(*arguments, status=0):
+    """Runs it in a process of its own, with programs compiled as a user's are."""
     done = subprocess.run(
         [sys.executable, "launch/benchmark.py", *arguments],
         cwd=ROOT,
@@ -23,16 +24,16 @@ def launch(*arguments, status=0):
     return done
 
 
-def test_flags_that_do_not_belong_together():
-    done = launch("--what=data", "--steps=3", status=2)
-    assert "ERROR [flags] --steps is for --what=sample." in done.stderr
-    assert "ERROR [flags] --what=data needs --config=FILE." in done.stderr
+def test_flags_that_do_not_belong_together(launch):
+    done = launch("benchmark", "--what=data", "--steps=3", status=2)
+    assert "ERROR [flags] --steps is for --what=sample." in done.error
+    assert "ERROR [flags] --what=data needs --config=FILE." in done.error
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["train", "sample", "codec"])
 def test_two_configs_in_turns(what):
-    done = launch(
+    done = alone(
         f"--what={what}",
         "--config=configs/quickstart.py:smoke",
         "--against=configs/quickstart.py:smoke",
@@ -47,6 +48,6 @@ def test_two_configs_in_turns(what):
 
 @pytest.mark.slow
 def test_startup():
-    done = launch("--what=startup", "--config=configs/quickstart.py:smoke", "--repetitions=1")
+    done = alone("--what=startup", "--config=configs/quickstart.py:smoke", "--repetitions=1")
     times = json.loads(done.stdout.splitlines()[-1])["times"]
     assert 0 < times["warm"]["median_ms"] < times["cold"]["median_ms"]
