@@ -32,6 +32,7 @@ from jointseg_jax.data.transforms import TRANSFORMS, Transform
 from jointseg_jax.models.embed import spec_of
 from jointseg_jax.models.text import TEXTS
 from jointseg_jax.models.two_stream import TwoStream
+from jointseg_jax.models.unet import UNet
 from jointseg_jax.models.uvit import UViT
 from jointseg_jax.settings_diff import require_same
 from jointseg_jax.specs import Spec, accepts, check_spec, construct, make
@@ -77,7 +78,7 @@ SOLVERS = {
     "heun": Heun,
     "dopri5": Dopri5,
 }
-DENOISERS = {"uvit": UViT, "two_stream": TwoStream}
+DENOISERS = {"uvit": UViT, "unet": UNet, "two_stream": TwoStream}
 
 
 def source(config: RunConfig, split: str) -> Source:

@@ -11,12 +11,12 @@ from typing import Any
 import jax
 from jaxtyping import PyTree
 
-from jointseg_jax.models import two_stream, uvit
+from jointseg_jax.models import two_stream, unet, uvit
 from jointseg_jax.models.backbone import Backbone
 
 log = logging.getLogger("jointseg_jax")
 
-NETWORKS = {uvit.UViT: uvit, two_stream.TwoStream: two_stream}
+NETWORKS = {uvit.UViT: uvit, unet.UNet: unet, two_stream.TwoStream: two_stream}
 """Network -> the module that counts its FLOPs and its tokens, by its sizes."""
 
 

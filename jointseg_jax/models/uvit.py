@@ -99,6 +99,11 @@ class Denoiser(nn.Module):
 
     share = ()  # no field but in ``UViT``
 
+    @property
+    def together(self) -> tuple[str, ...]:
+        """The streams that lie on the same tokens."""
+        return tuple(self.share)
+
     def __post_init__(self):
         where = type(self).__name__
         # configs give ConfigDicts, which have items() and are no Mapping; pairs may name one twice
@@ -194,7 +199,7 @@ class Denoiser(nn.Module):
     @nn.nowrap
     def _pair_rule(self) -> Rule:
         extents = {n: spec.extent() for n, spec in self.specs.items()}
-        shared = set(self.share)  # streams that share tokens share their features already
+        shared = set(self.together)  # streams that share tokens share their features already
         good = all(
             len(p) == 2 and p[0] != p[1] and set(p) <= set(extents) and not set(p) <= shared
             for p in self.add_features
@@ -224,7 +229,7 @@ class Denoiser(nn.Module):
         batch = next(iter(batches.values()))
         if set(batches.values()) != {batch}:
             raise ValueError(f"{where}: the streams differ in batch size: {batches}.")
-        for together in (self.share, *self.add_features):
+        for together in (self.together, *self.add_features):
             grids = {n: specs[n].extent(latents[n].shape[1:3]) for n in together}
             if len(set(grids.values())) > 1:
                 raise ValueError(
@@ -312,18 +317,28 @@ class UViT(Denoiser):
             self.data_type = index(self.data_types, dtype=self.dtype)
         if self.context is not None:
             self.context_in = embed("context", self.context, self.width, self.dtype)
-        self.embeds = {n: embed(n, s, self.width, self.dtype) for n, s in self.specs.items()}
         if backbone.half:
             self.in_blocks, self.out_blocks = backbone.blocks(), backbone.blocks()
         self.mid_block = backbone.block()()
         self.last_norm = layer_norm("norm", self.dtype)
+        self.setup_edges()
+
+    def setup_edges(self) -> None:
+        """Makes what turns latents into tokens, and tokens into predictions."""
+        self.embeds = {n: embed(n, s, self.width, self.dtype) for n, s in self.specs.items()}
         self.stream_heads = {n: head(n, s) for n, s in self.specs.items()}
 
     @nn.nowrap
     def run(self, given: Inputs, taps: Sequence[str]) -> Predictions:
         """The call, of inputs that fit."""
-        backbone, latents = Backbone.of(self), given.latents
-        tokens = self.embed(given)  # [b, n, width]
+        x, tapped = self.transform(self.embed(given), taps)
+        features = with_added(self.add_features, self.features(x, given.latents))
+        return self.predict(features, given.latents), tapped
+
+    @nn.nowrap
+    def transform(self, tokens: Array, taps: Sequence[str]) -> tuple[Array, dict[str, Array]]:
+        """Returns the normed tokens after all blocks, ``[b, n, width]``, and the taps."""
+        backbone = Backbone.of(self)
         within = [t for t in taps if t in backbone.names]
         count = tokens.shape[1]
         # padded once here, so that no layer's kernel has to pad; init gains nothing by it
@@ -338,32 +353,35 @@ class UViT(Denoiser):
         if more:
             x, tapped = jax.tree.map(lambda y: y[:, :count], (x, tapped))
         x = self.last_norm(x)
-        tapped |= {n: a for n, a in {"tokens": tokens, "norm": x}.items() if n in taps}
-        features = with_added(self.add_features, self.features(x, latents))
-        return self.predict(features, latents), tapped
+        return x, tapped | {n: a for n, a in {"tokens": tokens, "norm": x}.items() if n in taps}
 
     def embed(self, given: Inputs) -> Array:
         """Returns all tokens with their positions, ``[b, n, width]``."""
-        latents, times, text, class_id, data_type = given
-        batch = next(iter(latents.values())).shape[0]
-        parts = []  # each [b, its tokens, width]
-        if self.classes:
-            parts.append(self.class_token(jnp.asarray(class_id)))
-        for name in self.time_tokens:
-            label = jnp.broadcast_to(jnp.asarray(times[name], jnp.float32), (batch,))
-            parts.append(self.time_embeds[name](label))
-        if self.data_types:
-            kind = jnp.full((batch,), self.data_types - 1) if data_type is None else data_type
-            parts.append(self.data_type(jnp.asarray(kind)))
-        if text is not None:  # exactly when there is a context: ``check_call``
-            parts.append(self.context_in(text))
         tokens: dict[str, Array] = {}
         for name in self.specs:
-            x = self.embeds[name](latents[name])
+            x = self.embeds[name](given.latents[name])
             shared_with = self.share[0] if name in self.share else name
             tokens[shared_with] = tokens[shared_with] + x if shared_with in tokens else x
-        joined = jnp.concatenate([*parts, *tokens.values()], axis=1)  # [b, n, width]
+        joined = [*self.conditions(given).values(), *tokens.values()]
+        joined = jnp.concatenate(joined, axis=1)  # [b, n, width]
         return joined if self.is_initializing() else constrain(joined, "batch", "tokens", "width")
+
+    def conditions(self, given: Inputs) -> dict[str, Array]:
+        """Returns the tokens in front of the streams', ``[b, count, width]`` each."""
+        latents, times, text, class_id, data_type = given
+        batch = next(iter(latents.values())).shape[0]
+        parts: dict[str, Array] = {}
+        if self.classes:
+            parts["class_token"] = self.class_token(jnp.asarray(class_id))
+        for name in self.time_tokens:
+            label = jnp.broadcast_to(jnp.asarray(times[name], jnp.float32), (batch,))
+            parts[f"time_{name}"] = self.time_embeds[name](label)
+        if self.data_types:
+            kind = jnp.full((batch,), self.data_types - 1) if data_type is None else data_type
+            parts["data_type"] = self.data_type(jnp.asarray(kind))
+        if text is not None:  # exactly when there is a context: ``check_call``
+            parts["context"] = self.context_in(text)
+        return parts
 
     def blocks(self) -> UBlocks:
         """Returns the blocks as ``Backbone.run`` takes them."""
@@ -392,9 +410,10 @@ class UViT(Denoiser):
         sizes = sizes or {}
         counts |= {n: int(np.prod(s.extent(sizes.get(n)))) for n, s in self.specs.items()}
         # streams that share tokens lie where the first of them does and add none
-        own = {n: 0 if n in self.share[1:] else c for n, c in counts.items()}
+        together = self.together
+        own = {n: 0 if n in together[1:] else c for n, c in counts.items()}
         ends = dict(zip(own, np.cumsum(list(own.values())).tolist()))
-        ends |= {n: ends[self.share[0]] for n in self.share}
+        ends |= {n: ends[together[0]] for n in together}
         return {n: slice(ends[n] - c, ends[n]) for n, c in counts.items()}
 
     @nn.nowrap

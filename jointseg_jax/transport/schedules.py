@@ -29,6 +29,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar, runtime_checkable
@@ -257,33 +258,54 @@ class BetaLinear(VariancePreserving):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cosine(VariancePreserving):
-    """alpha = cos(pi/2 (t + shift) / (1 + shift)), scaled to 1 at t = 0.
+    """alpha = cos(pi/2 (t + shift) / (1 + shift)), scaled to 1 at t = 0, and more noise on request.
 
-    Source: improved DDPM (Nichol & Dhariwal 2021) eq. 17; t_max as in DPM-Solver.
+    1. ``noise`` = k multiplies sigma / alpha, so that the log SNR is 2 log k lower at every time.
+
+    Source: improved DDPM (Nichol & Dhariwal 2021) eq. 17; t_max as in DPM-Solver; 1 simple
+    diffusion (Hoogeboom et al. 2023) eq. 4.
     """
 
     shift: float = 0.008  # keeps sigma from being tiny near t = 0
     t_max: float = 0.9946  # alpha is 0 at t = 1, so solvers start before
+    noise: float = 1.0
+    """Above 1 more of the times are spent where a stream's layout is decided: a label map of many
+    equal pixels is readable under much more noise than its single pixels are."""
 
     def __post_init__(self) -> None:
         good = self.shift >= 0 and 0 < self.t_max < 1
         rule = f"shift >= 0 and 0 < t_max < 1 must hold (alpha is 0 at t = 1); change them {PLACE}."
         require_values("cosine", good, rule, shift=self.shift, t_max=self.t_max)
+        rule = f"must be positive; change it {PLACE}."
+        require_values("cosine", 0 < self.noise < math.inf, rule, noise=self.noise)
 
     def _angle(self, t: Numbers) -> Numbers:
         return (t + self.shift) / (1 + self.shift) * (np.pi / 2)
 
     def log_alpha(self, t: Numbers) -> Numbers:
-        """log(cos(angle(t)) / cos(angle(0)))."""
+        """log(cos(angle(t)) / cos(angle(0))), less what further noise takes."""
         xp, t = _module(t)
-        return xp.log(xp.cos(self._angle(t))) - float(np.log(np.cos(self._angle(0.0))))
+        plain = xp.log(xp.cos(self._angle(t))) - float(np.log(np.cos(self._angle(0.0))))
+        return plain if self.noise == 1 else plain - 0.5 * xp.log1p(self._more(xp, plain))
+
+    def _more(self, xp: Any, plain: Numbers) -> Numbers:
+        """(1) a^2 + k^2 s^2 - 1 = (k^2 - 1) s^2, of log a = plain and s^2 = 1 - a^2."""
+        return (self.noise**2 - 1) * -xp.expm1(2 * plain)
 
     def _slope(self, t: Numbers) -> Numbers:
         xp, t = _module(t)
-        return -xp.tan(self._angle(t)) * (np.pi / 2 / (1 + self.shift))
+        plain = -xp.tan(self._angle(t)) * (np.pi / 2 / (1 + self.shift))
+        if self.noise == 1:
+            return plain
+        log_cos = xp.log(xp.cos(self._angle(t))) - float(np.log(np.cos(self._angle(0.0))))
+        return plain * self.noise**2 / (1 + self._more(xp, log_cos))
 
     def _time_at(self, log_alpha: Numbers) -> Numbers:
         xp, log_alpha = _module(log_alpha)
+        if self.noise != 1:
+            # log a = log alpha + log k - log(1 + (k^2 - 1) alpha^2) / 2
+            more = xp.log1p((self.noise**2 - 1) * xp.exp(2 * log_alpha))
+            log_alpha = log_alpha + math.log(self.noise) - 0.5 * more
         cosine = xp.exp(log_alpha) * float(np.cos(self._angle(0.0)))
         return xp.arccos(cosine) * (2 / np.pi * (1 + self.shift)) - self.shift
 

@@ -9,7 +9,11 @@ from jointseg_jax.transport.schedules import SCHEDULES, BetaLinear, Cosine, Line
 
 TIMES = np.linspace(0.003, 0.99, 57)  # inside every schedule's range and off its knots
 
-schedules = pytest.mark.parametrize("schedule", [c() for c in SCHEDULES.values()], ids=SCHEDULES)
+schedules = pytest.mark.parametrize(
+    "schedule",
+    [*(c() for c in SCHEDULES.values()), Cosine(noise=3.0), Cosine(noise=0.5)],
+    ids=[*SCHEDULES, "cosine-noise-3", "cosine-noise-half"],
+)
 
 # float64 identities: a few roundings of numbers of size 1, some amplified by 1/sigma(0.003) < 60
 TIGHT = dict(rtol=1e-11, atol=1e-12)
@@ -62,6 +66,11 @@ def test_ends(schedule):
     assert abs(schedule.time_of(np.inf)) < 1e-5  # scaled_linear reaches alpha = 1 at 5.5e-6
 
 
+def test_noise_lowers_the_snr_of_the_cosine_alike_everywhere():
+    plain, noisy = Cosine(), Cosine(noise=3.0)
+    np.testing.assert_allclose(noisy.log_snr(TIMES), plain.log_snr(TIMES) - np.log(3.0), **TIGHT)
+
+
 def test_scaled_linear_labels():
     uvit, diffusers = ScaledLinear(time_offset=1), ScaledLinear(time_offset=0)
     cumulative = np.cumprod(1 - uvit.betas)
@@ -93,6 +102,7 @@ def test_known_values_of_the_latent_diffusion_betas():
         (lambda: ScaledLinear(time_offset=2), "time_offset=2"),
         (lambda: BetaLinear(beta_min=3.0, beta_max=1.0), "beta_min=3.0"),
         (lambda: Cosine(t_max=1.0), "t_max=1.0"),
+        (lambda: Cosine(noise=0.0), "noise=0.0"),
         (lambda: Linear(t_max=1.5), "t_max=1.5"),
     ],
 )
