@@ -3,8 +3,9 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from jointseg_jax.rng import fold, row_keys, sample_keys
+from jointseg_jax.rng import fold, normal, row_keys, sample_keys, uniform
 
 
 def numbers(keys):
@@ -50,3 +51,40 @@ def test_a_use_folds_each_row_by_itself():
     keys = row_keys(0, 0, jnp.arange(4))
     whole, last = fold(keys, "time"), fold(keys[3:], "time")
     np.testing.assert_array_equal(numbers(whole)[3:], numbers(last))
+
+
+# ------------------------------------------------------------------------------- draws
+
+SHAPES = [(), (5,), (4, 3), (3, 5, 2), (2, 3, 2, 3)]
+DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
+
+
+def bits(x):
+    return np.asarray(x).tobytes()
+
+
+@pytest.mark.thorough_but(3)
+@pytest.mark.parametrize("dtype", DTYPES, ids=np.dtype)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_rows_are_drawn_flat_with_the_bits_of_a_draw_of_their_shape(shape, dtype):
+    got = normal(row_keys(0, 0, jnp.arange(3)), jnp.zeros((3, *shape), dtype))
+    # the keys are made again: none is used twice
+    keys = row_keys(0, 0, jnp.arange(3))
+    want = jnp.stack([jax.random.normal(key, shape, dtype) for key in keys])
+    assert (got.shape, got.dtype) == (want.shape, dtype) and bits(got) == bits(want)
+
+
+@pytest.mark.thorough_but(1)
+@pytest.mark.parametrize("shape", SHAPES[::-1], ids=str)
+def test_uniform_rows_are_drawn_flat_too(shape):
+    got, keys = uniform(row_keys(0, 0, jnp.arange(3)), shape), row_keys(0, 0, jnp.arange(3))
+    assert bits(got) == bits(jnp.stack([jax.random.uniform(key, shape) for key in keys]))
+
+
+def test_the_hash_of_a_draw_is_coded_once_whatever_the_axes():
+    keys = row_keys(0, 0, jnp.arange(3))
+    lengths = [
+        len(jax.jit(normal).lower(keys, jnp.zeros((3, *shape))).as_text())
+        for shape in ((60,), (2, 3, 2, 5))
+    ]
+    assert lengths[1] < 1.05 * lengths[0]  # 1.17 when drawn in four axes

@@ -34,6 +34,7 @@ from jaxtyping import Float, UInt8
 
 from jointseg_jax.codecs.codec import Confidence, Fixed, Keys, Kind, LabelMaps, Labels, Reading
 from jointseg_jax.codecs.pixels import normalise
+from jointseg_jax.rng import uniform
 from jointseg_jax.types import VOID, AnyArray, Array, ArrayT, Params
 
 AnyColours = Float[AnyArray, "batch height width 3"]
@@ -169,8 +170,7 @@ class Palette(Fixed):
         colours = table.at[index].get(mode="fill", fill_value=jnp.nan)
         if keys is None or self.perturbation == 0:
             return colours
-        # [b, h, w, 3], a row from its own key
-        uniforms = jax.vmap(lambda key: jax.random.uniform(key, colours.shape[1:]))(keys)
+        uniforms = uniform(keys, colours.shape[1:])  # [b, h, w, 3], a row from its own key
         return self.perturb(colours, uniforms)
 
     def perturb(

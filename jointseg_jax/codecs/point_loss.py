@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int, Key
 
+from jointseg_jax.rng import uniform
 from jointseg_jax.types import VOID, Array, require, require_one_of
 
 Logits = Float[Array, "batch rows columns classes"]
@@ -87,12 +88,8 @@ class PointLoss:
         slots = min(self.slots or classes, classes)
         candidates, fresh = self.oversample * self.points, self.points - self.num_uncertain
         shapes = ((candidates, 2), (fresh, 2), (slots, candidates, 2), (slots, fresh, 2))
-
-        def row(key: Array) -> tuple[Array, ...]:
-            row_keys = jax.random.split(key, len(shapes))
-            return tuple(jax.random.uniform(k, s) for k, s in zip(row_keys, shapes))
-
-        return Draws(*jax.vmap(row)(keys))
+        parts = jax.vmap(lambda key: jax.random.split(key, len(shapes)))(keys)  # [b, 4]
+        return Draws(*(uniform(parts[:, i], shape) for i, shape in enumerate(shapes)))
 
     def __call__(
         self, logits: Logits, labels: LabelMaps, draws: Draws
