@@ -107,6 +107,16 @@ SHAPES: dict[str, Callable[[Map, Map], Map]] = {
 }
 
 
+def turned(dx: Map, dy: Map, angle: float | Map) -> tuple[Map, Map]:
+    """Returns the own frame (u, v) of a thing, turned by an angle in radians.
+
+    Args:
+      dx: offsets from its centre in units of its radius, to the right; ``dy`` downwards.
+    """
+    cos, sin = np.float32(np.cos(angle)), np.float32(np.sin(angle))
+    return cos * dx + sin * dy, cos * dy - sin * dx
+
+
 # --- textures of things, in their own frame: -1 .. 1 ---
 
 
@@ -219,9 +229,7 @@ def _paint_thing(thing: Thing, layer: int, x: Map, y: Map, texture: float, canva
     columns = _window(thing.x, thing.radius * side / width, width)
     dx = (x[:, columns] - thing.x) * (width / (side * thing.radius))
     dy = (y[rows] - thing.y) * (height / (side * thing.radius))
-    cos, sin = np.float32(np.cos(thing.angle)), np.float32(np.sin(thing.angle))
-    # the thing's own frame: scaled so that it fits the unit disc, and turned
-    u, v = cos * dx + sin * dy, cos * dy - sin * dx
+    u, v = turned(dx, dy, thing.angle)
     level = SHAPES[thing.kind](u, v)
     inside = level > 0
     _shade(inside, rows, columns, round(0.022 * side), value)

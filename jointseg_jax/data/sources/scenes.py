@@ -34,9 +34,16 @@ HUES = _STUFF_HUES | _THING_HUES
 HUE_JITTER = 5.0
 """Largest deviation of a region's hue from its centre; the oracle decides at 15 degrees."""
 
+DIAMETERS = (0.1, 0.6)
+"""Smallest and largest that a thing may be made, as a part of the shorter side."""
+
+TILT = 0.6
+"""Largest angle of a thing, in radians to either side."""
+
 STUFF = tuple(_STUFF_HUES)
 THINGS = tuple(_THING_HUES)
 PLURALS = {name: name + ("es" if name.endswith(("x", "ss")) else "s") for name in THINGS}
+_SINGULAR = {plural: name for name, plural in PLURALS.items()}
 NUMBERS = ("no", "a", "two", "three", "four", "five", "six", "seven", "eight")
 TEMPLATES = (
     "{things} on {ground} under {sky}",
@@ -185,7 +192,7 @@ class Scenes:
                 x=x,
                 y=y,
                 radius=radius,
-                angle=1.2 * (u[2] - 0.5),
+                angle=2 * TILT * (u[2] - 0.5),
                 light=u[4],
                 pattern=int(u[5] * len(scene_drawing.PATTERNS)),
                 phase=u[6],
@@ -247,6 +254,22 @@ def _caption(kinds: list[str], layers: Int8[np.ndarray, "height width"], templat
     return template.format(things=_listed(things), ground=_listed(ground), sky="a sky")
 
 
+def named(caption: str) -> dict[str, int]:
+    """Returns how many of each category a caption names, the inverse of ``_caption``.
+
+    A thing without a number is one; stuff that is named counts 1.
+    """
+    found: Counter[str] = Counter()
+    words = caption.lower().replace(",", " ").split()
+    for before, word in zip(["", *words], words):
+        kind = _SINGULAR.get(word, word)
+        if kind in THINGS:
+            found[kind] += NUMBERS.index(before) if before in NUMBERS else 1
+        elif kind in STUFF:
+            found[kind] = 1
+    return dict(found)
+
+
 def _listed(phrases: list[str]) -> str:
     return " and ".join([", ".join(phrases[:-1]), phrases[-1]] if phrases[1:] else phrases)
 
@@ -265,8 +288,9 @@ def _check(scenes: Scenes) -> None:
         wrong = f"things is {things}; give different names out of {', '.join(THINGS)}"
     elif not 1 <= scenes.max_things < len(NUMBERS):
         wrong = f"max_things is {scenes.max_things}; give 1 to {len(NUMBERS) - 1}"
-    elif not 0.1 <= low <= high <= 0.6 or scenes.texture < 0:
-        ranges = "sizes need 0.1 <= smallest <= largest <= 0.6, texture must not be negative"
+    elif not DIAMETERS[0] <= low <= high <= DIAMETERS[1] or scenes.texture < 0:
+        ranges = "sizes need {} <= smallest <= largest <= {}, texture must not be negative"
+        ranges = ranges.format(*DIAMETERS)
         wrong = f"thing_size is {scenes.thing_size} and texture {scenes.texture}; {ranges}"
     elif low * side < 4:
         remedy = "a thing needs at least 4 pixels: enlarge the picture or the thing_size"

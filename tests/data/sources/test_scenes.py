@@ -16,6 +16,7 @@ from jointseg_jax.data.sources.scenes import (
     STUFF,
     THINGS,
     Scenes,
+    named,
     oracle_labels,
 )
 
@@ -154,6 +155,28 @@ def test_caption_names_and_counts_what_is_visible(records):
         for name in set(found) & set(THINGS):
             mine = record["labels"] == names.index(name)
             assert found[name] == len(np.unique(record["segments"][mine]))
+
+
+def test_a_caption_is_read_back_as_what_is_visible(records):
+    names = tuple(HUES)
+    for record in records:
+        kinds = {}
+        for segment in np.unique(record["segments"][record["segments"] > 0]):
+            kind = names[record["labels"][record["segments"] == segment][0]]
+            kinds[kind] = kinds.get(kind, 0) + 1
+        stuff = np.unique(record["labels"][record["segments"] == 0])
+        assert named(record["captions"][0]) == kinds | {names[i]: 1 for i in stuff}
+
+
+def test_captions_in_other_words_are_read():
+    assert named("Two boxes, a ball and star on SAND") == {
+        "box": 2,
+        "ball": 1,
+        "star": 1,
+        "sand": 1,
+    }
+    assert named("no crosses") == {"cross": 0}
+    assert named("") == named("a boxer on grassland") == {}
 
 
 @pytest.mark.thorough
