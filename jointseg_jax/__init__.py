@@ -31,6 +31,7 @@ with _epy.lazy_api_imports(globals()):
 
     # How a stream moves, when it is trained, how it is sampled.
     from jointseg_jax.transport.dpm import DPMSolverPP
+    from jointseg_jax.transport.loss_weight import InverseSigma, MinSNR
     from jointseg_jax.transport.process import Process
     from jointseg_jax.transport.schedules import Cosine, Linear, ScaledLinear
     from jointseg_jax.transport.solvers import Euler, Heun
@@ -73,11 +74,13 @@ __all__ = [
     "ImageTiny",
     "InMemory",
     "Independent",
+    "InverseSigma",
     "Joint",
     "LabelAE",
     "Latents",
     "Linear",
     "LogitNormal",
+    "MinSNR",
     "Palette",
     "PanopticBits",
     "Pixels",

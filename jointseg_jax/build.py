@@ -42,6 +42,7 @@ from jointseg_jax.systems.system import Stream
 from jointseg_jax.transport.adaptive import Dopri5
 from jointseg_jax.transport.discrete import DDIM, DDPM, MultistepDPM
 from jointseg_jax.transport.dpm import DPMSolverPP
+from jointseg_jax.transport.loss_weight import WEIGHTS
 from jointseg_jax.transport.process import Process
 from jointseg_jax.transport.schedules import SCHEDULES, Linear
 from jointseg_jax.transport.solvers import Euler, Heun
@@ -383,10 +384,19 @@ def needed(config: SystemConfig, part: str) -> Spec:
 
 
 def process(spec: Spec, where: str) -> Process:
-    """One process and its schedule."""
-    schedule = make(SCHEDULES, spec["schedule"], where=where + ".process.schedule")
-    fields = {k: v for k, v in spec.items() if k != "name"} | {"schedule": schedule}
-    return construct(Process, fields, where=where + ".process", name="process")
+    """One process, its schedule and the weight of its loss."""
+    where += ".process"
+    fields = {k: v for k, v in spec.items() if k != "name"}
+    fields["schedule"] = make(SCHEDULES, spec["schedule"], where=where + ".schedule")
+    if "weight" in spec:
+        weight = spec["weight"]
+        if not isinstance(weight, Mapping):
+            raise UserError(
+                f"config.{where}.weight = {weight!r}: give a mapping with `name`, one of: "
+                f"{', '.join(sorted(WEIGHTS))}; a stream's own weight stands beside `process`."
+            )
+        fields["weight"] = make(WEIGHTS, weight, where=where + ".weight")
+    return construct(Process, fields, where=where, name="process")
 
 
 def times(spec: Spec) -> Any:

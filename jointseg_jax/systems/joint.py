@@ -2,7 +2,8 @@
 
 1. ``z_k = encode_k(batch[field_k])`` for every stream ``k``
 2. ``t = times.draw``, ``n_k = process_k.source``, ``x_k = alpha_k(t_k) z_k + sigma_k(t_k) n_k``
-3. ``loss = sum_k w_k mean((network(x, t, text)_k - process_k.target(z_k, n_k, t_k))^2)``
+3. ``loss = sum_k W_k mean(w_k(t_k) (network(x, t, text)_k - process_k.target(z_k, n_k, t_k))^2)``
+   with ``W_k`` the weight of the stream and ``w_k(t)`` that of its process
 
 Text reaches the network as context (dropped to the empty prompt with probability ``text_drop``)
 or as a stream of its own, whose time then says how much of it is known: 0 is a clean prompt and
@@ -120,9 +121,12 @@ class Joint:
             noise = self.source(name, keys)  # [b, h, w, c]
             noised[name] = stream.process.interpolate(clean[name], noise, times[name])
             targets[name] = stream.process.target(clean[name], noise, times[name])
-        # (3) loss = sum_k w_k mean((network(x, t, text)_k - target_k)^2)
+        # (3) loss = sum_k W_k mean(w_k(t_k) (network(x, t, text)_k - target_k)^2)
         outputs = self.denoise(params, noised, times, context)
-        errors = {k: jnp.mean(jnp.square(outputs[k] - targets[k])) for k in targets}
+        errors = {}
+        for name, target in targets.items():
+            squares = jnp.square(outputs[name] - target)
+            errors[name] = jnp.mean(self.streams[name].process.weigh(squares, times[name]))
         weights = self._weights({k: clean[k] for k in targets})
         total = jnp.asarray(sum(weights[k] * errors[k] for k in targets if weights[k]))
         return total, {"loss": total} | {"loss/" + k: v for k, v in errors.items()}
