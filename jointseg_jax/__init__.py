@@ -30,6 +30,7 @@ with _epy.lazy_api_imports(globals()):
     from jointseg_jax.models.uvit import UViT
 
     # How a stream moves, when it is trained, how it is sampled.
+    from jointseg_jax.transport.ancestral import Ancestral
     from jointseg_jax.transport.dpm import DPMSolverPP
     from jointseg_jax.transport.loss_weight import InverseSigma, MinSNR
     from jointseg_jax.transport.process import Process
@@ -60,6 +61,7 @@ with _epy.lazy_api_imports(globals()):
 
 __all__ = [
     "VOID",
+    "Ancestral",
     "Bits",
     "Bridge",
     "Chain",

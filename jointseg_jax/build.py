@@ -40,6 +40,7 @@ from jointseg_jax.systems.bridge import IMAGE, STATE, Bridge
 from jointseg_jax.systems.joint import TEXT_STREAM, Joint
 from jointseg_jax.systems.system import Stream
 from jointseg_jax.transport.adaptive import Dopri5
+from jointseg_jax.transport.ancestral import Ancestral
 from jointseg_jax.transport.discrete import DDIM, DDPM, MultistepDPM
 from jointseg_jax.transport.dpm import DPMSolverPP
 from jointseg_jax.transport.loss_weight import WEIGHTS
@@ -74,6 +75,7 @@ SOLVERS = {
     "multistep_dpm": MultistepDPM,
     "ddim": DDIM,
     "ddpm": DDPM,
+    "ancestral": Ancestral,
     "euler": Euler,
     "heun": Heun,
     "dopri5": Dopri5,

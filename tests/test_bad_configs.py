@@ -138,7 +138,7 @@ ROWS = [
     (
         {"system.solver.name": "dpm_solver"},
         "config.system.solver.name: 'dpm_solver' is unknown (did you mean 'dpm_solver_pp'?); one "
-        "of: ddim, ddpm, ",
+        "of: ancestral, ddim, ddpm, ",
     ),
     (
         {f"{IMAGE}.process.schedule": {"name": "cosinus"}},
