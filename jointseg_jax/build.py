@@ -90,13 +90,17 @@ def source(config: RunConfig, split: str) -> Source:
     """
     if from_cache(config, split):
         return cache(config, split)
-    spec = dict(getattr(config.data, split))
-    features = spec.pop("features", None)
-    records = make(SOURCES, spec, where=f"data.{split}")
+    found, features = records(config, split), getattr(config.data, split).get("features")
     if not features:
-        return records
+        return found
     where = f"data.{split}.features"
-    return make({"npy": WithFeatures}, features, where=where, source=records, split=records.split)
+    return make({"npy": WithFeatures}, features, where=where, source=found, split=found.split)
+
+
+def records(config: RunConfig, split: str) -> Source:
+    """The data source itself: no cache takes its place, and no features are added."""
+    spec = {k: v for k, v in getattr(config.data, split).items() if k != "features"}
+    return make(SOURCES, spec, where=f"data.{split}")
 
 
 def from_cache(config: RunConfig, split: str) -> bool:
