@@ -183,7 +183,7 @@ class Joint:
 
         def network(x: Streams, t: Times, step: Step) -> Streams:
             # all branches of the guidance in one forward pass: [b * branches, h, w, c]
-            return guidance.combine(self.denoise(params, *guidance.expand(x, t, step)))
+            return guidance.combine(self.denoise(params, *guidance.expand(x, t, step)), t)
 
         processes = {k: s.process for k, s in self.streams.items()}
         keys = fold(keys, "solver")
@@ -263,16 +263,19 @@ class Joint:
         if self.text is None:
             return Guidance(Branch())
         scales = {k: self.streams[k].guidance for k in free}
+        given = {k: self.streams[k].guidance_interval for k in free}
+        intervals = {k: interval for k, interval in given.items() if interval is not None}
         if TEXT_STREAM in self.streams:
             # "no text" is noise in place of the text's latents, at the time of pure noise
             unconditional = Branch(
                 latents={TEXT_STREAM: lambda step: self.source(TEXT_STREAM, keys, step)},
                 times={TEXT_STREAM: self.unconditional_time},
             )
-            return Guidance(Branch(), [(unconditional, scales)])
+            return Guidance(Branch(), [(unconditional, scales)], intervals)
         words, empty = params.get("text", {}), self.text.empty(keys.shape[0])
         conditional = Branch(text=self._context(words, self._prompt(text, keys)))
-        return Guidance(conditional, [(Branch(text=self._context(words, empty)), scales)])
+        unconditional = Branch(text=self._context(words, empty))
+        return Guidance(conditional, [(unconditional, scales)], intervals)
 
     def _prompt(self, text: Array | None, keys: Array) -> Array:
         """The text, or the empty prompt for every row."""

@@ -353,6 +353,17 @@ def test_guidance_scales_what_the_prompt_adds_to_each_stream():
     assert np.abs(with_text["image"] - without["image"]).max() > 100 * REORDERED
 
 
+@pytest.mark.parametrize(("interval", "inside"), [([0, 0.4], False), ((0.4, 0.6), True)])
+def test_guidance_holds_in_its_interval(interval, inside):
+    """The network is asked at time 0.5."""
+
+    def answer(**image):
+        return asked(functools.partial(context, image=image), "context", batch()["text"])[0]
+
+    want = answer(guidance=3.0) if inside else answer()
+    close(answer(guidance=3.0, guidance_interval=interval), want)
+
+
 @pytest.mark.thorough
 @pytest.mark.parametrize(("time", "label"), [(1.0, 999), (1.001, 1000)])
 def test_a_text_stream_is_silenced_by_fresh_noise_at_every_step(time, label):
@@ -495,6 +506,11 @@ def test_previews_give_the_maps_that_the_network_needs():
         ),
         (context, {"image": {"weight": -1.0}}, "stream 'image': weight=-1.0, guidance=1.0: must"),
         (context, {"mask": {"guidance": -1.0}}, "stream 'labels': weight=1.0, guidance=-1.0: must"),
+        (
+            context,
+            {"image": {"guidance_interval": (0.5, 0.2)}},
+            r"stream 'image': guidance_interval=\(0.5, 0.2\): give two times \(low, high\)",
+        ),
     ],
 )
 def test_mistakes_are_named_when_the_system_is_made(make, changes, message):
