@@ -30,7 +30,9 @@ with _epy.lazy_api_imports(globals()):
     from jointseg_jax.models.uvit import UViT
 
     # How a stream moves, when it is trained, how it is sampled.
+    from jointseg_jax.transport.ancestral import Ancestral
     from jointseg_jax.transport.dpm import DPMSolverPP
+    from jointseg_jax.transport.loss_weight import InverseSigma, MinSNR
     from jointseg_jax.transport.process import Process
     from jointseg_jax.transport.schedules import Cosine, Linear, ScaledLinear
     from jointseg_jax.transport.solvers import Euler, Heun
@@ -59,6 +61,7 @@ with _epy.lazy_api_imports(globals()):
 
 __all__ = [
     "VOID",
+    "Ancestral",
     "Bits",
     "Bridge",
     "Chain",
@@ -73,11 +76,13 @@ __all__ = [
     "ImageTiny",
     "InMemory",
     "Independent",
+    "InverseSigma",
     "Joint",
     "LabelAE",
     "Latents",
     "Linear",
     "LogitNormal",
+    "MinSNR",
     "Palette",
     "PanopticBits",
     "Pixels",

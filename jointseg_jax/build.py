@@ -41,8 +41,10 @@ from jointseg_jax.systems.bridge import IMAGE, STATE, Bridge
 from jointseg_jax.systems.joint import TEXT_STREAM, Joint
 from jointseg_jax.systems.system import Stream
 from jointseg_jax.transport.adaptive import Dopri5
+from jointseg_jax.transport.ancestral import Ancestral
 from jointseg_jax.transport.discrete import DDIM, DDPM, MultistepDPM
 from jointseg_jax.transport.dpm import DPMSolverPP
+from jointseg_jax.transport.loss_weight import WEIGHTS
 from jointseg_jax.transport.process import Process
 from jointseg_jax.transport.schedules import SCHEDULES, Linear
 from jointseg_jax.transport.solvers import Euler, Heun
@@ -74,6 +76,7 @@ SOLVERS = {
     "multistep_dpm": MultistepDPM,
     "ddim": DDIM,
     "ddpm": DDPM,
+    "ancestral": Ancestral,
     "euler": Euler,
     "heun": Heun,
     "dopri5": Dopri5,
@@ -88,13 +91,17 @@ def source(config: RunConfig, split: str) -> Source:
     """
     if from_cache(config, split):
         return cache(config, split)
-    spec = dict(getattr(config.data, split))
-    features = spec.pop("features", None)
-    records = make(SOURCES, spec, where=f"data.{split}")
+    found, features = records(config, split), getattr(config.data, split).get("features")
     if not features:
-        return records
+        return found
     where = f"data.{split}.features"
-    return make({"npy": WithFeatures}, features, where=where, source=records, split=records.split)
+    return make({"npy": WithFeatures}, features, where=where, source=found, split=found.split)
+
+
+def records(config: RunConfig, split: str) -> Source:
+    """The data source itself: no cache takes its place, and no features are added."""
+    spec = {k: v for k, v in getattr(config.data, split).items() if k != "features"}
+    return make(SOURCES, spec, where=f"data.{split}")
 
 
 def from_cache(config: RunConfig, split: str) -> bool:
@@ -384,10 +391,19 @@ def needed(config: SystemConfig, part: str) -> Spec:
 
 
 def process(spec: Spec, where: str) -> Process:
-    """One process and its schedule."""
-    schedule = make(SCHEDULES, spec["schedule"], where=where + ".process.schedule")
-    fields = {k: v for k, v in spec.items() if k != "name"} | {"schedule": schedule}
-    return construct(Process, fields, where=where + ".process", name="process")
+    """One process, its schedule and the weight of its loss."""
+    where += ".process"
+    fields = {k: v for k, v in spec.items() if k != "name"}
+    fields["schedule"] = make(SCHEDULES, spec["schedule"], where=where + ".schedule")
+    if "weight" in spec:
+        weight = spec["weight"]
+        if not isinstance(weight, Mapping):
+            raise UserError(
+                f"config.{where}.weight = {weight!r}: give a mapping with `name`, one of: "
+                f"{', '.join(sorted(WEIGHTS))}; a stream's own weight stands beside `process`."
+            )
+        fields["weight"] = make(WEIGHTS, weight, where=where + ".weight")
+    return construct(Process, fields, where=where, name="process")
 
 
 def times(spec: Spec) -> Any:

@@ -34,6 +34,7 @@ TABLES: tuple[tuple[str, Mapping[str, Callable[..., Any]]], ...] = (
     (r"optimizer\.schedule", optimizer.SCHEDULES),
     (r"system\.(image|palette|codec)|system\.streams\.\w+\.codec", build.CODECS),
     (r"(system|system\.streams\.\w+)\.process\.schedule", SCHEDULES),
+    (r"(system|system\.streams\.\w+)\.process\.weight", build.WEIGHTS),
     (r"system\.denoiser", build.DENOISERS),
     (r"system\.text", build.TEXTS),
     (r"system\.times", build.TIMES),

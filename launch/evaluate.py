@@ -9,6 +9,10 @@ a judge's labels of the generated image and the generated mask, with its chance 
 run: reconstruction mIoU, mIoU of edge pixels, worst class, on the whole validation split. A bridge:
 segmentation mIoU, alignment of images made from validation maps, their diversity. --steps compares
 numbers of solver steps.
+
+Of the embedded scenes, which the oracle judges, a table comes before that line: do the pictures
+hold the words of their prompts, can the shapes be named, how many fragments are there; with real
+renders of the validation split and the level of chance beside each.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ from pathlib import Path
 
 from absl import flags
 
-from jointseg_jax import cli
+from jointseg_jax import cli, distributed
 from jointseg_jax.types import UserError
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a trained run.", required=True)
@@ -44,6 +48,7 @@ def main() -> None:
     """Evaluates."""
     cli.start()
     from jointseg_jax.evaluation.evaluate import evaluate
+    from jointseg_jax.evaluation.scene_table import scene_tables
     from jointseg_jax.training.preemption import ExitOnSigterm
 
     size, steps = _size(SIZE.value), _steps(STEPS.value)
@@ -52,6 +57,8 @@ def main() -> None:
         report = evaluate(
             workdir, num=NUM.value, seed=SEED.value, size=size, steps=steps, refine=REFINE.value
         )
+    if distributed.is_first():
+        print(scene_tables(report), end="")
     cli.last_line(report)
 
 

@@ -98,13 +98,17 @@ def main() -> int:
 
 def finish(config: RunConfig, workdir: Path, start: float) -> None:
     """Generates and judges pairs, and says where everything is."""
-    from jointseg_jax.evaluation.evaluate import evaluate
+    from jointseg_jax.evaluation.evaluate import evaluate, scalars
+    from jointseg_jax.evaluation.scene_table import scene_tables
     from jointseg_jax.training import goodput
     from jointseg_jax.training.preemption import ExitOnSigterm
+    from jointseg_jax.training.writers import append_scalars
 
     with ExitOnSigterm(), goodput.evaluation(workdir, writes=distributed.is_first()):
         report = evaluate(workdir, num=config.finish.num)
+    append_scalars(workdir, report["step"], scalars(report))
     if distributed.is_first():
+        print(scene_tables(report), end="")
         print(f"everything is in {workdir}: start with {report.get('grid', workdir / 'samples')}")
     cli.last_line(report | {"seconds": round(time.monotonic() - start, 1)})
 

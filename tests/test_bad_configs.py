@@ -138,7 +138,7 @@ ROWS = [
     (
         {"system.solver.name": "dpm_solver"},
         "config.system.solver.name: 'dpm_solver' is unknown (did you mean 'dpm_solver_pp'?); one "
-        "of: ddim, ddpm, ",
+        "of: ancestral, ddim, ddpm, ",
     ),
     (
         {f"{IMAGE}.process.schedule": {"name": "cosinus"}},
@@ -185,6 +185,15 @@ ROWS = [
     ({"system.solver.steps": 0}, "config.system.solver: dpm_solver_pp: solver: steps=0"),
     ({"system.size": (32,)}, "config.system.size = (32,): give (height, width) in pixels"),
     ({"system.denoiser.heads": 3}, "width: even and a multiple of heads=3; given 128"),
+    (
+        {f"{IMAGE}.process.weight": {"name": "min_snr", "gama": 5.0}},
+        f"config.{IMAGE}.process.weight: min_snr has no field 'gama' (did you mean 'gamma'?)",
+    ),
+    (
+        {f"{IMAGE}.process.weight": "min_snr"},
+        f"config.{IMAGE}.process.weight = 'min_snr': give a mapping with `name`, one of: "
+        "inverse_sigma, loss_of, min_snr, uniform; a stream's own weight stands beside `process`.",
+    ),
 ]
 
 

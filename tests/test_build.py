@@ -7,6 +7,9 @@ from jointseg_jax.codecs.bits import PanopticBits
 from jointseg_jax.config import RunConfig
 from jointseg_jax.data.classes import Classes
 from jointseg_jax.data.records import DatasetInfo
+from jointseg_jax.transport.loss_weight import UNIFORM, InverseSigma
+from jointseg_jax.transport.process import Process
+from jointseg_jax.transport.schedules import Cosine
 from jointseg_jax.types import UserError
 
 
@@ -46,3 +49,10 @@ def test_panoptic_codecs_are_told_the_classes():
     assert build.codec(spec, facts, "here") == PanopticBits(classes=2, instance_bits=4)
     with pytest.raises(UserError, match=r"config\.here: panoptic_bits: .*instance_bits = 16"):
         build.codec(spec | {"instance_bits": 16}, facts, "here")
+
+
+def test_a_process_has_a_schedule_and_a_weight():
+    spec = {"schedule": {"name": "cosine"}, "predicts": "data"}
+    assert build.process(spec, "here").weight == UNIFORM
+    made = build.process(spec | {"weight": {"name": "inverse_sigma", "cap": 4.0}}, "here")
+    assert made == Process(schedule=Cosine(), predicts="data", weight=InverseSigma(cap=4.0))

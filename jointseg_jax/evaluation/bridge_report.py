@@ -9,6 +9,8 @@ For every number of steps, on validation pairs:
    cycle, not what another segmenter would see
 3. diversity: mean absolute difference, as a part of the grey range, between two images made from
    one map with different perturbations; 0 means that the map alone decides
+4. of scenes that the oracle judges: shapes and fragments of the images made, real ones beside
+   (``scene_report.py``)
 """
 
 import dataclasses
@@ -32,6 +34,7 @@ from jointseg_jax.evaluation.alignment import (
     number,
 )
 from jointseg_jax.evaluation.held_out import PER_DEVICE, validation_batches
+from jointseg_jax.evaluation.scene_report import MOST, measure, real_scenes, scene_source
 from jointseg_jax.generation.sampler import Sampler, make_sampler, with_options
 from jointseg_jax.rng import sample_keys
 from jointseg_jax.systems.system import Generator, Pairs
@@ -54,12 +57,14 @@ def bridge_report(run: Run, num: int, seed: int, steps: Sequence[int]) -> dict[s
         log.info("%s", "  ".join(f"{k} {v}" for k, v in plain.items()))
     best = max(row["segmentation_miou"] for row in rows)
     one = [row["segmentation_miou"] for row in rows if row["steps"] == 1]
+    source = scene_source(run)
+    real = {} if source is None else real_scenes(source, num, pairs=False)
     return {
         "judge": run.config.evaluate.judge or "self",
         "table": rows,
         "best_segmentation_miou": best,
         "one_step_of_best": number(one[0] / best) if one and best else None,
-    }
+    } | real
 
 
 Shown = tuple[np.ndarray, ...]
@@ -72,7 +77,7 @@ def _row(run: Run, num: int, judge: Judge | None, seed: int, steps: int) -> dict
     count = min(num, len(build.source(run.config, "val")))
     every = max(1, count // SHOWN)  # evenly spread over the records
     segmentation = Reconstruction(names)
-    differences, unequal, shown, judged = [], [], [], []
+    differences, unequal, shown, judged, images = [], [], [], [], []
     sampler = both_ways_sampler(run, steps)
     for batch in validation_batches(run, sampler.batch_size, num, "pairs"):
         real = {k: batch[k] for k in ("image", "labels")}
@@ -86,11 +91,14 @@ def _row(run: Run, num: int, judge: Judge | None, seed: int, steps: int) -> dict
         for i in np.flatnonzero(valid):
             labels = made["back"][i] if judge is None else judge(made["first"][i])
             judged.append((labels, real["labels"][i]))
+            images += [made["first"][i]] if len(images) < MOST else []
             if len(judged) % every == 1 % every and len(shown) < SHOWN:
                 pictures = (made[k][i] for k in ("segmented", "first", "second"))
                 shown.append((real["image"][i], real["labels"][i], *pictures))
     grid = _save_grid(run, shown, steps)
     alignment, report = _alignment(names, judged, seed), segmentation.report()
+    source = scene_source(run)
+    seen = {} if source is None else {"scenes": measure(np.stack(images), None, None, source)}
     return {
         "segmentation_miou": report["reconstruction_miou"],
         "segmentation_edge_miou": report["edge_miou"],
@@ -100,7 +108,7 @@ def _row(run: Run, num: int, judge: Judge | None, seed: int, steps: int) -> dict
         "chance_miou": number(alignment.others.miou()),
         "diversity": number(np.mean(differences)),
         "grid": str(grid),
-    }
+    } | seen
 
 
 def _alignment(

@@ -9,7 +9,7 @@ Of several processes each generates its share of the pairs; all measure the same
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,3 +68,16 @@ def evaluate(
     if jax.process_index() == 0:
         (workdir / "evaluation.json").write_text(json.dumps(report, indent=1) + "\n")
     return report
+
+
+def scalars(report: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a report by their names in a run's curves, all below ``evaluation/``."""
+    rows = report.get("table", [])
+    report = {**report, **rows[0]} if len(rows) == 1 else report
+    groups = {"": report} | {f"{k}/": v for k, v in report.items() if k.startswith("scenes")}
+    return {
+        f"evaluation/{prefix}{name}": float(value)
+        for prefix, group in groups.items()
+        for name, value in group.items()
+        if isinstance(value, (int, float)) and name not in ("step", "steps")
+    }

@@ -3,6 +3,8 @@
 1. alignment: do image and mask agree? A judge's labels of the image against the mask, with its
    level of chance
 2. MCD: do the masks hold what the real masks of these captions hold?
+3. of scenes that the oracle judges: what a person sees in them, with real ones beside
+   (``scene_report.py``)
 
 A run whose network sees given maps gets those of the validation split.
 """
@@ -20,6 +22,7 @@ from jointseg_jax.evaluation.alignment import Alignment, Judge, cycle, find_judg
 from jointseg_jax.evaluation.codec_report import codec_report
 from jointseg_jax.evaluation.confusion import share_difference, shares
 from jointseg_jax.evaluation.held_out import PROMPTS, HeldOutMaps, References, references
+from jointseg_jax.evaluation.scene_report import MOST, pairs_scenes, real_scenes, scene_source
 from jointseg_jax.generation.pair_writer import read_mask
 from jointseg_jax.generation.sample import SampleOptions, sample
 from jointseg_jax.generation.sampler import ANNOTATIONS
@@ -36,9 +39,12 @@ def joint_report(run: Run, num: int, seed: int, steps: Sequence[int]) -> dict[st
     report = codec_report(run, stream.codec, run.frozen.get(name, {}), stream.field, num)
     real = references(run, num)
     if not steps:
-        return report | _sampled_report(run, num, seed, None, real, judge)
-    rows = [{"steps": n} | _sampled_report(run, num, seed, n, real, judge) for n in steps]
-    return report | {"table": rows}
+        report |= _sampled_report(run, num, seed, None, real, judge)
+    else:
+        rows = [{"steps": n} | _sampled_report(run, num, seed, n, real, judge) for n in steps]
+        report["table"] = rows
+    source = scene_source(run)
+    return report if source is None else report | real_scenes(source, num)
 
 
 def _sampled_report(
@@ -57,7 +63,14 @@ def _sampled_report(
     )
     sampled = sample(run, pairs_folder(run, seed, count, steps), options)
     pairs = PairFolder(Path(sampled["out"]), num)
-    return pairs_report(run, pairs, real.shares, judge, seed) | {"grid": sampled["grid"]}
+    report = pairs_report(run, pairs, real.shares, judge, seed) | {"grid": sampled["grid"]}
+    source = scene_source(run)
+    if source is None:
+        return report
+    first = [pairs[i] for i in range(min(len(pairs), MOST))]
+    images, masks = (np.stack(parts) for parts in zip(*first))
+    prompts = [real.prompts[i % count] for i in range(len(first))]
+    return report | pairs_scenes(images, masks, prompts, source, seed)
 
 
 def label_stream(run: Run) -> tuple[str, Stream]:

@@ -15,7 +15,8 @@ Of the oracle's labels of each generated image (``Scenes.oracle_labels``), its p
    class whose template fits best; how often that is the class of its colour
 
 Real renders of the validation split go through the same code: hidden things, for one, keep their
-shape below 1. Level of chance of 1-3: the prompts of other pictures.
+shape below 1. Level of chance: for 1-3 the prompts of other pictures, in a random cycle as that of
+alignment; for 5 one guess among all things.
 """
 
 from collections.abc import Sequence
@@ -25,10 +26,12 @@ import numpy as np
 from jaxtyping import Bool, Int, Int64, Integer, UInt8
 from scipy import ndimage
 
+from jointseg_jax import build
 from jointseg_jax.data.sources.scenes import Scenes, named
-from jointseg_jax.evaluation.alignment import number
+from jointseg_jax.evaluation.alignment import cycle, number
 from jointseg_jax.evaluation.confusion import Confusion, shares
 from jointseg_jax.evaluation.scene_fit import fit
+from jointseg_jax.training.workdir import Run
 
 LEAST = 10
 """Pixels of a component that counts as a thing, and not as a fragment."""
@@ -42,8 +45,55 @@ FITTING = 0.85
 NAMED = 48
 """Things that are named without their colour."""
 
+MOST = 256
+"""Pictures of a run that are measured, the first ones, and at most as many real ones."""
+
 Images = UInt8[np.ndarray, "n height width 3"]
 Masks = Integer[np.ndarray, "n height width"]
+
+
+def scene_source(run: Run) -> Scenes | None:
+    """Returns the embedded source whose pictures a run makes and its judge knows, or None."""
+    spec = run.config.data.val
+    if run.config.evaluate.judge != "oracle" or build.SOURCES.get(spec["name"]) is not Scenes:
+        return None
+    source = build.records(run.config, "val")
+    return source if isinstance(source, Scenes) else None
+
+
+def pairs_scenes(
+    images: Images, masks: Masks, prompts: Sequence[str], source: Scenes, seed: int
+) -> dict[str, Any]:
+    """Measures generated pairs (``scenes``), and at the level of chance (``scenes_chance``).
+
+    Args:
+      seed: of the cycle in which each picture gets another's prompt and mask.
+    """
+    report = {"scenes": measure(images, masks, prompts, source)}
+    if len(images) < 2:
+        return report | {"scenes_chance": {}}
+    other = np.empty(len(images), int)
+    order = cycle(len(images), seed)
+    other[order] = np.roll(order, 1)
+    judged = source.oracle_labels(images)
+    seen = components(judged, len(source.classes))
+    chance = agreement(judged, seen, [prompts[i] for i in other], source)
+    chance["alignment_miou"] = alignment(judged, masks[other], source)
+    chance["named_by_shape"] = ratio(1, len(source.things))
+    return report | {"scenes_chance": chance}
+
+
+def real_scenes(source: Scenes, count: int, *, pairs: bool = True) -> dict[str, Any]:
+    """Measures the first real renders of a source, at its own size (``scenes_real``).
+
+    Args:
+      pairs: whether masks and prompts are looked at, too.
+    """
+    records = [source[i] for i in range(min(count, MOST, len(source)))]
+    images, labels = (np.stack([record[k] for record in records]) for k in ("image", "labels"))
+    prompts = [record["captions"][0] for record in records]
+    given = (labels, prompts) if pairs else (None, None)
+    return {"scenes_real": measure(images, *given, source)}
 
 
 def measure(
@@ -73,10 +123,15 @@ def measure(
         same = np.array_equal(judged, masks)
         shape = shape if same else shape_report(components(masks, len(source.classes)), source)
         report |= {f"{name}_mask": value for name, value in shape.items()}
-        confusion = Confusion(len(source.classes))
-        confusion.add(judged, masks)
-        report["alignment_miou"] = number(confusion.miou())
+        report["alignment_miou"] = alignment(judged, masks, source)
     return report | naming_report(seen, source)
+
+
+def alignment(judged: Masks, masks: Masks, source: Scenes) -> float | None:
+    """IoU of masks with the oracle's labels, as ``alignment.py`` has it."""
+    confusion = Confusion(len(source.classes))
+    confusion.add(judged, masks)
+    return number(confusion.miou())
 
 
 class Components(NamedTuple):

@@ -2,8 +2,8 @@
 
 1. ``z_0 = encode(image)``, ``z_1 = encode(colours of the labels + perturbation)``: both data
 2. ``t = times.draw`` in float32, ``x = (1 - t) z_0 + t z_1``
-3. ``loss = mean (v(x, t) - (z_1 - z_0))^2``, over the cells that hold no VOID pixel where the
-   palette has ``void="masked"``
+3. ``loss = mean w(t) (v(x, t) - (z_1 - z_0))^2``, over the cells that hold no VOID pixel where the
+   palette has ``void="masked"``; w is the process's weight
 4. segmentation: ``dz = v dt`` from ``z_0`` at 0 to 1, and the nearest colour; nothing is drawn
 5. synthesis: from ``z_1`` at 1 to 0; another perturbation gives another image of the same map
 
@@ -116,8 +116,8 @@ class Bridge:
             remaining = (1 - t).reshape(-1, 1, 1, 1)
             guess = jax.lax.stop_gradient(x + remaining * velocity)
             target = target + self.correction * self.class_correction(guess, batch["labels"])
-        # (3) loss = mean (v(x, t) - target)^2 over the valid cells
-        errors = jnp.square(velocity - target).mean(-1)  # [b, h, w]
+        # (3) loss = mean w(t) (v(x, t) - target)^2 over the valid cells
+        errors = self.process.weigh(jnp.square(velocity - target).mean(-1), t)  # [b, h, w]
         valid = self.valid_cells(batch["labels"], (errors.shape[1], errors.shape[2]))
         total = jnp.where(valid, errors, 0.0).sum() / jnp.maximum(valid.sum(), 1)
         return total, {"loss": total}

@@ -2,7 +2,8 @@
 
 1. ``z_k = encode_k(batch[field_k])`` for every stream ``k``
 2. ``t = times.draw``, ``n_k = process_k.source``, ``x_k = alpha_k(t_k) z_k + sigma_k(t_k) n_k``
-3. ``loss = sum_k w_k mean((network(x, t, text)_k - process_k.target(z_k, n_k, t_k))^2)``
+3. ``loss = sum_k W_k mean(w_k(t_k) (network(x, t, text)_k - process_k.target(z_k, n_k, t_k))^2)``
+   with ``W_k`` the weight of the stream and ``w_k(t)`` that of its process
 
 Text reaches the network as context (dropped to the empty prompt with probability ``text_drop``)
 or as a stream of its own, whose time then says how much of it is known: 0 is a clean prompt and
@@ -120,9 +121,12 @@ class Joint:
             noise = self.source(name, keys)  # [b, h, w, c]
             noised[name] = stream.process.interpolate(clean[name], noise, times[name])
             targets[name] = stream.process.target(clean[name], noise, times[name])
-        # (3) loss = sum_k w_k mean((network(x, t, text)_k - target_k)^2)
+        # (3) loss = sum_k W_k mean(w_k(t_k) (network(x, t, text)_k - target_k)^2)
         outputs = self.denoise(params, noised, times, context)
-        errors = {k: jnp.mean(jnp.square(outputs[k] - targets[k])) for k in targets}
+        errors = {}
+        for name, target in targets.items():
+            squares = jnp.square(outputs[name] - target)
+            errors[name] = jnp.mean(self.streams[name].process.weigh(squares, times[name]))
         weights = self._weights({k: clean[k] for k in targets})
         total = jnp.asarray(sum(weights[k] * errors[k] for k in targets if weights[k]))
         return total, {"loss": total} | {"loss/" + k: v for k, v in errors.items()}
@@ -179,7 +183,7 @@ class Joint:
 
         def network(x: Streams, t: Times, step: Step) -> Streams:
             # all branches of the guidance in one forward pass: [b * branches, h, w, c]
-            return guidance.combine(self.denoise(params, *guidance.expand(x, t, step)))
+            return guidance.combine(self.denoise(params, *guidance.expand(x, t, step)), t)
 
         processes = {k: s.process for k, s in self.streams.items()}
         keys = fold(keys, "solver")
@@ -259,16 +263,19 @@ class Joint:
         if self.text is None:
             return Guidance(Branch())
         scales = {k: self.streams[k].guidance for k in free}
+        given = {k: self.streams[k].guidance_interval for k in free}
+        intervals = {k: interval for k, interval in given.items() if interval is not None}
         if TEXT_STREAM in self.streams:
             # "no text" is noise in place of the text's latents, at the time of pure noise
             unconditional = Branch(
                 latents={TEXT_STREAM: lambda step: self.source(TEXT_STREAM, keys, step)},
                 times={TEXT_STREAM: self.unconditional_time},
             )
-            return Guidance(Branch(), [(unconditional, scales)])
+            return Guidance(Branch(), [(unconditional, scales)], intervals)
         words, empty = params.get("text", {}), self.text.empty(keys.shape[0])
         conditional = Branch(text=self._context(words, self._prompt(text, keys)))
-        return Guidance(conditional, [(Branch(text=self._context(words, empty)), scales)])
+        unconditional = Branch(text=self._context(words, empty))
+        return Guidance(conditional, [(unconditional, scales)], intervals)
 
     def _prompt(self, text: Array | None, keys: Array) -> Array:
         """The text, or the empty prompt for every row."""

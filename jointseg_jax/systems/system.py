@@ -8,6 +8,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, cast, runtime_checkable
 
 from jointseg_jax.codecs.codec import AnnotationCodec, Codec, PanopticCodec
 from jointseg_jax.codecs.pixels import quantise
+from jointseg_jax.transport.guidance import Interval, interval_of
 from jointseg_jax.transport.integrator import Solver
 from jointseg_jax.transport.process import Process
 from jointseg_jax.types import Array, Params, Streams, require_values
@@ -64,11 +65,18 @@ class Stream:
     guidance: float = 1.0
     """Scale of classifier-free guidance at sampling, ``uncond + scale (cond - uncond)``; 1 is
     off."""
+    guidance_interval: Interval | None = None
+    """Times (low, high) at which ``guidance`` holds, 0 the data end and 1 the source end; it is 1
+    at others. None is all times."""
 
     def __post_init__(self) -> None:
         own = {"weight": self.weight, "guidance": self.guidance}
         rule = "must both be at least 0; change them in the stream's config."
-        require_values(f"stream {self.field!r}", min(own.values()) >= 0, rule, **own)
+        where = f"stream {self.field!r}"
+        require_values(where, min(own.values()) >= 0, rule, **own)
+        if self.guidance_interval is not None:  # a list, in JSON
+            interval = interval_of(where, self.guidance_interval)
+            object.__setattr__(self, "guidance_interval", interval)
 
 
 def _image(codec: Codec, field: str, params: Params, latents: Array) -> Pairs:

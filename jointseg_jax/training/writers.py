@@ -212,6 +212,14 @@ def run_writers(workdir: str | os.PathLike, *, total: int, step: int = 0) -> Wri
     )
 
 
+def append_scalars(workdir: str | os.PathLike, step: int, scalars: Scalars) -> None:
+    """Adds numbers to ``metrics.jsonl`` and ``tensorboard/`` of a run that has ended at a step."""
+    folder = Path(workdir)
+    lines = JsonlWriter(folder / "metrics.jsonl")
+    with Writers([lines, TensorBoardWriter(folder / "tensorboard", resumed=step)]) as writers:
+        writers.write(step, scalars)
+
+
 def read_records(path: str | os.PathLike) -> list[jsonl.Record]:
     """The records of a ``metrics.jsonl`` that count: none that a resumed run has replaced."""
     records: list[jsonl.Record] = []

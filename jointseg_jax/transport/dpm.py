@@ -189,7 +189,7 @@ def _log_snr(schedule: Schedule, start: float, end: float, intervals: int) -> np
     ends = schedule.log_snr(start), schedule.log_snr(end)
     if not np.all(np.isfinite(ends)):
         raise ValueError(
-            f"dpm_solver_pp: grid='log_snr' from t={start:g} to t={end:g}: the log-SNR is "
+            f"solver: grid='log_snr' from t={start:g} to t={end:g}: the log-SNR is "
             f"{ends[0]:g} and {ends[1]:g} there under {schedule} and must be finite; move "
             "`solver.start` or `solver.end` off that end, or choose grid='time_uniform'."
         )

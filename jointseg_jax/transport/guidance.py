@@ -7,11 +7,13 @@
    text. The unconditional branch of a text network has the empty text; of a joint network, pure
    noise at time 1 in place of the text's latents. Streams that need different unconditional
    branches (image without text, text without image) name their own.
-3. All branches are one forward pass, interleaved example by example (conditional, unconditional,
+3. In an *interval* of times the scale holds; outside it is 1. The network is asked as before, at
+   every step: the program is one.
+4. All branches are one forward pass, interleaved example by example (conditional, unconditional,
    conditional, ...): the rows of an example stay on the device that holds the example.
 
 Source: 1 classifier-free guidance (Ho & Salimans 2022) eq. 6; 2 UniDiffuser (Bao et al. 2023)
-sec. 4.3 and app. B.
+sec. 4.3 and app. B; 3 Kynkaanniemi et al. 2024 (2404.07724), there in noise levels.
 """
 
 from __future__ import annotations
@@ -24,11 +26,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jointseg_jax.transport.process import over_rows
 from jointseg_jax.transport.schedules import Numbers
-from jointseg_jax.types import Streams
+from jointseg_jax.types import Streams, require_values
 
 Step = Int[Array, ""]
 Scale = int | float | Float[Array, ""]
+Interval = Sequence[int | float]
+"""(low, high): times from low to high, both in it; 0 is the data end."""
 Times = Mapping[str, Array]
 """A time for each stream: one for all rows, or ``[b]``."""
 
@@ -77,7 +82,7 @@ def _at(value: Any, step: Step) -> Any:
 class Guidance:
     """What a guided network is asked, and what its answers make together.
 
-    ``combine(network(*expand(x, t, step)))`` is a prediction, as a solver asks for it.
+    ``combine(network(*expand(x, t, step)), t)`` is a prediction, as a solver asks for it.
 
     Raises:
       ValueError: a stream is served by two branches.
@@ -87,6 +92,8 @@ class Guidance:
     unconditional: Sequence[tuple[Branch, Mapping[str, Scale]]] = ()
     """Branches with the guidance scale of each stream that they serve; a stream that no branch
     serves is not guided. A branch whose scales are all 1 is not evaluated."""
+    intervals: Mapping[str, Interval] = field(default_factory=dict)
+    """Times of a stream at which its scale holds; one without an interval has it at all times."""
 
     def __post_init__(self) -> None:
         served = [name for _, scales in self.unconditional for name in scales]
@@ -108,17 +115,39 @@ class Guidance:
         asked = [branch.inputs(x, t, step) for branch in branches]
         return jax.tree.map(lambda *parts: interleave(parts), *asked)
 
-    def combine(self, outputs: Streams) -> Streams:
-        """The guided prediction ``[b, ...]``, of the network's answers to ``expand``."""
+    def combine(self, outputs: Streams, t: Times) -> Streams:
+        """The guided prediction ``[b, ...]``, of the network's answers to ``expand`` at times t."""
         count = 1 + len(self.active)
         answers = [{k: part(v, i, count) for k, v in outputs.items()} for i in range(count)]
         out = dict(answers[0])
         for other, (_, scales) in zip(answers[1:], self.active):
             for name, scale in scales.items():
                 if _is_on(scale):
+                    added = self._added(name, scale, t, out[name])
                     # (1) out = conditional + (scale - 1) (conditional - unconditional)
-                    out[name] = out[name] + (scale - 1) * (out[name] - other[name])
+                    out[name] = out[name] + added * (out[name] - other[name])
         return out
+
+    def _added(self, name: str, scale: Scale, t: Times, like: Array) -> Scale | Array:
+        """``scale - 1``, and 0 outside the stream's interval."""
+        if name not in self.intervals:
+            return scale - 1
+        low, high = self.intervals[name]
+        # (3) times are one for all rows, or one per row
+        return over_rows(jnp.where((low <= t[name]) & (t[name] <= high), scale - 1, 0.0), like)
+
+
+def interval_of(where: str, values: Interval) -> Interval:
+    """Two numbers as an interval.
+
+    Raises:
+      ValueError: they are no (low, high) within [0, 1].
+    """
+    good = len(values) == 2 and 0 <= values[0] < values[1] <= 1
+    rule = "give two times (low, high), 0 <= low < high <= 1 (0 is the data end), or None for all "
+    rule += "times; change it in the stream's config."
+    require_values(where, good, rule, guidance_interval=values)
+    return float(values[0]), float(values[1])
 
 
 def _is_on(scale: Scale) -> bool:

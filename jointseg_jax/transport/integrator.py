@@ -3,7 +3,8 @@
 1. A row asks the network once, at the state x and time t, and takes a *reading* r of the answer
    (data, noise or velocity, by the stream's own process): ``r = p x + q output``.
 2. It then moves on from the last kept state y, with the readings of the latest rows:
-   ``x = x_coef y + coefs_0 r + coefs_1 r' + coefs_2 r'' + noise_coef n``, n standard normal.
+   ``x = x_coef y + coefs_0 r + coefs_1 r' + coefs_2 r'' + noise_coef n``, n drawn like
+   the stream's source: normal, of deviation ``scale``.
 3. A row that ends a step makes this its new y; one that does not is an inner stage (Heun,
    singlestep DPM-Solver).
 
@@ -80,7 +81,7 @@ class Row(NamedTuple):
     t_next: float  # where the update brings it
     x_coef: float  # weight of the kept state
     coefs: tuple[float, ...]  # weights of the readings, newest first
-    noise_coef: float = 0.0  # weight of fresh noise
+    noise_coef: float = 0.0  # weight of fresh noise, which has the source's deviation
     is_step_end: bool = True  # the update becomes the kept state
     reading: str = "data"  # "data", "noise" or "velocity"
     t_network: float | None = None  # the time shown to the network, where that is not ``t``
@@ -92,7 +93,7 @@ class Columns(NamedTuple):
     reading_coefs: np.ndarray | Array  # [rows, 2] weights of (x, output)
     x_coef: np.ndarray | Array  # [rows]
     coefs: np.ndarray | Array  # [rows, depth] weights of the latest readings, newest first
-    noise_coef: np.ndarray | Array  # [rows]
+    noise_coef: np.ndarray | Array  # [rows] of standard normal numbers: the scale is in it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +158,7 @@ def _columns(name: str, rows: Sequence[Row], process: Process) -> Columns:
         reading_coefs=np.array(reading_coefs, np.float64),
         x_coef=np.array([r.x_coef for r in rows]),
         coefs=np.array([r.coefs + (0.0,) * (depth - len(r.coefs)) for r in rows]),
-        noise_coef=np.array([r.noise_coef for r in rows]),
+        noise_coef=np.array([process.scale * r.noise_coef for r in rows]),
     )
     for i, row in enumerate(rows):
         if not all(np.all(np.isfinite(column[i])) for column in columns):
@@ -172,7 +173,7 @@ def _columns(name: str, rows: Sequence[Row], process: Process) -> Columns:
             raise ValueError(
                 f"solver: stream {name!r}: clip={process.clip} clamps data readings and this "
                 f"solver reads {row.reading}; remove `clip` from the stream's process or take a "
-                "solver that reads data (dpm_solver_pp, ddim)."
+                "solver that reads data (dpm_solver_pp, ddim, ancestral)."
             )
     return columns
 

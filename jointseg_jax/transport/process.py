@@ -5,10 +5,11 @@
 2. TARGET: a training target, noise, data or velocity, is a weighted sum of (data, source).
 3. INVERSE: (data, source) are weighted sums of (x, output), the inverse of 1 and 2 together.
 4. ``dx/dt = alpha' data + sigma' source``
+5. The loss is the mean of ``w(t) (output - target)^2``, with w from ``loss_weight``.
 
 Two tables, so that n predictions need 2 n entries rather than n^2 conversions. ``scale`` is in the
-start and in the noise prediction only: the updates of the solvers, which are written in terms of
-data and source, do not contain it.
+source's draws and in the noise prediction only: the updates of the solvers, which are written in
+terms of data and source, do not contain it.
 
 Source: 1 and the velocity, see ``schedules``; scale is the kappa of PDM, sec. 3 and app. B.3.
 """
@@ -23,6 +24,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jointseg_jax import rng
+from jointseg_jax.transport.loss_weight import UNIFORM, LossWeight
 from jointseg_jax.transport.schedules import Numbers, Schedule
 from jointseg_jax.types import require_values
 
@@ -73,11 +75,16 @@ class Process:
     predicts: str = "noise"  # "noise", "data" or "velocity"
     scale: float = 1.0  # standard deviation of the source end
     clip: float | None = None  # solvers clamp data readings to [-clip, clip]; None leaves them
+    weight: LossWeight = UNIFORM
+    """How much the output's squared error counts at a time: ``{"name": ..}`` of uniform,
+    inverse_sigma (cap 5), min_snr (gamma 5) or loss_of (target, cap 100)."""
 
     def __post_init__(self) -> None:
         rule = "not a schedule; give one of SCHEDULES, built, in the stream's `schedule`."
         good = isinstance(self.schedule, Schedule)
         require_values("process", good, rule, schedule=self.schedule)
+        rule = "not a weight; give one of WEIGHTS, built, in the process's `weight`."
+        require_values("process", isinstance(self.weight, LossWeight), rule, weight=self.weight)
         checks = {
             "predicts": (self.predicts in INVERSE, f"must be one of {', '.join(INVERSE)}"),
             "scale": (0 < self.scale < math.inf, "the deviation must be positive and finite"),
@@ -106,6 +113,21 @@ class Process:
     def target(self, data: Latent, source: Latent, t: Numbers) -> Latent:
         """What the network should say at time t: noise, data or velocity."""
         return combine(TARGET[self.predicts](self, t), data, source)
+
+    def weigh(self, squares: Latent, t: Numbers) -> Latent:
+        """Squared errors of outputs ``[b, ...]``, each row times the weight of its time."""
+        if self.weight == UNIFORM:
+            return squares  # not times 1, which a program would contain
+        # (5) w(t) (output - target)^2
+        return over_rows(self.weight(self, t), squares) * squares
+
+    def error_ratio(self, prediction: str, t: Numbers) -> Numbers:
+        """The error that an output error of 1, at a known state, makes in another prediction."""
+        if prediction == self.predicts:
+            return 1.0  # the sum below has 0 times infinity at t = 0
+        of_data, of_source = TARGET[prediction](self, t)
+        (_, data), (_, source) = INVERSE[self.predicts](self, t)
+        return of_data * data + of_source * source
 
     def to_data_source(self, output: Latent, x: Latent, t: Numbers) -> tuple[Latent, Latent]:
         """(data, source) as the network's output at (x, t) implies them."""

@@ -13,6 +13,7 @@ from PIL import Image
 
 from jointseg_jax.data.cached.reader import Cache
 from jointseg_jax.data.sources.arrayrecord import ArrayRecords
+from jointseg_jax.training.writers import read_records
 
 SMOKE = "--config=configs/quickstart.py:smoke"
 
@@ -23,6 +24,12 @@ def test_train(launched):
     assert (launched.workdir / "metrics.jsonl").stat().st_size > 0
     assert os.path.getsize(launched.json["grid"]) > 1000
     assert f"everything is in {launched.workdir}" in launched.out
+    assert {"scenes", "scenes_real", "scenes_chance"} <= set(launched.json)
+    assert "real renders" in launched.out
+    last = read_records(launched.workdir / "metrics.jsonl")[-1]
+    assert last["step"] == 4
+    assert last["evaluation/alignment_miou"] == launched.json["alignment_miou"]
+    assert last["evaluation/scenes/recall"] == launched.json["scenes"]["recall"]
 
 
 def test_sample(launch, trained, tmp_path):
@@ -45,7 +52,12 @@ def test_sample(launch, trained, tmp_path):
 
 
 def test_evaluate(launch, trained):
-    report = launch("evaluate", f"--workdir={trained}", "--num=8").json
+    done = launch("evaluate", f"--workdir={trained}", "--num=8")
+    report = done.json
+    assert report["scenes"]["pictures"] == report["scenes_real"]["pictures"] == 8
+    assert report["scenes"]["alignment_miou"] == report["alignment_miou"]
+    assert report["scenes_chance"]["alignment_miou"] == report["chance_miou"]
+    assert "real renders" in done.out
     assert report["step"] == 4 and report["judge"] == "oracle"
     assert 0 <= report["alignment_miou"] <= 1
 

@@ -131,7 +131,7 @@ class Traced:
 def guided(denoise, conditional, unconditional=()):
     """The guided network, as a solver calls it."""
     guidance = Guidance(conditional, unconditional)
-    return lambda x, t, step: guidance.combine(denoise(*guidance.expand(x, t, step)))
+    return lambda x, t, step: guidance.combine(denoise(*guidance.expand(x, t, step)), t)
 
 
 def module_of(case):

@@ -24,6 +24,7 @@ from jointseg_jax.evaluation.pair_report import (
     pairs_folder,
     pairs_report,
 )
+from jointseg_jax.evaluation.scene_report import scene_source
 from jointseg_jax.systems.system import Stream
 from jointseg_jax.training.workdir import Run
 from jointseg_jax.transport.process import Process
@@ -164,6 +165,15 @@ def test_judges_that_cannot_judge(run):
         find_judge(run)
     with pytest.raises(UserError, match=r"2 classes are none of these \(road, car\)"):
         oracle(("sky", "road", "car"))
+
+
+def test_scenes_are_measured_where_the_oracle_judges_them(run, tmp_path):
+    assert scene_source(run) == SCENES
+    cached = run.config.replace({"data.cache": str(tmp_path)})
+    assert scene_source(dataclasses.replace(run, config=cached)) == SCENES
+    others = [{"evaluate.judge": ""}, {"data.val": {"name": "folders", "root": str(tmp_path)}}]
+    for change in others:
+        assert scene_source(dataclasses.replace(run, config=run.config.replace(change))) is None
 
 
 def test_a_run_without_annotations(run):

@@ -7,8 +7,16 @@ import pytest
 
 from jointseg_jax.data.sources import scene_drawing
 from jointseg_jax.data.sources.scenes import HUES, THINGS, Scenes
+from jointseg_jax.evaluation.evaluate import scalars
 from jointseg_jax.evaluation.scene_fit import fit
-from jointseg_jax.evaluation.scene_report import agreement, components, measure
+from jointseg_jax.evaluation.scene_report import (
+    agreement,
+    components,
+    measure,
+    pairs_scenes,
+    real_scenes,
+)
+from jointseg_jax.evaluation.scene_table import scene_tables
 from jointseg_jax.types import VOID
 
 SCENES = Scenes(size=32, max_things=2, thing_size=(0.4, 0.6), texture=0.3, split="val")
@@ -199,6 +207,72 @@ def test_real_renders_are_near_one_and_hidden_things_keep_them_below():
     seen = components(labels, len(NAMES))
     shuffled = agreement(labels, seen, prompts[1:] + prompts[:1], SCENES)
     assert shuffled["recall_things"] < 0.5 and shuffled["obedience"] < 0.8
+
+
+def test_chance_are_the_prompts_and_masks_of_other_pictures():
+    """Two pictures without a class in common, but for the sky: it is all that chance finds."""
+    labels = np.stack([landscape(("ball", BALL)), landscape(("star", STAR), ground="sand")])
+    prompts = ["a ball on grass under a sky", "a star on sand under a sky"]
+    report = pairs_scenes(picture(labels), labels, prompts, SCENES, seed=0)
+    chance = report["scenes_chance"]
+    assert report["scenes"]["recall"] == report["scenes"]["alignment_miou"] == 1.0
+    assert chance["recall"] == chance["precision"] == pytest.approx(1 / 3, abs=1e-6)
+    assert chance["recall_things"] == chance["precision_things"] == chance["right_counts"] == 0.0
+    sky = np.count_nonzero(labels == 0)
+    assert chance["obedience"] == pytest.approx(sky / labels.size, abs=1e-6)
+    both = np.count_nonzero((labels == 0).all(0))
+    # of five classes the sky alone lies on itself: both ways round
+    assert chance["alignment_miou"] == pytest.approx(2 * both / (2 * (sky - both)) / 5, abs=1e-6)
+    assert chance["named_by_shape"] == pytest.approx(1 / 7, abs=1e-6)
+    one = pairs_scenes(picture(labels[:1]), labels[:1], prompts[:1], SCENES, seed=0)
+    assert one["scenes_chance"] == {}
+
+
+def test_real_renders_are_those_of_the_source():
+    source = Scenes(size=16, count=3, things=("ball",), max_things=1, thing_size=(0.5, 0.6))
+    found = real_scenes(source, 8)["scenes_real"]
+    assert found["pictures"] == 3 and found["right_counts"] == found["obedience"] == 1.0
+    assert real_scenes(source, 2)["scenes_real"]["pictures"] == 2
+    bare = real_scenes(source, 2, pairs=False)["scenes_real"]
+    assert "recall" not in bare and bare["shape_image"] > 0.8
+
+
+REPORT = {
+    "step": 7,
+    "pairs": 4,
+    "judge": "oracle",
+    "scenes": {"recall": 0.5, "shape_image": None, "shape_per_class_image": {"ball": 0.5}},
+    "scenes_chance": {"recall": 0.25},
+    "scenes_real": {"recall": 1.0, "shape_image": 0.93},
+}
+
+
+def test_the_table_has_generated_real_and_chance_side_by_side():
+    head, recall, shape = scene_tables(REPORT).splitlines()
+    assert head.split()[-4:] == ["generated", "real", "renders", "chance"]
+    assert recall.split()[-3:] == ["0.500", "1.000", "0.250"] and recall.startswith("words")
+    assert shape.split()[-3:] == ["-", "0.930", "-"]
+    assert scene_tables({"step": 7, "alignment_miou": None}) == ""
+
+
+def test_numbers_of_steps_have_a_table_each():
+    rows = [{"steps": n, "scenes": {"recall": n / 10}} for n in (1, 5)]
+    lines = scene_tables({"table": rows, "scenes_real": {"recall": 1.0}}).splitlines()
+    assert lines[0].startswith("solver steps: 1 ") and lines[2].startswith("solver steps: 5 ")
+    assert lines[3].split()[-3:] == ["0.500", "1.000", "-"]
+
+
+def test_the_numbers_of_a_report_become_curves():
+    found = scalars(REPORT)
+    assert found == {
+        "evaluation/pairs": 4,
+        "evaluation/scenes/recall": 0.5,
+        "evaluation/scenes_chance/recall": 0.25,
+        "evaluation/scenes_real/recall": 1.0,
+        "evaluation/scenes_real/shape_image": 0.93,
+    }
+    one = scalars({"step": 7, "table": [{"steps": 25, "diversity": 0.1, "scenes": {"shape": 1.0}}]})
+    assert one == {"evaluation/diversity": 0.1, "evaluation/scenes/shape": 1.0}
 
 
 def test_hues_and_shapes_name_the_same_things():

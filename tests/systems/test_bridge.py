@@ -19,6 +19,7 @@ from jointseg_jax.rng import fold, sample_keys
 from jointseg_jax.systems.bridge import STATE, Bridge
 from jointseg_jax.systems.system import Generator, Objective
 from jointseg_jax.transport.adaptive import Dopri5
+from jointseg_jax.transport.loss_weight import InverseSigma
 from jointseg_jax.transport.process import Process
 from jointseg_jax.transport.schedules import Linear, ScaledLinear
 from jointseg_jax.transport.solvers import Euler, Heun
@@ -85,6 +86,20 @@ def test_the_known_velocity_has_no_loss(void):
     loss, metrics = system.loss(params, {}, batch, keys())
     assert loss == metrics["loss"]
     assert loss < 1e-12  # float32 rounding of a velocity of order 1
+
+
+def test_a_process_weighs_each_row_by_its_time():
+    """Twice the true velocity is off by ``z_1 / 2`` at every time."""
+    weight = InverseSigma(cap=2.0)
+    process = Process(schedule=Linear(), predicts="velocity", weight=weight)
+    system, labels = bridge(process=process), maps()
+    batch = {"image": coupled(labels, system), "labels": labels}
+    loss, _ = system.loss({"denoiser": {"factor": jnp.float32(2)}}, {}, batch, keys())
+    t = system.times.draw(fold(keys(), "time"), (STATE,))[STATE]  # sigma is t
+    squares = np.square(system.encode_mask({}, labels) / 2).mean((1, 2, 3))
+    weights = np.minimum(1 / t, 2)
+    assert len(set(weights.tolist())) > 1
+    np.testing.assert_allclose(loss, np.mean(weights * squares), rtol=1e-5)  # float32
 
 
 def test_masked_void_pixels_do_not_count():

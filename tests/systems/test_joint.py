@@ -15,11 +15,12 @@ from jointseg_jax.codecs.pixels import Latents, Pixels
 from jointseg_jax.models.embed import Patches, Tokens
 from jointseg_jax.models.text import Features, Words
 from jointseg_jax.models.uvit import UViT
-from jointseg_jax.rng import sample_keys
+from jointseg_jax.rng import fold, sample_keys
 from jointseg_jax.systems.joint import Joint
 from jointseg_jax.systems.system import Stream
 from jointseg_jax.transport.discrete import MultistepDPM
 from jointseg_jax.transport.dpm import DPMSolverPP
+from jointseg_jax.transport.loss_weight import InverseSigma
 from jointseg_jax.transport.process import Process
 from jointseg_jax.transport.schedules import Cosine, ScaledLinear
 from jointseg_jax.transport.times import Grouped, Shared
@@ -225,6 +226,24 @@ def test_explicit_weights_multiply_each_streams_mean():
     close(terms["loss"], loss)
 
 
+def test_a_process_weighs_each_row_by_its_time():
+    weight = InverseSigma(cap=3.0)
+    process = Process(schedule=Cosine(), predicts="data", scale=2.0, weight=weight)
+    params, rows = params_of("context"), batch()
+    plain, weighed = jax.jit(context().loss), jax.jit(context(mask={"process": process}).loss)
+    _, terms = weighed(params, {}, rows, keys())
+    alone = [
+        plain(params, {}, {k: v[i : i + 1] for k, v in rows.items()}, keys()[i : i + 1])[1]
+        for i in range(4)
+    ]
+    t = context().times.draw(fold(keys(), "time"), ("image", "mask"))["mask"]
+    weights = np.minimum(1 / (2 * Cosine().sigma(t)), 3)  # the noise's deviation is 2 sigma
+    assert np.ptp(weights) > 0.1
+    close(terms["loss/mask"], np.mean([w * a["loss/mask"] for w, a in zip(weights, alone)]))
+    close(terms["loss/image"], np.mean([a["loss/image"] for a in alone]))
+    close(terms["loss"], terms["loss/image"] + terms["loss/mask"])
+
+
 # ------------------------------------------------------------------------------- text
 
 
@@ -332,6 +351,17 @@ def test_guidance_scales_what_the_prompt_adds_to_each_stream():
     close(guided["image"], without["image"] + 3 * (with_text["image"] - without["image"]))
     close(guided["mask"], with_text["mask"])
     assert np.abs(with_text["image"] - without["image"]).max() > 100 * REORDERED
+
+
+@pytest.mark.parametrize(("interval", "inside"), [([0, 0.4], False), ((0.4, 0.6), True)])
+def test_guidance_holds_in_its_interval(interval, inside):
+    """The network is asked at time 0.5."""
+
+    def answer(**image):
+        return asked(functools.partial(context, image=image), "context", batch()["text"])[0]
+
+    want = answer(guidance=3.0) if inside else answer()
+    close(answer(guidance=3.0, guidance_interval=interval), want)
 
 
 @pytest.mark.thorough
@@ -476,6 +506,11 @@ def test_previews_give_the_maps_that_the_network_needs():
         ),
         (context, {"image": {"weight": -1.0}}, "stream 'image': weight=-1.0, guidance=1.0: must"),
         (context, {"mask": {"guidance": -1.0}}, "stream 'labels': weight=1.0, guidance=-1.0: must"),
+        (
+            context,
+            {"image": {"guidance_interval": (0.5, 0.2)}},
+            r"stream 'image': guidance_interval=\(0.5, 0.2\): give two times \(low, high\)",
+        ),
     ],
 )
 def test_mistakes_are_named_when_the_system_is_made(make, changes, message):

@@ -79,6 +79,20 @@ def test_other_processes_write_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_numbers_are_added_to_a_run_that_has_ended(tmp_path):
+    with writers.run_writers(tmp_path, total=3) as out:
+        for step in (1, 2, 3):
+            out.write(step, {"loss": 1.0 / step})
+    writers.append_scalars(tmp_path, 3, {"evaluation/pairs": 4.0})
+    records = writers.read_records(tmp_path / "metrics.jsonl")
+    assert [r["step"] for r in records] == [1, 2, 3, 3]
+    assert records[-1]["evaluation/pairs"] == 4.0 and "loss" not in records[-1]
+    found = EventAccumulator(str(tmp_path / "tensorboard"))
+    found.Reload()
+    assert [e.step for e in found.Scalars("loss")] == [1, 2, 3]  # none is purged
+    assert [(e.step, e.value) for e in found.Scalars("evaluation/pairs")] == [(3, 4.0)]
+
+
 def test_tensorboard_reads_scalars_images_and_text(tmp_path):
     board = writers.TensorBoardWriter(tmp_path)
     for step in range(4):

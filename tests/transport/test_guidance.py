@@ -32,15 +32,18 @@ def denoise(latents, times, text):
     return {k: v * signal[k].reshape(-1, *(1,) * (v.ndim - 1)) for k, v in latents.items()}
 
 
+def separate(times):
+    return {k: jnp.broadcast_to(t, (BATCH,)) for k, t in times.items()}
+
+
 def separately(latents, times, text):
-    rows = {k: jnp.broadcast_to(t, (BATCH,)) for k, t in times.items()}
-    return denoise(latents, rows, text)
+    return denoise(latents, separate(times), text)
 
 
-def guided(denoise, conditional, unconditional=()):
+def guided(denoise, conditional, unconditional=(), intervals=None):
     """The guided network, as a solver calls it."""
-    guidance = Guidance(conditional, unconditional)
-    return lambda x, t, step: guidance.combine(denoise(*guidance.expand(x, t, step)))
+    guidance = Guidance(conditional, unconditional, intervals or {})
+    return lambda x, t, step: guidance.combine(denoise(*guidance.expand(x, t, step)), t)
 
 
 def test_scale_one_is_the_conditional_prediction_bit_for_bit():
@@ -79,6 +82,40 @@ def test_one_batched_call_equals_separate_calls():
     for name, scale in scales.items():
         want = uncond[name] + scale * (cond[name] - uncond[name])
         np.testing.assert_allclose(got[name], want, rtol=1e-5, atol=1e-6)  # float32, other order
+
+
+@pytest.mark.parametrize(("t", "inside"), [(0.1, False), (0.3, True), (0.5, True), (0.51, False)])
+def test_in_an_interval_the_scale_holds_and_outside_it_is_one(t, inside):
+    times = {"image": jnp.float32(t), "mask": jnp.float32(t)}
+    ways = Branch(text=PROMPT), [(Branch(text=EMPTY), {"image": 3.0, "mask": 2.0})]
+    got = guided(denoise, *ways, {"image": (0.3, 0.5)})(X, times, STEP)
+    always = guided(denoise, *ways)(X, times, STEP)
+    want = always if inside else guided(denoise, Branch(text=PROMPT))(X, times, STEP)
+    np.testing.assert_array_equal(got["image"], want["image"])
+    np.testing.assert_array_equal(got["mask"], always["mask"])  # it has no interval
+    assert np.abs(always["image"] - denoise(X, separate(times), PROMPT)["image"]).max() > 0.01
+
+
+def test_rows_may_stand_at_times_inside_and_outside():
+    t = jnp.float32([0.1, 0.3, 0.9])
+    ways = Branch(text=PROMPT), [(Branch(text=EMPTY), {"image": 3.0})]
+    times = {"image": t, "mask": t}
+    got = guided(denoise, *ways, {"image": (0.2, 0.9)})(X, times, STEP)["image"]
+    on, off = guided(denoise, *ways)(X, times, STEP), guided(denoise, ways[0])(X, times, STEP)
+    np.testing.assert_array_equal(got, jnp.concatenate([off["image"][:1], on["image"][1:]]))
+
+
+def test_a_solver_is_guided_on_the_part_of_its_way_that_lies_in_the_interval():
+    """Velocities 1 with text and 0 without: the way is its length, and scale times that inside."""
+    process = Process(schedule=Linear(), predicts="velocity")
+    still = lambda x, t, text: {"image": jnp.broadcast_to(text, x["image"].shape)}  # noqa: E731
+    one, zero = jnp.ones((BATCH, 1)), jnp.zeros((BATCH, 1))
+    predict = guided(
+        still, Branch(text=one), [(Branch(text=zero), {"image": 4.0})], {"image": (0.35, 0.75)}
+    )
+    end = Euler(steps=10)(predict, {"image": process}, {"image": zero})["image"]
+    # the steps from 0.7, 0.6, 0.5 and 0.4 are guided
+    np.testing.assert_allclose(end, -(0.6 + 4 * 0.4), rtol=1e-5)  # float32
 
 
 def test_streams_may_have_unconditional_branches_of_their_own():
