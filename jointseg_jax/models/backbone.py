@@ -79,6 +79,7 @@ class Backbone:
     qkv_bias: bool
     dtype: DTypeLike
     attention: str
+    activation: str
     scan: bool
     remat: str
 
@@ -107,7 +108,7 @@ class Backbone:
             # sharing it with the forward pass, and the barriers against that would cost.
             options = {"policy": REMAT[self.remat], "prevent_cse": not scanned}
             block = nn.remat(Block, static_argnums=(3,), **options)  # 3: ``count``, an int
-        names = ("heads", "mlp_ratio", "norm", "qkv_bias", "dtype", "attention")
+        names = ("heads", "mlp_ratio", "norm", "qkv_bias", "dtype", "attention", "activation")
         own = {name: getattr(self, name) for name in names}
         join_norm = self.norm == "post" if self.join_norm is None else self.join_norm
         return functools.partial(block, join_norm=join_norm, **own)

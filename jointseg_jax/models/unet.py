@@ -6,12 +6,12 @@
    further width, and at last 2 x 2 cells to one token.
 2. the U-ViT of ``uvit``: tokens = [class?, times, data type?, context?, grid].
 3. head: each token to 2 x 2 cells, joined with the stem's output of that size, a residual block;
-   and so on up to the cells, where ``prediction = W silu(up(h) + (1 + scale(c)) V x)``: every cell
-   sees its own noisy value.
-4. residual block: ``x + conv(silu(norm(conv(silu(norm x))) (1 + scale(c)) + shift(c)))``.
+   and so on up to the cells, where ``prediction = W relu(up(h) + V x)``: every cell sees its own
+   noisy value.
+4. residual block: ``x + conv(relu(conv(norm(x) (1 + scale(c)) + shift(c))))``.
 
-Convolutions in residual blocks have no bias: a norm, or the sum of the next block, follows, and
-the sums of a bias's gradient are slow on a CPU.
+There is a bias only before a ReLU of the last level, none where a norm or a modulation follows, and
+one norm a block: on a CPU the sums over all cells in their gradients take longer than the products.
 
 Parameter paths: those of ``uvit`` without ``<stream>_in`` and ``<stream>_out``; ``stem``, ``head``.
 
@@ -33,7 +33,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jointseg_jax.models.backbone import REMAT, Backbone
-from jointseg_jax.models.blocks import NORM_EPSILON, layer_norm, linear, normal
+from jointseg_jax.models.blocks import NORM_EPSILON, linear, normal
 from jointseg_jax.models.embed import Patches, resize_position
 from jointseg_jax.models.uvit import Inputs, Predictions, Rule, Sizes, UViT, lengths
 from jointseg_jax.sharding import constrain
@@ -68,14 +68,12 @@ class Residual(nn.Module):
     @nn.compact
     def __call__(self, x: Grid, condition: Condition) -> Grid:
         width = x.shape[-1]
-        film = linear(2 * width, "film", self.dtype)(nn.silu(condition))  # [b, 2 width]
+        film = linear(2 * width, "film", self.dtype)(nn.relu(condition))  # [b, 2 width]
         scale, shift = jnp.split(film[:, None, None], 2, axis=-1)
-        # (4) x + conv(silu(norm(conv(silu(norm x))) (1 + scale) + shift))
-        h = conv(width, "conv_1", self.dtype)(nn.silu(layer_norm("norm_1", self.dtype)(x)))
-        # the modulation is its scale and shift
+        # (4) x + conv(relu(conv(norm(x) (1 + scale) + shift))); the norm's own are scale and shift
         norm = nn.LayerNorm(NORM_EPSILON, self.dtype, use_bias=False, use_scale=False)
-        h = norm(h) * (1 + scale) + shift
-        x = x + conv(width, "conv_2", self.dtype, zero=True)(nn.silu(h))
+        h = nn.relu(conv(width, "conv_1", self.dtype)(norm(x) * (1 + scale) + shift))
+        x = x + conv(width, "conv_2", self.dtype, zero=True)(h)
         return x if self.is_initializing() else constrain(x, "batch", "tokens", "tokens", "width")
 
 
@@ -95,7 +93,7 @@ class Stem(nn.Module):
             x = conv(width, f"conv_{i}", self.dtype)(gather(x))  # [b, h / 2^(i + 1), .., width]
             x = self.block(self.dtype, name=f"block_{i}")(x, condition)
             skips.append(x)
-        x = linear(self.width, "project", self.dtype)(gather(x))
+        x = linear(self.width, "project", self.dtype, bias=False)(gather(x))
         position = self.param("position", normal, (*self.cells, self.width))
         cells = (x.shape[1], x.shape[2])
         return x + resize_position(position, cells)[None].astype(self.dtype), skips
@@ -113,13 +111,11 @@ class Head(nn.Module):
         for i, skip in reversed(list(enumerate(skips))):
             width = skip.shape[-1]
             x = spread(linear(4 * width, f"up_{i}", self.dtype, bias=False)(x))
-            x = x + linear(width, f"join_{i}", self.dtype)(skip)
+            x = x + linear(width, f"join_{i}", self.dtype, bias=False)(skip)
             x = self.block(self.dtype, name=f"block_{i}")(x, condition)
-        x = spread(linear(4 * self.units, "up", self.dtype)(x))  # [b, h, w, units]
-        scale = linear(self.units, "film", self.dtype)(nn.silu(condition))[:, None, None]
-        # (3) W silu(up(h) + (1 + scale(c)) V x)
-        own = linear(self.units, "cell", self.dtype, bias=False)(noisy)
-        h = nn.silu(x + (1 + scale) * own)
+        x = spread(linear(4 * self.units, "up", self.dtype, bias=False)(x))  # [b, h, w, units]
+        # (3) W relu(up(h) + V x)
+        h = nn.relu(x + linear(self.units, "cell", self.dtype)(noisy))
         return linear(noisy.shape[-1], "project", jnp.float32)(h)
 
 
@@ -216,6 +212,6 @@ def forward_flops(module: UNet, sizes: Sizes | None = None) -> int:
     # to tokens; to cells, and in every cell
     cells, last = rows * columns, module.widths[-1]
     total += math.prod(spec.extent((sizes or {}).get(name))) * 4 * last * d
-    total += cells * 4 * below * module.units + d * module.units
+    total += cells * 4 * below * module.units
     total += 4 * cells * 2 * channels * module.units
     return 2 * (Backbone.of(module).products(d, tokens) + total)

@@ -32,7 +32,7 @@ from jaxtyping import Array
 from jointseg_jax.models.attention import ATTENTION
 from jointseg_jax.models.backbone import REMAT as REMAT
 from jointseg_jax.models.backbone import Backbone, UBlocks
-from jointseg_jax.models.blocks import layer_norm
+from jointseg_jax.models.blocks import ACTIVATIONS, layer_norm
 from jointseg_jax.models.embed import (
     IndexToken,
     Patches,
@@ -94,6 +94,7 @@ class Denoiser(nn.Module):
     time_mlp: bool = False  # Linear-SiLU-Linear on every time token
     dtype: DTypeLike = "float32"  # of the matrix products; parameters and predictions are float32
     attention: str = "auto"  # a name of ``attention.ATTENTION``
+    activation: str = "gelu"  # of the MLPs, a name of ``blocks.ACTIVATIONS``
     scan: bool = False  # one compiled block per half: less compile time, slower steps
     remat: str = "none"  # a name of ``REMAT``
 
@@ -187,6 +188,7 @@ class Denoiser(nn.Module):
     @nn.nowrap
     def _block_rules(self) -> list[Rule]:
         choices = {"norm": NORMS, "attention": ATTENTION, "remat": tuple(REMAT)}
+        choices |= {"activation": tuple(ACTIVATIONS)}
         given = {field: getattr(self, field) for field in choices}
         rules = [
             (given[f] in allowed, f"{f}: one of {', '.join(allowed)}; given {given[f]!r}")
