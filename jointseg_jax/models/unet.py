@@ -6,8 +6,8 @@
    further width, and at last 2 x 2 cells to one token.
 2. the U-ViT of ``uvit``: tokens = [class?, times, data type?, context?, grid].
 3. head: each token to 2 x 2 cells, joined with the stem's output of that size, a residual block;
-   and so on up to the cells, where ``prediction = W relu(up(h) + V x)``: every cell sees its own
-   noisy value.
+   and so on up to the cells, where ``prediction = W relu(U relu(up(h) + V x))``, V a 3 x 3
+   convolution: every cell sees its own noisy value and its neighbours'.
 4. residual block: ``x + conv(relu(conv(norm(x) (1 + scale(c)) + shift(c))))``.
 
 There is a bias only before a ReLU of the last level, none where a norm or a modulation follows, and
@@ -114,8 +114,9 @@ class Head(nn.Module):
             x = x + linear(width, f"join_{i}", self.dtype, bias=False)(skip)
             x = self.block(self.dtype, name=f"block_{i}")(x, condition)
         x = spread(linear(4 * self.units, "up", self.dtype, bias=False)(x))  # [b, h, w, units]
-        # (3) W relu(up(h) + V x)
-        h = nn.relu(x + linear(self.units, "cell", self.dtype)(noisy))
+        # (3) W relu(U relu(up(h) + V x)): twice, for a cell has to choose between its neighbours
+        h = nn.relu(x + conv(self.units, "conv_cell", self.dtype)(noisy))
+        h = nn.relu(linear(self.units, "cell", self.dtype, bias=False)(h))
         return linear(noisy.shape[-1], "project", jnp.float32)(h)
 
 
