@@ -19,6 +19,8 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key, UInt
 
+from jointseg_jax.chips import target
+
 Keys = Key[Array, " batch"]
 Numbers = Int[Array, " batch"] | UInt[Array, " batch"]
 
@@ -70,3 +72,19 @@ def _rows(
     # of the time (0.8 s against 3.1 s for rows of [32, 32, 3]): it codes the hash once an axis.
     flat = jax.vmap(lambda key: draw(key, (count,), dtype))(keys)  # [b, count]
     return flat.reshape(flat.shape[0], *shape)
+
+
+def flat(initialise: Callable[..., Array]) -> Callable[..., Array]:
+    """An initialiser ``(key, shape, dtype)`` of independent numbers that draws them flat on a CPU.
+
+    The numbers are the same, and compiled faster as in ``normal``: a kernel of 4 axes in 0.5 s, not
+    2.5 s.
+    """
+
+    def draw(key: Array, shape: Sequence[int], dtype: DTypeLike = np.float32) -> Array:
+        # on other chips as it is: a kernel that is split over several is then drawn split
+        if target().platform != "cpu":
+            return initialise(key, shape, dtype)
+        return initialise(key, (math.prod(shape),), dtype).reshape(shape)
+
+    return draw

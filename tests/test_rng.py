@@ -1,11 +1,14 @@
 """Keys: a row's randomness is its own, whoever computes it."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jointseg_jax.rng import fold, normal, row_keys, sample_keys, uniform
+from jointseg_jax import rng
+from jointseg_jax.chips import Target
+from jointseg_jax.rng import flat, fold, normal, row_keys, sample_keys, uniform
 
 
 def numbers(keys):
@@ -88,3 +91,17 @@ def test_the_hash_of_a_draw_is_coded_once_whatever_the_axes():
         for shape in ((60,), (2, 3, 2, 5))
     ]
     assert lengths[1] < 1.05 * lengths[0]  # 1.17 when drawn in four axes
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_initial_values_are_drawn_flat_on_a_cpu_with_the_same_bits(platform, monkeypatch):
+    monkeypatch.setattr(rng, "target", lambda: Target(platform, "any"))
+    drawn, initialise = [], nn.initializers.normal(0.02)
+
+    def noted(key, shape, dtype):
+        drawn.append(shape)
+        return initialise(key, shape, dtype)
+
+    got = flat(noted)(jax.random.key(1), (3, 2, 2, 5))
+    assert bits(got) == bits(initialise(jax.random.key(1), (3, 2, 2, 5)))
+    assert drawn == [(60,) if platform == "cpu" else (3, 2, 2, 5)] and got.shape == (3, 2, 2, 5)

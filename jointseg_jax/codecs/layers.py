@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jointseg_jax.rng import flat
 from jointseg_jax.types import Array, Params
 
 FLOAT32 = np.dtype("float32")
@@ -20,7 +21,7 @@ def uniform_fan_in(fan_in: int) -> nn.initializers.Initializer:
         bound = fan_in**-0.5
         return jax.random.uniform(key, shape, dtype, -bound, bound)
 
-    return initialise
+    return flat(initialise)
 
 
 def conv(

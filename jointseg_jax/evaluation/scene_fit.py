@@ -13,6 +13,7 @@ within ``DIAMETERS``, an angle within ``TILT``, the whole disc inside the pictur
 
 import functools
 import math
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -97,45 +98,76 @@ def _drawing(kind: str) -> Bool[np.ndarray, "rows columns"]:
     return scene_drawing.SHAPES[kind](frame[None, :], frame[:, None]) > 0
 
 
+class _Template(NamedTuple):
+    """A shape of the grid, with its centre in the middle of twice the picture."""
+
+    radius: float
+    angle: float
+    drawn: Bool[np.ndarray, "rows columns"]
+    """At the offsets between any two pixels, so that windows of it are all its shifts."""
+    area: int
+
+
+@functools.cache
+def _templates(kind: str, shape: tuple[int, int]) -> list[_Template]:
+    """Draws a kind at every radius and angle of the grid, for pictures of (height, width)."""
+    stride = math.ceil(min(shape) / COARSE)
+    down, right = (
+        np.arange(1 - count, count) * float(stride)
+        for count in (len(_centres(side, stride)) for side in shape)
+    )
+    found = []
+    # the largest first: they have the fewest positions, and leave little to do for the others
+    for radius in np.linspace(*_radii(shape), RADII)[::-1]:
+        different = {}  # what is round looks the same at every angle
+        for angle in np.linspace(-TILT, TILT, ANGLES):
+            drawn = _inside(kind, np.array([[0.0, 0.0, radius, angle]]), down, right)[0]
+            template = _Template(float(radius), float(angle), drawn, np.count_nonzero(drawn))
+            different.setdefault(drawn.tobytes(), template)
+        found += different.values()
+    return found
+
+
 def _search(regions: Regions, kind: str) -> Poses:
     """Returns the best pose of the grid for each region."""
     count, height, width = regions.shape
     stride = math.ceil(min(height, width) / COARSE)
     rows, columns = _centres(height, stride), _centres(width, stride)
-    flat = regions[:, rows.astype(int)][:, :, columns.astype(int)].reshape(count, -1).T
-    flat = np.ascontiguousarray(flat, np.float32)  # [pixels, regions]
+    small = regions[:, rows.astype(int)][:, :, columns.astype(int)]
+    # pixels that are in no region count in the template's area alone
+    across, along = _extent(small.any((0, 2))), _extent(small.any((0, 1)))
+    used = small[:, across, along]
+    flat = np.ascontiguousarray(used.reshape(count, -1).T, np.float32)  # [pixels, regions]
     area = flat.sum(0)
     best, poses = np.full(count, -1.0, np.float32), np.zeros((count, 4))
-    # offsets between any two pixels: all shifts of a template are windows of one large drawing
-    down = np.arange(1 - len(rows), len(rows)) * float(stride)
-    right = np.arange(1 - len(columns), len(columns)) * float(stride)
-    # the largest first: they have the fewest positions, and leave little to do for the others
-    for radius in np.linspace(*_radii((height, width)), RADII)[::-1]:
-        drawings: set[bytes] = set()  # what is round looks the same at every angle
-        y = rows[(rows >= radius) & (rows <= height - radius)]
-        x = columns[(columns >= radius) & (columns <= width - radius)]
-        top, left = np.searchsorted(rows, y[0]), np.searchsorted(columns, x[0])
-        for angle in np.linspace(-TILT, TILT, ANGLES):
-            drawn = _inside(kind, np.array([[0.0, 0.0, radius, angle]]), down, right)[0]
-            mine = np.count_nonzero(drawn)
-            # IoU <= smaller area / larger area
-            able = np.flatnonzero(np.minimum(area, mine) > best * np.maximum(area, mine))
-            if not able.size or drawn.tobytes() in drawings:
-                continue
-            drawings.add(drawn.tobytes())
-            windows = sliding_window_view(drawn, (len(rows), len(columns)))[::-1, ::-1]
-            windows = windows[top : top + len(y), left : left + len(x)]
-            templates = windows.astype(np.float32).reshape(len(y) * len(x), -1)
-            shared = templates @ flat[:, able]  # [positions, regions]
-            iou = shared / (mine + area[able] - shared)
-            at = iou.argmax(0)
-            value = iou[at, np.arange(len(able))]
-            better = value > best[able]
-            able, at = able[better], at[better]
-            best[able] = value[better]
-            turned = np.full((len(able), 2), (radius, angle))
-            poses[able] = np.column_stack([x[at % len(x)], y[at // len(x)], turned])
+    for radius, angle, drawn, mine in _templates(kind, (height, width)):
+        # IoU <= smaller area / larger area
+        able = np.flatnonzero(np.minimum(area, mine) > best * np.maximum(area, mine))
+        if not able.size:
+            continue
+        y = np.flatnonzero((rows >= radius) & (rows <= height - radius))
+        x = np.flatnonzero((columns >= radius) & (columns <= width - radius))
+        windows = sliding_window_view(drawn, used.shape[1:])[across.start :, along.start :]
+        # the window of the first pixel as centre is the last one
+        windows = windows[: len(rows), : len(columns)][::-1, ::-1]
+        windows = windows[y[0] : y[-1] + 1, x[0] : x[-1] + 1]
+        templates = windows.astype(np.float32).reshape(len(y) * len(x), -1)
+        shared = templates @ flat[:, able]  # [positions, regions]
+        iou = shared / (mine + area[able] - shared)
+        at = iou.argmax(0)
+        value = iou[at, np.arange(len(able))]
+        better = value > best[able]
+        able, at = able[better], at[better]
+        best[able] = value[better]
+        centre = (columns[x[at % len(x)]], rows[y[at // len(x)]])
+        poses[able] = np.column_stack([*centre, np.full((len(able), 2), (radius, angle))])
     return poses
+
+
+def _extent(used: Bool[np.ndarray, " pixels"]) -> slice:
+    """From the first to the last pixel that is used; all where none is."""
+    at = np.flatnonzero(used)
+    return slice(int(at[0]), int(at[-1]) + 1) if at.size else slice(0, len(used))
 
 
 class _Problem:

@@ -22,12 +22,13 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jointseg_jax.models.attention import attend_cudnn, attend_splash, attend_xla, chosen
+from jointseg_jax.rng import flat
 from jointseg_jax.sharding import constrain
 
 NORM_EPSILON = 1e-5  # torch's; Flax's own default is 1e-6
 
 # torch's ``trunc_normal_`` cuts at +-2, a hundred deviations away: the same draw in practice
-normal = nn.initializers.normal(0.02)
+normal = flat(nn.initializers.normal(0.02))
 
 
 def gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:

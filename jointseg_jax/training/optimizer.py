@@ -16,6 +16,7 @@ from jaxtyping import PyTree
 
 from jointseg_jax import rules
 from jointseg_jax.specs import make
+from jointseg_jax.training.muon import Axes, scale_by_muon
 
 DECAY_MATRICES = ((r"(bias|scale|position|embedding)$", False), (r"", True))
 """Weight decay on kernels only."""
@@ -97,18 +98,24 @@ class AdamW:
         """The learning rate as a function of the step."""
         return make(SCHEDULES, self.schedule, where="optimizer.schedule", steps=steps)
 
-    def build(self, steps: int) -> optax.GradientTransformation:
-        """The optax transformation for a run of ``steps`` updates."""
+    def build(self, steps: int, *, stacked: bool = False) -> optax.GradientTransformation:
+        """The optax transformation for a run of ``steps`` updates.
+
+        Args:
+          stacked: parameters lie whole on every device, so that those of one shape may be worked
+            on together.
+        """
         # before the direction, whose moments then see the clipped gradient
         parts = [optax.clip_by_global_norm(self.clip)] if self.clip else []
         descent = optax.chain(
-            self._direction(),
+            self._direction(stacked),
             optax.add_decayed_weights(self.weight_decay, self._decayed),
             optax.scale_by_learning_rate(self.learning_rate(steps)),
         )
         return optax.chain(*parts, descent, optax.stateless(self._scaled))
 
-    def _direction(self) -> optax.GradientTransformation:
+    def _direction(self, stacked: bool) -> optax.GradientTransformation:
+        del stacked  # each number by itself
         return optax.scale_by_adam(self.b1, self.b2, self.eps, mu_dtype=self.mu_dtype)
 
     def _decayed(self, params: PyTree) -> PyTree:
@@ -131,23 +138,35 @@ class Muon(AdamW):
 
     matrices: rules.Rules = MATRICES  # path rules, as there
     beta: float = 0.95  # momentum of the matrices
+    ns_steps: int = 5  # Newton-Schulz iterations
     lr_ratio: float = 1.0  # length of AdamW's steps relative to Muon's; the decay is alike for both
 
-    def _direction(self) -> optax.GradientTransformation:
-        return optax.contrib.muon(
-            -1.0,  # optax multiplies by minus the learning rate, which is applied later
+    def _direction(self, stacked: bool) -> optax.GradientTransformation:
+        matrices = scale_by_muon(
+            self._matrices,
             beta=self.beta,
             eps=self.eps,
+            ns_steps=self.ns_steps,
             mu_dtype=self.mu_dtype,
-            adam_b1=self.b1,
-            adam_b2=self.b2,
-            adam_learning_rate=-self.lr_ratio,
-            muon_weight_dimension_numbers=self._matrices,
+            stacked=stacked,
+        )
+        rest = optax.scale_by_adam(
+            self.b1, self.b2, self.eps, mu_dtype=self.mu_dtype, nesterov=True
+        )
+        # optax.contrib.muon has more links; checkpoints of its state are read, so they stay
+        link = optax.identity()
+        return optax.partition(
+            {
+                "muon": optax.chain(matrices, link, link, link),
+                "adam": optax.chain(rest, link, optax.scale(self.lr_ratio)),
+            },
+            lambda params: jax.tree.map(
+                lambda _, axes: "adam" if axes is None else "muon", params, self._matrices(params)
+            ),
         )
 
     def _matrices(self, params: PyTree) -> PyTree:
-        named = optax.contrib.MuonDimensionNumbers
-        axes = tuple((p, None if v is None else named(*v)) for p, v in self.matrices)
+        axes = tuple((p, None if v is None else Axes(*v)) for p, v in self.matrices)
         return _match(params, axes, where="optimizer.matrices")
 
 

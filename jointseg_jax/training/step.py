@@ -143,7 +143,7 @@ def make_train_step(system: Objective, config: RunConfig, mesh: jax.sharding.Mes
     optimizer = make(OPTIMIZERS, config.optimizer, where="optimizer")
     shapes = jax.eval_shape(system.init, jax.random.key(0))
     trainable = rules.match(shapes, config.trainable, where="trainable", prefix="params/")
-    transform = optimizer.build(config.steps)
+    transform = optimizer.build(config.steps, stacked=mesh.size == 1)
 
     def init(key: Array, leaves: init_from.Leaves) -> TrainState:
         return create(init_from.insert(system.init(key), leaves), trainable, transform)

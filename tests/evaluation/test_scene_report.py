@@ -53,6 +53,7 @@ BALL = region("ball", 10, 16, 7)
 STAR = region("star", 23, 24, 7.5, 0.3)
 
 
+@pytest.mark.thorough_but(9)
 @pytest.mark.parametrize("kind", THINGS)
 @pytest.mark.parametrize("shape", [(32, 32), (64, 64), (24, 40), (150, 150)])
 def test_a_drawn_thing_fits_its_template(kind, shape):
