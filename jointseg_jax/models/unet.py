@@ -210,9 +210,9 @@ def forward_flops(module: UNet, sizes: Sizes | None = None) -> int:
         total += rows * columns * width * (width + below)  # join, up
         total += 4 * d * width  # film of two blocks
         below = width
-    # to tokens; to cells, and in every cell
     cells, last = rows * columns, module.widths[-1]
-    total += math.prod(spec.extent((sizes or {}).get(name))) * 4 * last * d
-    total += cells * 4 * below * module.units
-    total += 4 * cells * 2 * channels * module.units
+    total += math.prod(spec.extent((sizes or {}).get(name))) * 4 * last * d  # to tokens
+    total += cells * 4 * below * module.units  # to cells
+    total += (6 * rows - 2) * (6 * columns - 2) * channels * module.units  # in every cell
+    total += 4 * cells * module.units * (module.units + channels)
     return 2 * (Backbone.of(module).products(d, tokens) + total)
