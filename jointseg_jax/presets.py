@@ -96,7 +96,10 @@ def shrunk(config: Settings) -> Settings:
     config = brief(config) | {"ema": 0.9}
     # A smoke run needs no other run's weights, and keeps the rest of ``start`` to be checked.
     config |= {"start": config["start"] | {"workdir": "", "file": ""}}
-    config["system"]["denoiser"] |= {"width": 32, "depth": 2, "heads": 2}
+    denoiser = config["system"]["denoiser"]
+    denoiser |= {"width": 32, "depth": 2, "heads": 2}
+    if "widths" in denoiser:
+        denoiser |= {"widths": (16,) * len(denoiser["widths"]), "units": 8}
     config["system"]["solver"]["steps"] = 3
     config["finish"]["num"] = min(config["finish"]["num"], 16)
     return config

@@ -152,8 +152,8 @@ ROWS = [
     ({"optimizer.name": "adam"}, "'adam' is unknown (did you mean 'adamw'?); one of: adamw, muon."),
     ({"system.name": "join"}, "config.system.name: 'join' is unknown; one of: joint, bridge, auto"),
     (
-        {"system.denoiser.name": "unet"},
-        "config.system.denoiser.name: 'unet' is unknown; one of: two_stream, uvit.",
+        {"system.denoiser.name": "dit"},
+        "config.system.denoiser.name: 'dit' is unknown; one of: two_stream, unet, uvit.",
     ),
     (
         {"system.times.name": "same"},
@@ -182,7 +182,7 @@ ROWS = [
         f"config.{MASK}: stream: stream 'labels': weight=1.0, guidance=-2.0: must both be at least",
     ),
     ({"system.text_drop": 1.5}, "text_drop=1.5: must lie in [0, 1)"),
-    ({"system.solver.steps": 0}, "config.system.solver: dpm_solver_pp: solver: steps=0"),
+    ({"system.solver.steps": 0}, "config.system.solver: ancestral: solver: steps=0"),
     ({"system.size": (32,)}, "config.system.size = (32,): give (height, width) in pixels"),
     ({"system.denoiser.heads": 3}, "width: even and a multiple of heads=3; given 128"),
     (

@@ -9,6 +9,7 @@ Training compiles the update for the devices at hand, ``perf`` for devices that 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -26,6 +27,9 @@ from jointseg_jax.training import init_from
 from jointseg_jax.training.optimizer import OPTIMIZERS
 from jointseg_jax.training.state import TrainState, create, merge, split
 from jointseg_jax.types import Array, UserError
+
+CONVOLUTION = r"(^|/)conv(_\w+)?/kernel$"
+"""Paths of the kernels of convolutions."""
 
 Metrics = dict[str, Array]
 Update = Callable[[TrainState, PyTree, Batch], tuple[TrainState, Metrics]]
@@ -159,7 +163,9 @@ def make_train_step(system: Objective, config: RunConfig, mesh: jax.sharding.Mes
         accumulate=config.accumulate,
         learning_rate=optimizer.learning_rate(config.steps),
     )
-    everywhere, options = sharding.replicated(mesh), chips.compiler_options(mesh)
+    everywhere = sharding.replicated(mesh)
+    convolutions = any(re.search(CONVOLUTION, path) for path in rules.paths(shapes))
+    options = chips.compiler_options(mesh, convolutions=convolutions)
     jitted = jax.jit(
         update,
         in_shardings=(shardings, everywhere, sharding.batch_sharding(mesh)),

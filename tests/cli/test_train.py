@@ -68,7 +68,7 @@ def test_sigterm_saves_and_leaves(launch, tmp_path):
         (("--config.steps=1e4",), "steps"),
         (("--config.batch=12", "--config.accumulate=5"), "multiple"),
         (("--config.mesh=(3,1,1)", "--config.batch=9"), "number of devices"),
-        (("--config.system.denoiser.name=unet",), "uvit"),
+        (("--config.system.denoiser.name=dit",), "uvit"),
         (("--config.system.denoiser.width=33",), "heads"),
         (("--config.optimizer.schedule.lr=-1.0",), "lr"),
         (("--config.system.text_drop=1.5",), "text_drop"),
