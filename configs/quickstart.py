@@ -2,8 +2,8 @@
 
   python launch/train.py --config configs/quickstart.py --workdir runs/quickstart
 
-Image pixels (velocity prediction) and analog bits of the label map (data prediction) are denoised
-together by one small U-ViT, from captions. When training ends it generates 256 pairs and judges
+Image pixels and analog bits of the label map (both predict data) are denoised together by one small
+U-Net around a U-ViT, from captions. When training ends it generates 256 pairs and judges
 them by an exact oracle: every category of the scenes owns a hue.
 
 Hardware: two CPU cores are enough.
@@ -62,8 +62,9 @@ def get_config(arg: str = "") -> ConfigDict:
                 activation="relu2",  # erf takes a fifth of a CPU's time
             ),
             text=dict(name="words", width=128, length=16),  # the longest caption of two things
-            times=dict(name="shared", distribution=dict(name="uniform")),
-            solver=dict(name="ancestral", steps=25),
+            # more of the times at which it is decided what is there at all
+            times=dict(name="shared", distribution=dict(name="high_noise", power=0.5)),
+            solver=dict(name="ancestral", steps=25, grid="time_quadratic"),  # clean edges
         ),
         optimizer=dict(
             name="muon",
