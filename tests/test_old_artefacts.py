@@ -12,7 +12,6 @@ relative afterwards; nothing reads them):
   python launch/prepare.py --source scenes --split val --out shards --set size=32 --limit 6
 """
 
-import importlib.util
 import json
 import os
 import platform
@@ -29,7 +28,7 @@ import pytest
 from PIL import Image
 
 from jointseg_jax import build
-from jointseg_jax.config import RunConfig
+from jointseg_jax.config import RunConfig, from_plain
 from jointseg_jax.data.cached.reader import Cache
 from jointseg_jax.data.sources.arrayrecord import ArrayRecords
 from jointseg_jax.data.sources.scenes import Scenes
@@ -42,13 +41,9 @@ DIGEST = "2887353db2939afded937877380782de"
 """Of the state, as that commit logged it."""
 
 
-def quickstart(**changes):
-    """The smoke run's config of today, with top-level values changed."""
-    path = ROOT / "configs/quickstart.py"
-    spec = importlib.util.spec_from_file_location("quickstart", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config("smoke").to_dict() | changes
+def config_of_then(**changes):
+    """The config of that run, which was the quickstart's, with top-level values changed."""
+    return from_plain(json.loads((OLD / "run/config.json").read_text())) | changes
 
 
 @pytest.fixture
@@ -63,11 +58,7 @@ def test_the_run_is_the_same_to_the_bit(workdir):
 
 @pytest.mark.thorough
 def test_the_same_command_goes_on_from_it(workdir):
-    config = quickstart(steps=6)
-    config["system"]["denoiser"] |= {"width": 16, "depth": 1}
-    config["finish"]["num"] = config["preview"]["every"] = 0
-    config["checkpoint"]["keep"] = 1
-    config["optimizer"]["name"] = "adamw"
+    config = config_of_then(steps=6)
     assert train(RunConfig.parse(config), workdir, allow=["^steps$"]) == 0
     lines = [json.loads(x) for x in (workdir / "metrics.jsonl").read_text().splitlines()]
     steps = [line["step"] for line in lines if "loss" in line]
@@ -125,7 +116,7 @@ def test_it_samples_the_same_pairs(workdir, tmp_path):
 
 @pytest.mark.parametrize(("split", "count"), [("train", 6), ("val", 4)])
 def test_the_cache_opens_with_its_config_and_every_row_is_whole(split, count):
-    config = quickstart()
+    config = config_of_then()
     config["data"]["cache"] = str(OLD / "cache")
     cache = build.source(RunConfig.parse(config), split)
     assert isinstance(cache, Cache) and len(cache) == count and cache.damage() == []

@@ -176,8 +176,8 @@ def test_a_sampler_without_a_result_is_refused(config_of):
     config = config_of("sample").config
     cells = {"field": "cells", "codec": {"name": "latents"}, "tokens": {"patch": 1}}
     stream = config["system"]["streams"]["image"] | cells
-    system = {**config["system"], "streams": {"image": stream}}
-    system["denoiser"] = {k: v for k, v in system["denoiser"].items() if k != "share"}
+    network = {"name": "uvit", "width": 16, "depth": 1, "heads": 2, "time_tokens": ("image",)}
+    system = {**config["system"], "streams": {"image": stream}, "denoiser": network}
     request = dataclasses.replace(config_of("sample"), config={**config, "system": system})
     with pytest.raises(UserError, match="compiled to nothing"):
         bench_model.Sampling(request)
