@@ -13,6 +13,8 @@ Source: U-ViT (arXiv 2209.12152) section 3; UniDiffuser (arXiv 2303.06555) appen
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -130,9 +132,19 @@ class Attention(nn.Module):
         return y if bias is None else y + bias.astype(self.dtype)[None, None]  # [b, n, width]
 
 
-ACTIVATIONS = {"gelu": gelu, "relu2": lambda x: jnp.square(nn.relu(x))}
-"""Of the MLPs: exact GELU, as all published networks have, or relu(x)^2 (Primer, So et al. 2021),
-whose layers have no bias: a third of a CPU's time in a block goes to erf and biases' gradients."""
+class Activation(NamedTuple):
+    """What lies between the two layers of an MLP."""
+
+    function: Callable[[Array], Array]
+    bias: bool  # of both layers
+
+
+ACTIVATIONS = {
+    "gelu": Activation(gelu, bias=True),
+    "relu2": Activation(lambda x: jnp.square(nn.relu(x)), bias=False),
+}
+"""Exact GELU, as all published networks have, or relu(x)^2 (Primer, So et al. 2021): on a CPU much
+of a block's time goes to erf and to the gradients of biases."""
 
 
 class Mlp(nn.Module):
@@ -144,9 +156,9 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch tokens width"]) -> Float[Array, "batch tokens width"]:
-        layer = functools.partial(linear, dtype=self.dtype, bias=self.activation != "relu2")
-        h = ACTIVATIONS[self.activation](layer(self.hidden, "fc1")(x))  # [b, n, hidden]
-        return layer(x.shape[-1], "fc2")(h)
+        activate, bias = ACTIVATIONS[self.activation]
+        h = activate(linear(self.hidden, "fc1", self.dtype, bias=bias)(x))  # [b, n, hidden]
+        return linear(x.shape[-1], "fc2", self.dtype, bias=bias)(h)
 
 
 class Block(nn.Module):

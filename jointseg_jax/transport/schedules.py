@@ -285,8 +285,12 @@ class Cosine(VariancePreserving):
     def log_alpha(self, t: Numbers) -> Numbers:
         """log(cos(angle(t)) / cos(angle(0))), less what further noise takes."""
         xp, t = _module(t)
-        plain = xp.log(xp.cos(self._angle(t))) - float(np.log(np.cos(self._angle(0.0))))
+        plain = self._plain(xp, t)
         return plain if self.noise == 1 else plain - 0.5 * xp.log1p(self._more(xp, plain))
+
+    def _plain(self, xp: Any, t: Numbers) -> Numbers:
+        """log alpha without further noise."""
+        return xp.log(xp.cos(self._angle(t))) - float(np.log(np.cos(self._angle(0.0))))
 
     def _more(self, xp: Any, plain: Numbers) -> Numbers:
         """(1) a^2 + k^2 s^2 - 1 = (k^2 - 1) s^2, of log a = plain and s^2 = 1 - a^2."""
@@ -294,11 +298,10 @@ class Cosine(VariancePreserving):
 
     def _slope(self, t: Numbers) -> Numbers:
         xp, t = _module(t)
-        plain = -xp.tan(self._angle(t)) * (np.pi / 2 / (1 + self.shift))
+        slope = -xp.tan(self._angle(t)) * (np.pi / 2 / (1 + self.shift))
         if self.noise == 1:
-            return plain
-        log_cos = xp.log(xp.cos(self._angle(t))) - float(np.log(np.cos(self._angle(0.0))))
-        return plain * self.noise**2 / (1 + self._more(xp, log_cos))
+            return slope
+        return slope * self.noise**2 / (1 + self._more(xp, self._plain(xp, t)))
 
     def _time_at(self, log_alpha: Numbers) -> Numbers:
         xp, log_alpha = _module(log_alpha)
