@@ -10,8 +10,8 @@
    convolution: every cell sees its own noisy value and its neighbours'.
 4. residual block: ``x + conv(relu(conv(norm(x) (1 + scale(c)) + shift(c))))``.
 
-Outside the U-ViT only modulations and the last layer have a bias, and a block has one norm: on a CPU
-the sums over all cells in their gradients take longer than the products.
+Outside the U-ViT only modulations and the last layer have a bias, and a block has one norm: on a
+CPU the sums over all cells in their gradients take longer than the products.
 
 Parameter paths: those of ``uvit`` without ``<stream>_in`` and ``<stream>_out``; ``stem``, ``head``.
 

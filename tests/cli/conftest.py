@@ -11,11 +11,15 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
+
+LONGEST = 600
+"""Seconds after which a launch counts as hung."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,9 +46,11 @@ class Launcher:
         out, error = self.folder / "out.txt", self.folder / "error.txt"
         server = self._server(self._settings(name, devices))
         request = [name, [str(word) for word in arguments], str(out), str(error)]
-        print(json.dumps(request), file=server.stdin)
-        server.stdin.flush()
+        hung = threading.Timer(LONGEST, server.kill)
+        hung.start()
+        print(json.dumps(request), file=server.stdin, flush=True)
         answer = server.stdout.readline()
+        hung.cancel()
         found = int(answer) if answer else server.wait()  # it ended there and then
         done = Finished(out.read_text(), error.read_text())
         assert found == status, f"status {found}\n{done.out}\n{done.error}"
