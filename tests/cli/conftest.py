@@ -44,6 +44,8 @@ class Launcher:
     ) -> "Finished":
         """Runs a launcher to its end and checks its exit status."""
         out, error = self.folder / "out.txt", self.folder / "error.txt"
+        for file in (out, error):
+            file.write_text("")  # nothing of the launch before
         server = self._server(self._settings(name, devices))
         request = [name, [str(word) for word in arguments], str(out), str(error)]
         hung = threading.Timer(LONGEST, server.kill)
