@@ -49,6 +49,7 @@ from jointseg_jax.transport.process import Process
 from jointseg_jax.transport.schedules import SCHEDULES, Linear
 from jointseg_jax.transport.solvers import Euler, Heun
 from jointseg_jax.transport.times import (
+    Ends,
     Grouped,
     HighNoise,
     Independent,
@@ -69,7 +70,12 @@ CODECS = {
     "chain": Chain,
 }
 SOURCES = {"scenes": Scenes, "folders": Folders, "arrayrecord": ArrayRecords, "tfds": TFDS}
-DISTRIBUTIONS = {"uniform": Uniform, "logit_normal": LogitNormal, "high_noise": HighNoise}
+DISTRIBUTIONS = {
+    "uniform": Uniform,
+    "logit_normal": LogitNormal,
+    "high_noise": HighNoise,
+    "ends": Ends,
+}
 TIMES = {"shared": Shared, "independent": Independent, "grouped": Grouped}
 SOLVERS = {
     "dpm_solver_pp": DPMSolverPP,
@@ -407,12 +413,13 @@ def process(spec: Spec, where: str) -> Process:
 
 
 def times(spec: Spec) -> Any:
-    """What draws training times, and its distribution."""
-    spec = dict(spec)
+    """What draws training times, and its distributions."""
+    spec, where = dict(spec), "system.times.distribution"
     if "distribution" in spec:
-        spec["distribution"] = make(
-            DISTRIBUTIONS, spec["distribution"], where="system.times.distribution"
-        )
+        spec["distribution"] = make(DISTRIBUTIONS, spec["distribution"], where=where)
+    if "distributions" in spec:
+        own = spec["distributions"].items()
+        spec["distributions"] = {n: make(DISTRIBUTIONS, d, where=f"{where}s.{n}") for n, d in own}
     return make(TIMES, spec, where="system.times")
 
 

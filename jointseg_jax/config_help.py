@@ -38,7 +38,7 @@ TABLES: tuple[tuple[str, Mapping[str, Callable[..., Any]]], ...] = (
     (r"system\.denoiser", build.DENOISERS),
     (r"system\.text", build.TEXTS),
     (r"system\.times", build.TIMES),
-    (r"system\.times\.distribution", build.DISTRIBUTIONS),
+    (r"system\.times\.distribution(s\.\w+)?", build.DISTRIBUTIONS),
     (r"system\.solver", build.SOLVERS),
 )
 """Config path -> what a ``name`` may stand for there."""

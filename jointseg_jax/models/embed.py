@@ -6,8 +6,12 @@
 3. every part carries its own position parameter; that of a patch grid is ``[rows, columns, width]``
    and is resized bilinearly to the grid at hand.
 
-The sinusoid and the heads are float32 whatever ``dtype``. Initial values: Linear and positions
-normal(0.02), bias 0; the patch Linear and the 3x3 convolution torch's convolution default,
+4. a patch head is one Linear, or with ``units`` in every cell ``W relu(U relu(up(h) + V x))`` of
+   its token's part ``up(h)`` and the noisy latents ``x``, V a 3 x 3 convolution: sharp outlines and
+   clean surfaces need no work of the tokens (not in the papers, whose patches are small).
+
+The sinusoid and the predictions are float32 whatever ``dtype``. Initial values: Linear and
+positions normal(0.02), bias 0; the patch Linear and ``conv`` torch's convolution default,
 ``U(-1/sqrt(fan_in), 1/sqrt(fan_in))`` for kernel and bias; tables normal(1), torch's default.
 
 Source: U-ViT (arXiv 2209.12152) section 3; UniDiffuser (arXiv 2303.06555) appendix.
@@ -53,12 +57,14 @@ class Patches:
     patch: int  # side of a patch in latent cells
     conv: bool = False  # a 3x3 convolution after the patches are put together again
     tanh: bool = False  # squashes the output into (-1, 1)
+    units: int = 0  # hidden units of a head in every cell, which sees the noisy cells; 0 = none
 
     def __post_init__(self):
         object.__setattr__(self, "grid", tuple(self.grid))
         good = len(self.grid) == 2 and min(*self.grid, self.channels, self.patch) >= 1
-        given = {name: getattr(self, name) for name in ("grid", "channels", "patch")}
-        rule = "grid is (height, width) and all numbers are at least 1."
+        good = good and self.units >= 0
+        given = {name: getattr(self, name) for name in ("grid", "channels", "patch", "units")}
+        rule = "grid is (height, width), units at least 0 and all others at least 1."
         require_values("Patches", good, rule, **given)
         self.extent()
 
@@ -255,9 +261,9 @@ class TokensOut(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "batch count width"], like: Float[Array, "batch count d"]
+        self, x: Float[Array, "batch count width"], noisy: Float[Array, "batch count d"]
     ) -> Float[Array, "batch count d"]:
-        del like  # the signature of PatchesOut; sequences are always of the native size
+        del noisy  # the signature of PatchesOut; sequences are always of the native size
         x = linear(self.spec.inner or self.spec.width, "project", jnp.float32)(x)
         return linear(self.spec.width, "expand", jnp.float32)(x) if self.spec.inner else x
 
@@ -281,18 +287,41 @@ class PatchesIn(nn.Module):
         return tokens + position.reshape(1, -1, self.width).astype(self.dtype)
 
 
+def conv(features: int, name: str, dtype: DTypeLike, *, zero: bool = False) -> nn.Conv:
+    """Returns a 3 x 3 convolution without bias; ``zero`` starts a residual block as identity."""
+    start = nn.initializers.zeros if zero else nn.initializers.lecun_normal()
+    return nn.Conv(
+        features, (3, 3), padding=1, use_bias=False, dtype=dtype, kernel_init=start, name=name
+    )
+
+
+def predict_cells(
+    x: Float[Array, "batch h w units"], noisy: Float[Array, "batch h w c"], dtype: DTypeLike
+) -> Float[Array, "batch h w c"]:
+    """The head in every cell, of the module that calls it: ``conv_cell``, ``cell``, ``project``."""
+    units = x.shape[-1]
+    # (4) W relu(U relu(up(h) + V x)): twice, for a cell has to choose between its neighbours
+    h = nn.relu(x + conv(units, "conv_cell", dtype)(noisy))
+    h = nn.relu(linear(units, "cell", dtype, bias=False)(h))
+    return linear(noisy.shape[-1], "project", jnp.float32)(h)
+
+
 class PatchesOut(nn.Module):
-    """Tokens to a grid of latents of the size of ``like``, in float32."""
+    """Tokens to a grid of latents of the size of the ``noisy`` ones, in float32."""
 
     spec: Patches
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "batch tokens width"], like: Float[Array, "batch h w c"]
+        self, x: Float[Array, "batch tokens width"], noisy: Float[Array, "batch h w c"]
     ) -> Float[Array, "batch h w c"]:
-        c = self.spec.channels
-        x = linear(self.spec.patch**2 * c, "project", jnp.float32)(x)  # [b, n, patch**2 * c]
-        x = unpatchify(x, self.spec.extent(like.shape[1:3]), self.spec.patch)  # [b, h, w, c]
+        c, p, cells = self.spec.channels, self.spec.patch, self.spec.extent(noisy.shape[1:3])
+        if self.spec.units:
+            up = linear(p * p * self.spec.units, "up", x.dtype, bias=False)(x)
+            x = predict_cells(unpatchify(up, cells, p), noisy.astype(x.dtype), x.dtype)
+        else:
+            x = linear(p * p * c, "project", jnp.float32)(x)  # [b, n, patch**2 * c]
+            x = unpatchify(x, cells, p)  # [b, h, w, c]
         if self.spec.conv:
             x = nn.Conv(c, (3, 3), padding=1, name="conv", **torch_inits(9 * c))(x)
         return jnp.tanh(x) if self.spec.tanh else x
@@ -306,7 +335,7 @@ def embed(name: str, spec: Spec, width: int, dtype: DTypeLike) -> PatchesIn | To
 
 
 def head(name: str, spec: Spec) -> PatchesOut | TokensOut:
-    """Returns a stream's head: called with its tokens and an array of the prediction's shape."""
+    """Returns a stream's head: called with its tokens and the noisy latents."""
     if isinstance(spec, Patches):
         return PatchesOut(spec, name=f"{name}_out")
     return TokensOut(spec, name=f"{name}_out")
@@ -315,6 +344,9 @@ def head(name: str, spec: Spec) -> PatchesOut | TokensOut:
 def head_products(spec: Spec, width: int, count: int) -> int:
     """Returns the multiply-adds of a stream's embedding and head, ``count`` tokens long."""
     both = 2 * spec.products(width, count)
-    if isinstance(spec, Patches) and spec.conv:
-        both += count * spec.patch**2 * 9 * spec.channels**2
+    if isinstance(spec, Patches):
+        cells, c = count * spec.patch**2, spec.channels
+        if spec.units:
+            both += cells * (spec.units * (width + 10 * c + spec.units) - c * width)
+        both += cells * 9 * c**2 if spec.conv else 0
     return both

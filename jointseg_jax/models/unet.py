@@ -1,19 +1,21 @@
 """A U-Net whose middle is a U-ViT: for small pictures, where outlines matter and time is short.
 
-``x`` = all streams side by side, ``[b, h, w, channels]``; ``c`` = the time tokens + the mean word.
+``x`` = the streams in patches of ``2^(levels + 1)`` side by side, ``[b, h, w, channels]``; all
+others (latents of a coarser grid, sequences) are tokens as in ``uvit``. ``c`` = the time tokens +
+the mean word.
 
 1. stem: 2 x 2 cells to channels, a 3 x 3 convolution, a residual block; then once more for each
    further width, and at last 2 x 2 cells to one token.
 2. the U-ViT of ``uvit``: tokens = [class?, times, data type?, context?, grid].
 3. head: each token to 2 x 2 cells, joined with the stem's output of that size, a residual block;
-   and so on up to the cells, where ``prediction = W relu(U relu(up(h) + V x))``, V a 3 x 3
-   convolution: every cell sees its own noisy value and its neighbours'.
+   and so on up to the cells, where the head of ``embed`` (4) sees the noisy cells of all streams.
 4. residual block: ``x + conv(relu(conv(norm(x) (1 + scale(c)) + shift(c))))``.
 
 Outside the U-ViT only modulations and the last layer have a bias, and a block has one norm: on a
 CPU the sums over all cells in their gradients take longer than the products.
 
-Parameter paths: those of ``uvit`` without ``<stream>_in`` and ``<stream>_out``; ``stem``, ``head``.
+Parameter paths: those of ``uvit``, with ``stem`` and ``head`` in place of ``<stream>_in`` and
+``<stream>_out`` of the streams in ``x``.
 
 Source: U-Net with time-modulated residual blocks, Dhariwal & Nichol 2021 (arXiv 2105.05233);
 a transformer in its middle, Hoogeboom et al. 2023 (arXiv 2301.11093).
@@ -23,7 +25,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import cast
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -34,20 +35,20 @@ from jaxtyping import Array, Float
 
 from jointseg_jax.models.backbone import REMAT, Backbone
 from jointseg_jax.models.blocks import NORM_EPSILON, linear, normal
-from jointseg_jax.models.embed import Patches, resize_position
+from jointseg_jax.models.embed import (
+    Patches,
+    conv,
+    embed,
+    head,
+    head_products,
+    predict_cells,
+    resize_position,
+)
 from jointseg_jax.models.uvit import Inputs, Predictions, Rule, Sizes, UViT, lengths
 from jointseg_jax.sharding import constrain
 
 Grid = Float[Array, "batch _ _ _"]
 Condition = Float[Array, "batch width"]
-
-
-def conv(features: int, name: str, dtype: DTypeLike, *, zero: bool = False) -> nn.Conv:
-    """Returns a 3 x 3 convolution without bias; ``zero`` starts a residual block as identity."""
-    start = nn.initializers.zeros if zero else nn.initializers.lecun_normal()
-    return nn.Conv(
-        features, (3, 3), padding=1, use_bias=False, dtype=dtype, kernel_init=start, name=name
-    )
 
 
 def gather(x: Grid) -> Grid:
@@ -114,18 +115,15 @@ class Head(nn.Module):
             x = x + linear(width, f"join_{i}", self.dtype, bias=False)(skip)
             x = self.block(self.dtype, name=f"block_{i}")(x, condition)
         x = spread(linear(4 * self.units, "up", self.dtype, bias=False)(x))  # [b, h, w, units]
-        # (3) W relu(U relu(up(h) + V x)): twice, for a cell has to choose between its neighbours
-        h = nn.relu(x + conv(self.units, "conv_cell", self.dtype)(noisy))
-        h = nn.relu(linear(self.units, "cell", self.dtype, bias=False)(h))
-        return linear(noisy.shape[-1], "project", jnp.float32)(h)
+        return predict_cells(x, noisy, self.dtype)
 
 
 class UNet(UViT):
-    """The denoiser of streams on one grid, which meet in every cell."""
+    """The denoiser of streams on one grid, which meet in every cell; any others are tokens."""
 
     widths: Sequence[int] = (64,)
     """Channels of the convolutional levels, at a half, a quarter, ... of the grid; the tokens come
-    after the last, so that a stream's ``patch`` is ``2^(levels + 1)``."""
+    after the last, so that the ``patch`` of a stream on the grid is ``2^(levels + 1)``."""
     units: int = 32
     """Hidden units of every cell's own head."""
 
@@ -134,62 +132,72 @@ class UNet(UViT):
         super().__post_init__()
 
     @property
+    def grids(self) -> dict[str, Patches]:
+        """The streams on the grid, by name."""
+        side = 2 ** (len(self.widths) + 1)
+        specs = self.specs.items()
+        return {n: s for n, s in specs if isinstance(s, Patches) and s.patch == side}
+
+    @property
     def together(self) -> tuple[str, ...]:
-        """All streams."""
-        return tuple(self.specs)
+        """The streams on the grid."""
+        return tuple(self.grids)
 
     @nn.nowrap
     def own_rules(self) -> tuple[Rule, ...]:
         """Returns the rules of streams, ``share``, ``add_features`` and the levels."""
-        grids = [s for s in self.specs.values() if isinstance(s, Patches)]
-        looks = {(s.grid, s.patch, s.conv, s.tanh) for s in grids}
-        alike = len(grids) == len(self.specs) and len(looks) == 1
-        plain = not any(s.conv or s.tanh for s in grids)
+        grids = self.grids.values()
         side = 2 ** (len(self.widths) + 1)
-        fits = all(s.patch == side for s in grids)
+        alike = len({s.grid for s in grids}) < 2
+        plain = not any(s.conv or s.tanh or s.units for s in grids)
         apart = not self.share and not self.add_features
         levels = bool(self.widths) and min(*self.widths, self.units) >= 1
+        text = f"streams: one or more with patch {side} = 2^(levels + 1), widths={self.widths}"
         return (
-            (alike, f"streams: on one grid with one patch; given {dict(self.streams)}"),
-            (plain, "streams: without conv and tanh, for all meet in one head"),
-            (fits, f"patch: {side} = 2^(levels + 1) with widths={self.widths}"),
-            (apart, "share and add_features: empty, for all streams share every cell"),
+            (bool(grids), f"{text}; given {dict(self.streams)}"),
+            (alike, f"streams: those with patch {side} on one grid; given {dict(self.streams)}"),
+            (plain, "streams: without conv, tanh and units, for all meet in one head"),
+            (apart, "share and add_features: empty, for streams on the grid share every cell"),
             (levels, f"widths and units: at least 1; given {self.widths}, {self.units}"),
         )
 
     def setup_edges(self) -> None:
-        """Makes stem and head."""
+        """Makes stem and head, and embeddings and heads of the streams that are tokens."""
         spec, block = next(iter(self.grids.values())), Residual
         if self.remat != "none":
             block = nn.remat(Residual, policy=REMAT[self.remat])
         self.stem = Stem(tuple(self.widths), self.width, spec.extent(), self.dtype, block)
         self.head = Head(self.units, self.dtype, block)
+        others = {n: s for n, s in self.specs.items() if n not in self.grids}
+        self.embeds = {n: embed(n, s, self.width, self.dtype) for n, s in others.items()}
+        self.stream_heads = {n: head(n, s) for n, s in others.items()}
         if self.context is not None:
             self.context_mean = linear(self.width, "context_mean", self.dtype, bias=False)
 
     @nn.nowrap
     def run(self, given: Inputs, taps: Sequence[str]) -> Predictions:
         """The call, of inputs that fit."""
-        parts = self.conditions(given)
-        noisy = jnp.concatenate([given.latents[n] for n in self.specs], axis=-1)  # [b, h, w, c]
+        parts, latents, grids = self.conditions(given), given.latents, self.grids
+        noisy = jnp.concatenate([latents[n] for n in grids], axis=-1)  # [b, h, w, c]
         noisy = noisy.astype(self.dtype)
         times = jnp.concatenate([parts[f"time_{n}"] for n in self.time_tokens], axis=1)
         condition = times.sum(axis=1)  # [b, width]
         if "context" in parts:
             condition = condition + self.context_mean(parts["context"].mean(axis=1))
-        grid, skips = self.stem(noisy, condition)
-        cells = grid.shape[1:3]
-        tokens = [*parts.values(), rearrange(grid, "b r s d -> b (r s) d")]
-        x, tapped = self.transform(jnp.concatenate(tokens, axis=1), taps)
-        x = x[:, -math.prod(cells) :].reshape(-1, *cells, self.width)
-        out = self.head(x, skips, noisy, condition)  # [b, h, w, channels of all]
-        ends = np.cumsum([spec.channels for spec in self.grids.values()])[:-1].tolist()
-        return dict(zip(self.specs, jnp.split(out, ends, axis=-1))), tapped
-
-    @property
-    def grids(self) -> dict[str, Patches]:
-        """The streams by name."""
-        return cast(dict[str, Patches], self.specs)  # by ``own_rules``
+        grid, skips = self.stem(noisy, condition)  # [b, rows, columns, width]
+        for name in self.specs:
+            if name in self.embeds:
+                parts[name] = self.embeds[name](latents[name])
+            elif name == self.together[0]:  # where ``spans`` has all streams of the grid
+                parts[name] = rearrange(grid, "b r s d -> b (r s) d")
+        x, tapped = self.transform(jnp.concatenate([*parts.values()], axis=1), taps)
+        features = self.features(x, latents)
+        cells = features[self.together[0]].reshape(grid.shape)
+        out = self.head(cells, skips, noisy, condition)  # [b, h, w, channels of all]
+        ends = np.cumsum([spec.channels for spec in grids.values()])[:-1].tolist()
+        predictions = dict(zip(grids, jnp.split(out, ends, axis=-1)))
+        others = {n: self.stream_heads[n](features[n], latents[n]) for n in self.embeds}
+        return predictions | others, tapped
 
 
 def forward_flops(module: UNet, sizes: Sizes | None = None) -> int:
@@ -197,10 +205,14 @@ def forward_flops(module: UNet, sizes: Sizes | None = None) -> int:
     d, (tokens,) = module.width, lengths(module, sizes)
     channels = sum(spec.channels for spec in module.grids.values())
     name, spec = next(iter(module.grids.items()))
+    spans = module.spans(sizes)
     rows, columns = spec.extent((sizes or {}).get(name))
     total = len(module.time_tokens) * 8 * d * d if module.time_mlp else 0
     if module.context is not None:
         total += module.context.products(d, module.context.count) + d * d
+    for other in module.specs.keys() - module.grids.keys():
+        count = spans[other].stop - spans[other].start
+        total += head_products(module.specs[other], d, count)
     below = d
     for i, width in reversed(list(enumerate(module.widths))):
         rows, columns = 2 * rows, 2 * columns  # (3) of the grid that level i has

@@ -8,6 +8,7 @@
    | uniform, steps = N | low + (high - low) (floor(N u) + 1) / N | flat on the N knots |
    | logit_normal | 1 / (1 + exp(-(mean + std n))) | logit t normal |
    | high_noise | u^(1 / (1 + power)) | (1 + power) t^power |
+   | ends | 0, 1, or flat between | clean and noise at the ends, the rest flat |
 
 2. A *coupling* says which streams share the draw: all (``Shared``), none (``Independent``), or
    those of a group (``Grouped``).
@@ -21,7 +22,7 @@ UniDiffuser (Bao et al. 2023) sec. 3; one shared time, PDM alg. 1 and JoDiffusio
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 import jax
@@ -108,6 +109,26 @@ class HighNoise:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Ends:
+    """Often at the ends: for a stream that sampling gives clean (a prompt) or not at all."""
+
+    clean: float = 0.5  # probability of t = 0
+    noise: float = 0.1  # probability of t = 1
+
+    def __post_init__(self) -> None:
+        good = self.clean >= 0 and self.noise >= 0 and self.clean + self.noise <= 1
+        rule = f"must be at least 0 and at most 1 together; change them in {PLACE}."
+        require_values("ends times", good, rule, clean=self.clean, noise=self.noise)
+
+    def __call__(self, keys: Keys) -> Time:
+        """Draws one time per row."""
+        u, between = uniform(keys), 1 - self.clean - self.noise
+        # u below clean: 0; the last `noise` of it: 1; a straight line between them
+        t = (u - self.clean) / (between or 1.0)
+        return jnp.where(u < self.clean, 0.0, jnp.where(u >= 1 - self.noise, 1.0, t))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Shared:
     """One time for all streams of a row."""
 
@@ -135,8 +156,12 @@ class Grouped:
 
     groups: tuple[tuple[str, ...], ...]
     distribution: Distribution = Uniform()
+    distributions: Mapping[str, Distribution] | tuple[tuple[str, Distribution], ...] = ()
+    """Of the groups that have another one, by the name of a group's first stream."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.distributions, Mapping):  # pairs can be hashed
+            object.__setattr__(self, "distributions", tuple(self.distributions.items()))
         # JSON configs hold lists, and groups are dict keys below
         object.__setattr__(self, "groups", tuple(tuple(group) for group in self.groups))
         names = [name for group in self.groups for name in group]
@@ -145,6 +170,10 @@ class Grouped:
         rule = f"every stream must be in exactly one group{twice}; change `times.groups`."
         good = bool(names) and not duplicates
         require_values("grouped times", good, rule, groups=self.groups)
+        firsts = [group[0] for group in self.groups]
+        rule = f"the first streams of groups are {firsts}; change `times.distributions`."
+        own = dict(self.distributions)
+        require_values("grouped times", set(own) <= set(firsts), rule, distributions=list(own))
 
     def draw(self, keys: Keys, streams: Sequence[str]) -> dict[str, Time]:
         """One draw per group."""
@@ -156,5 +185,8 @@ class Grouped:
                 f"{self.groups}; add them to `times.groups`."
             )
         groups = dict.fromkeys(group_of[name] for name in streams)
-        drawn = {g: self.distribution(fold(keys, name_id("+".join(g)))) for g in groups}
+        own = dict(self.distributions)
+        drawn = {}
+        for g in groups:
+            drawn[g] = own.get(g[0], self.distribution)(fold(keys, name_id("+".join(g))))
         return {name: drawn[group_of[name]] for name in streams}

@@ -81,6 +81,23 @@ def test_patch_projections_start_as_torch_convolutions():
     np.testing.assert_allclose(head["project"]["kernel"].std(), 0.02, rtol=0.05)
 
 
+def test_the_head_in_every_cell_is_its_formula():
+    spec = Patches(grid=(4, 6), channels=2, patch=2, units=5)
+    keys = jax.random.split(jax.random.key(0), 3)
+    tokens, noisy = jax.random.normal(keys[0], (1, 6, 8)), jax.random.normal(keys[1], (1, 4, 6, 2))
+    params = PatchesOut(spec).init(keys[2], tokens, noisy)["params"]
+    v, u = params["conv_cell"]["kernel"], params["cell"]["kernel"]
+    up = unpatchify(tokens @ params["up"]["kernel"], (2, 3), 2)[0]  # [4, 6, units]
+    around = np.pad(noisy[0], ((1, 1), (1, 1), (0, 0)))
+    want = np.zeros((4, 6, 2), np.float32)
+    for i, j in np.ndindex(4, 6):
+        seen = np.einsum("rsc,rscu->u", around[i : i + 3, j : j + 3], v)
+        h = np.maximum(np.maximum(up[i, j] + seen, 0) @ u, 0)
+        want[i, j] = h @ params["project"]["kernel"] + params["project"]["bias"]
+    got = PatchesOut(spec).apply({"params": params}, tokens, noisy)
+    np.testing.assert_allclose(got[0], want, atol=1e-6)
+
+
 def test_tanh_bounds_the_output():
     spec = Patches(grid=(4, 4), channels=3, patch=2, tanh=True)
     x = 1e4 * jax.random.normal(jax.random.key(0), (1, 4, 16))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jointseg_jax.transport.times import (
+    Ends,
     Grouped,
     HighNoise,
     Independent,
@@ -31,6 +32,7 @@ def keys(rows=ROWS, seed=0):
         (HighNoise(power=1.0), 2 / 3, 1 / 18),  # density 2 t
         (HighNoise(power=0.0), 1 / 2, 1 / 12),
         (LogitNormal(), 1 / 2, 0.0433),  # the variance by quadrature
+        (Ends(clean=0.5, noise=0.1), 0.3, 0.1 + 0.4 / 3 - 0.3**2),
     ],
 )
 def test_moments(distribution, mean, variance):
@@ -54,6 +56,14 @@ def test_logit_normal_moves_with_its_mean():
     assert low < 0.35 and high > 0.65  # about 0.303 and 0.697
 
 
+def test_ends_are_hit_exactly():
+    t = np.asarray(Ends(clean=0.5, noise=0.1)(keys()))
+    # five standard errors
+    assert abs(np.mean(t == 0) - 0.5) < 5 * np.sqrt(0.25 / ROWS)
+    assert abs(np.mean(t == 1) - 0.1) < 5 * np.sqrt(0.09 / ROWS)
+    assert set(np.unique(Ends(clean=0.9, noise=0.1)(keys()))) == {0, 1}
+
+
 def test_shared_gives_one_time():
     drawn = Shared().draw(keys(5), STREAMS)
     assert list(drawn) == list(STREAMS)
@@ -75,6 +85,9 @@ def test_groups_share_within_and_not_across():
     assert np.array_equal(drawn["image"], drawn["mask"])
     assert abs(np.corrcoef(drawn["image"], drawn["text"])[0, 1]) < 5 / np.sqrt(ROWS)
     assert list(times.draw(keys(3), ("text",))) == ["text"]
+    own = Grouped(groups=times.groups, distributions={"text": Uniform(low=0.5)})
+    mixed = own.draw(keys(), STREAMS)
+    assert np.array_equal(mixed["image"], drawn["image"]) and mixed["text"].min() >= 0.5
 
 
 @pytest.mark.parametrize(
@@ -101,7 +114,12 @@ def test_an_independent_time_does_not_depend_on_the_other_streams():
         (lambda: Uniform(steps=-1), "steps=-1"),
         (lambda: LogitNormal(std=0.0), "std=0.0"),
         (lambda: HighNoise(power=-2.0), "power=-2.0"),
+        (lambda: Ends(clean=0.7, noise=0.4), "clean=0.7, noise=0.4"),
         (lambda: Grouped(groups=(("a",), ("a", "b"))), "twice: a"),
+        (
+            lambda: Grouped(groups=(("a", "b"),), distributions={"b": Uniform()}),
+            "the first streams of groups are ['a']",
+        ),
         (lambda: Grouped(groups=(("a",),)).draw(keys(1), ("a", "b")), "streams b are in none"),
     ],
 )
