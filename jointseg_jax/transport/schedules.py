@@ -256,6 +256,10 @@ class BetaLinear(VariancePreserving):
         return -4 * log_alpha / (self.beta_min + root)
 
 
+BELOW_RIGHT_ANGLE = 1.5707962
+"""The largest float32 below pi / 2, cut off."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cosine(VariancePreserving):
     """alpha = cos(pi/2 (t + shift) / (1 + shift)), scaled to 1 at t = 0, and more noise on request.
@@ -280,7 +284,9 @@ class Cosine(VariancePreserving):
         require_values("cosine", 0 < self.noise < math.inf, rule, noise=self.noise)
 
     def _angle(self, t: Numbers) -> Numbers:
-        return (t + self.shift) / (1 + self.shift) * (np.pi / 2)
+        xp, t = _module(t)
+        # rounded up, the angle at t = 1 would be above pi / 2, its cosine negative and its log nan
+        return xp.minimum((t + self.shift) / (1 + self.shift) * (np.pi / 2), BELOW_RIGHT_ANGLE)
 
     def log_alpha(self, t: Numbers) -> Numbers:
         """log(cos(angle(t)) / cos(angle(0))), less what further noise takes."""

@@ -66,6 +66,23 @@ def test_ends(schedule):
     assert abs(schedule.time_of(np.inf)) < 1e-5  # scaled_linear reaches alpha = 1 at 5.5e-6
 
 
+@schedules
+def test_the_ends_are_finite_in_a_float32_program(schedule):
+    # times that a jitted distribution gives: drawn, so that nothing is folded on the host
+    ends = jnp.stack([jnp.zeros(3), jnp.ones(3)]).astype(jnp.float32)
+
+    @jax.jit
+    def weights(t):
+        return schedule.alpha(t), schedule.sigma(t), schedule.velocity_weights(t)
+
+    alpha, sigma, velocity = weights(ends)
+    assert all(np.all(np.isfinite(y[1])) for y in (alpha, sigma, *velocity))
+    assert np.all(np.abs(alpha[0] - 1) < 0.03) and np.all(sigma[0] < 0.03)
+    assert np.all(alpha[1] < 0.1) and np.all(sigma[1] > 0.99)
+    near = schedule.velocity_weights(np.array(0.9999))
+    np.testing.assert_allclose([v[1, 0] for v in velocity], near, atol=0.01)
+
+
 def test_noise_lowers_the_snr_of_the_cosine_alike_everywhere():
     plain, noisy = Cosine(), Cosine(noise=3.0)
     np.testing.assert_allclose(noisy.log_snr(TIMES), plain.log_snr(TIMES) - np.log(3.0), **TIGHT)
