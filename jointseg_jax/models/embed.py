@@ -296,14 +296,17 @@ def conv(features: int, name: str, dtype: DTypeLike, *, zero: bool = False) -> n
 
 
 def predict_cells(
-    x: Float[Array, "batch h w units"], noisy: Float[Array, "batch h w c"], dtype: DTypeLike
-) -> Float[Array, "batch h w c"]:
+    x: Float[Array, "batch h w units"],
+    noisy: Float[Array, "batch h w seen"],
+    channels: int,
+    dtype: DTypeLike,
+) -> Float[Array, "batch h w {channels}"]:
     """The head in every cell, of the module that calls it: ``conv_cell``, ``cell``, ``project``."""
     units = x.shape[-1]
     # (4) W relu(U relu(up(h) + V x)): twice, for a cell has to choose between its neighbours
     h = nn.relu(x + conv(units, "conv_cell", dtype)(noisy))
     h = nn.relu(linear(units, "cell", dtype, bias=False)(h))
-    return linear(noisy.shape[-1], "project", jnp.float32)(h)
+    return linear(channels, "project", jnp.float32)(h)
 
 
 class PatchesOut(nn.Module):
@@ -318,7 +321,7 @@ class PatchesOut(nn.Module):
         c, p, cells = self.spec.channels, self.spec.patch, self.spec.extent(noisy.shape[1:3])
         if self.spec.units:
             up = linear(p * p * self.spec.units, "up", x.dtype, bias=False)(x)
-            x = predict_cells(unpatchify(up, cells, p), noisy.astype(x.dtype), x.dtype)
+            x = predict_cells(unpatchify(up, cells, p), noisy.astype(x.dtype), c, x.dtype)
         else:
             x = linear(p * p * c, "project", jnp.float32)(x)  # [b, n, patch**2 * c]
             x = unpatchify(x, cells, p)  # [b, h, w, c]

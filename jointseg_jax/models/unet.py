@@ -9,7 +9,9 @@ the mean word.
 2. the U-ViT of ``uvit``: tokens = [class?, times, data type?, context?, grid].
 3. head: each token to 2 x 2 cells, joined with the stem's output of that size, a residual block;
    and so on up to the cells, where the head of ``embed`` (4) sees the noisy cells of all streams.
-4. residual block: ``x + conv(relu(conv(norm(x) (1 + scale(c)) + shift(c))))``.
+4. with ``self_condition`` the network reads, beside ``x``, an estimate of its data: the network's
+   own answer to the step before, or zeros. What it has decided it need not find again in the noise.
+5. residual block: ``x + conv(relu(conv(norm(x) (1 + scale(c)) + shift(c))))``.
 
 Outside the U-ViT only modulations and the last layer have a bias, and a block has one norm: on a
 CPU the sums over all cells in their gradients take longer than the products.
@@ -18,7 +20,8 @@ Parameter paths: those of ``uvit``, with ``stem`` and ``head`` in place of ``<st
 ``<stream>_out`` of the streams in ``x``.
 
 Source: U-Net with time-modulated residual blocks, Dhariwal & Nichol 2021 (arXiv 2105.05233);
-a transformer in its middle, Hoogeboom et al. 2023 (arXiv 2301.11093).
+a transformer in its middle, Hoogeboom et al. 2023 (arXiv 2301.11093); 4, analog bits, Chen et al.
+2022 (arXiv 2208.04202) section 2.3.
 """
 
 from __future__ import annotations
@@ -71,7 +74,7 @@ class Residual(nn.Module):
         width = x.shape[-1]
         film = linear(2 * width, "film", self.dtype)(nn.relu(condition))  # [b, 2 width]
         scale, shift = jnp.split(film[:, None, None], 2, axis=-1)
-        # (4) x + conv(relu(conv(norm(x) (1 + scale) + shift))); the norm's own are scale and shift
+        # (5) x + conv(relu(conv(norm(x) (1 + scale) + shift))); the norm's own are scale and shift
         norm = nn.LayerNorm(NORM_EPSILON, self.dtype, use_bias=False, use_scale=False)
         h = nn.relu(conv(width, "conv_1", self.dtype)(norm(x) * (1 + scale) + shift))
         x = x + conv(width, "conv_2", self.dtype, zero=True)(h)
@@ -104,6 +107,7 @@ class Head(nn.Module):
     """A grid of tokens to the predictions of all streams, side by side, in float32."""
 
     units: int  # hidden units of every cell
+    channels: int  # of all streams
     dtype: DTypeLike
     block: Callable[..., nn.Module]
 
@@ -115,7 +119,7 @@ class Head(nn.Module):
             x = x + linear(width, f"join_{i}", self.dtype, bias=False)(skip)
             x = self.block(self.dtype, name=f"block_{i}")(x, condition)
         x = spread(linear(4 * self.units, "up", self.dtype, bias=False)(x))  # [b, h, w, units]
-        return predict_cells(x, noisy, self.dtype)
+        return predict_cells(x, noisy, self.channels, self.dtype)
 
 
 class UNet(UViT):
@@ -126,6 +130,8 @@ class UNet(UViT):
     after the last, so that the ``patch`` of a stream on the grid is ``2^(levels + 1)``."""
     units: int = 32
     """Hidden units of every cell's own head."""
+    self_condition: bool = False
+    """An estimate of the data is read beside the streams of the grid."""
 
     def __post_init__(self):
         self.widths = tuple(self.widths)
@@ -142,6 +148,11 @@ class UNet(UViT):
     def together(self) -> tuple[str, ...]:
         """The streams on the grid."""
         return tuple(self.grids)
+
+    @property
+    def estimated(self) -> tuple[str, ...]:
+        """The streams on the grid, with ``self_condition``."""
+        return self.together if self.self_condition else ()
 
     @nn.nowrap
     def own_rules(self) -> tuple[Rule, ...]:
@@ -167,7 +178,8 @@ class UNet(UViT):
         if self.remat != "none":
             block = nn.remat(Residual, policy=REMAT[self.remat])
         self.stem = Stem(tuple(self.widths), self.width, spec.extent(), self.dtype, block)
-        self.head = Head(self.units, self.dtype, block)
+        channels = sum(spec.channels for spec in self.grids.values())
+        self.head = Head(self.units, channels, self.dtype, block)
         others = {n: s for n, s in self.specs.items() if n not in self.grids}
         self.embeds = {n: embed(n, s, self.width, self.dtype) for n, s in others.items()}
         self.stream_heads = {n: head(n, s) for n, s in others.items()}
@@ -178,8 +190,10 @@ class UNet(UViT):
     def run(self, given: Inputs, taps: Sequence[str]) -> Predictions:
         """The call, of inputs that fit."""
         parts, latents, grids = self.conditions(given), given.latents, self.grids
-        noisy = jnp.concatenate([latents[n] for n in grids], axis=-1)  # [b, h, w, c]
-        noisy = noisy.astype(self.dtype)
+        seen, estimates = [latents[n] for n in grids], given.estimates or {}
+        # (4) and the estimates, zeros where there is none
+        seen += [estimates.get(n, jnp.zeros_like(latents[n])) for n in self.estimated]
+        noisy = jnp.concatenate(seen, axis=-1).astype(self.dtype)  # [b, h, w, c] or twice c
         times = jnp.concatenate([parts[f"time_{n}"] for n in self.time_tokens], axis=1)
         condition = times.sum(axis=1)  # [b, width]
         if "context" in parts:
@@ -204,6 +218,7 @@ def forward_flops(module: UNet, sizes: Sizes | None = None) -> int:
     """Returns matrix-product FLOPs of one sample's forward pass, counted as for ``UViT``."""
     d, (tokens,) = module.width, lengths(module, sizes)
     channels = sum(spec.channels for spec in module.grids.values())
+    seen = 2 * channels if module.self_condition else channels
     name, spec = next(iter(module.grids.items()))
     spans = module.spans(sizes)
     rows, columns = spec.extent((sizes or {}).get(name))
@@ -217,7 +232,7 @@ def forward_flops(module: UNet, sizes: Sizes | None = None) -> int:
     for i, width in reversed(list(enumerate(module.widths))):
         rows, columns = 2 * rows, 2 * columns  # (3) of the grid that level i has
         taps = (3 * rows - 2) * (3 * columns - 2)  # of a convolution: none on the zeros around
-        ins = module.widths[i - 1] if i else channels
+        ins = module.widths[i - 1] if i else seen
         total += taps * width * (4 * ins + 4 * width)  # stem, two residual blocks
         total += rows * columns * width * (width + below)  # join, up
         total += 4 * d * width  # film of two blocks
@@ -225,6 +240,6 @@ def forward_flops(module: UNet, sizes: Sizes | None = None) -> int:
     cells, last = rows * columns, module.widths[-1]
     total += math.prod(spec.extent((sizes or {}).get(name))) * 4 * last * d  # to tokens
     total += cells * 4 * below * module.units  # to cells
-    total += (6 * rows - 2) * (6 * columns - 2) * channels * module.units  # in every cell
+    total += (6 * rows - 2) * (6 * columns - 2) * seen * module.units  # in every cell
     total += 4 * cells * module.units * (module.units + channels)
     return 2 * (Backbone.of(module).products(d, tokens) + total)

@@ -67,6 +67,7 @@ class Inputs(NamedTuple):
     text: Array | None
     class_id: Array | None
     data_type: Array | None
+    estimates: Streams | None = None
 
 
 class Denoiser(nn.Module):
@@ -105,6 +106,11 @@ class Denoiser(nn.Module):
         """The streams that lie on the same tokens."""
         return tuple(self.share)
 
+    @property
+    def estimated(self) -> tuple[str, ...]:
+        """The streams of whose data the network also reads an estimate (self-conditioning)."""
+        return ()
+
     def __post_init__(self):
         where = type(self).__name__
         # configs give ConfigDicts, which have items() and are no Mapping; pairs may name one twice
@@ -135,6 +141,7 @@ class Denoiser(nn.Module):
         *,
         class_id: Array | None = None,
         data_type: Array | None = None,
+        estimates: Streams | None = None,
         taps: Sequence[str] = (),
     ) -> Predictions:
         """Predicts every stream; also returns the token arrays named by ``taps``.
@@ -145,12 +152,13 @@ class Denoiser(nn.Module):
           text: ``[batch, words, width]``, exactly when there is a ``context``.
           class_id: ``[batch]`` integers, exactly when there are ``classes``.
           data_type: ``[batch]`` integers; None stands for the last kind.
+          estimates: of the data of streams in ``estimated``, in their shapes; zeros if not given.
           taps: names out of ``tap_names()``.
 
         Raises:
           ValueError: inputs that do not fit the module.
         """
-        given = Inputs(latents, times, text, class_id, data_type)
+        given = Inputs(latents, times, text, class_id, data_type, estimates)
         self.check_call(given, taps)
         return self.run(given, taps)
 
@@ -218,7 +226,7 @@ class Denoiser(nn.Module):
     def check_call(self, given: Inputs, taps: Sequence[str]) -> None:
         """Raises ValueError about the first input that does not fit."""
         where, specs = type(self).__name__, self.specs
-        latents, times, text, class_id, data_type = given
+        latents, times, text, class_id, data_type, estimates = given
         missing, unknown = sorted(set(specs) - set(latents)), sorted(set(latents) - set(specs))
         if missing or unknown:
             raise ValueError(
@@ -237,6 +245,9 @@ class Denoiser(nn.Module):
                 raise ValueError(
                     f"{where}: streams that share tokens differ in their patches: {grids}."
                 )
+        for name, estimate in (estimates or {}).items():
+            shape = latents[name].shape if name in self.estimated else None
+            self._check_shape(f"estimates[{name!r}]", "self_condition", estimate, shape)
         if absent := [n for n in self.time_tokens if n not in times]:
             raise ValueError(
                 f"{where}: times are {sorted(times)} and lack {absent} (`time_tokens`)."
@@ -283,6 +294,8 @@ class Denoiser(nn.Module):
             shapes["class_id"] = row(jnp.int32)
         if self.data_types:
             shapes["data_type"] = row(jnp.int32)
+        if self.estimated:
+            shapes["estimates"] = {n: real((batch, *self.specs[n].shape)) for n in self.estimated}
         return shapes
 
 
@@ -370,7 +383,7 @@ class UViT(Denoiser):
 
     def conditions(self, given: Inputs) -> dict[str, Array]:
         """Returns the tokens in front of the streams', ``[b, count, width]`` each."""
-        latents, times, text, class_id, data_type = given
+        latents, times, text, class_id, data_type, _ = given
         batch = next(iter(latents.values())).shape[0]
         parts: dict[str, Array] = {}
         if self.classes:

@@ -77,6 +77,11 @@ class Bridge:
                 f"bridge: {self.process.schedule} does not reach its source end at t = 1; set "
                 "`system.process.schedule` to linear."
             )
+        if self.denoiser.estimated:
+            raise ValueError(
+                "bridge: the network reads estimates of clean data and a bridge has two ends of "
+                "data; set `system.denoiser.self_condition` to False."
+            )
         own = {"correction": self.correction, "temperature": self.temperature}
         good = self.correction >= 0 and self.temperature > 0
         rule = "must be at least 0 and positive; change them in `system`."

@@ -5,11 +5,16 @@
 3. ``loss = sum_k W_k mean(w_k(t_k) (network(x, t, text)_k - process_k.target(z_k, n_k, t_k))^2)``
    with ``W_k`` the weight of the stream and ``w_k(t)`` that of its process
 
+4. a denoiser with self-conditioning reads, beside ``x``, an estimate of ``z``: when sampling, that
+   of its call before (zeros in the first); in training, for every second row, that of a first
+   call with zeros, held constant, and zeros for the others.
+
 Text reaches the network as context (dropped to the empty prompt with probability ``text_drop``)
 or as a stream of its own, whose time then says how much of it is known: 0 is a clean prompt and
 ``unconditional_time`` is pure noise, the unconditional network of classifier-free guidance.
 
-Source: JoDiffusion (joint training and sampling), PDM Alg. 1 and 2, UniDiffuser.
+Source: JoDiffusion (joint training and sampling), PDM Alg. 1 and 2, UniDiffuser; 4 analog bits,
+Chen et al. 2022 (2208.04202) sec. 2.3.
 """
 
 from __future__ import annotations
@@ -122,7 +127,8 @@ class Joint:
             noised[name] = stream.process.interpolate(clean[name], noise, times[name])
             targets[name] = stream.process.target(clean[name], noise, times[name])
         # (3) loss = sum_k W_k mean(w_k(t_k) (network(x, t, text)_k - target_k)^2)
-        outputs = self.denoise(params, noised, times, context)
+        estimates = self._first_estimates(params, noised, times, context)
+        outputs = self.denoise(params, noised, times, context, estimates)
         errors = {}
         for name, target in targets.items():
             squares = jnp.square(outputs[name] - target)
@@ -181,13 +187,23 @@ class Joint:
         start = {k: self.source(k, keys) for k in free}  # [b, h, w, c] each
         guidance = self._guidance(params, text, free, keys)
 
-        def network(x: Streams, t: Times, step: Step) -> Streams:
+        def network(x: Streams, t: Times, step: Step, memory: Streams) -> tuple[Streams, Streams]:
             # all branches of the guidance in one forward pass: [b * branches, h, w, c]
-            return guidance.combine(self.denoise(params, *guidance.expand(x, t, step)), t)
+            asked, estimates = guidance.expand(x, t, step), guidance.repeat(memory)
+            outputs = guidance.combine(self.denoise(params, *asked, estimates), t)
+            return outputs, {k: self._data(k, outputs[k], x[k], t[k]) for k in memory}
+
+        def without_memory(x: Streams, t: Times, step: Step) -> Streams:
+            return network(x, t, step, {})[0]
 
         processes = {k: s.process for k, s in self.streams.items()}
-        keys = fold(keys, "solver")
-        latents = self.solver(network, processes, start, keys=keys, condition=clean)
+        settings = {"keys": fold(keys, "solver"), "condition": clean}
+        # (4) zeros in the first call
+        memory = {k: jnp.zeros_like(start[k]) for k in self.denoiser.estimated if k in start}
+        if memory:
+            latents = self.solver(network, processes, start, memory=memory, **settings)
+        else:
+            latents = self.solver(without_memory, processes, start, **settings)
         assert isinstance(latents, Mapping)  # no trajectory was asked for
         return self.decode(frozen, latents)
 
@@ -226,7 +242,14 @@ class Joint:
         like = jnp.zeros((keys.shape[0], *self.latent_shape(name)), jnp.float32)
         return self.streams[name].process.source(keys, like)
 
-    def denoise(self, params: Params, latents: Streams, times: Times, context: Context) -> Streams:
+    def denoise(
+        self,
+        params: Params,
+        latents: Streams,
+        times: Times,
+        context: Context,
+        estimates: Streams | None = None,
+    ) -> Streams:
         """Network outputs in float32, shaped as the latents; times are one for all rows or [b]."""
         rows = next(iter(latents.values())).shape[0]
         # the network sees time labels, not times
@@ -235,10 +258,33 @@ class Joint:
             for k, s in self.streams.items()
         }
         variables = {"params": params["denoiser"]}
-        outputs, _ = self.denoiser.apply(variables, latents, labels, context)
+        given = {"estimates": estimates} if estimates else {}
+        outputs, _ = self.denoiser.apply(variables, latents, labels, context, **given)
         return {k: v.astype(jnp.float32) for k, v in outputs.items()}
 
     # ------------------------------------------------------------------- details
+
+    def _first_estimates(
+        self, params: Params, noised: Streams, times: Times, context: Context
+    ) -> Streams:
+        """(4) of training: estimates of every second row's data, zeros for the others."""
+        names = [k for k in self.denoiser.estimated if k not in self.known]
+        if not names:
+            return {}
+        x, t, text = jax.tree.map(lambda rows: rows[::2], (noised, times, context))
+        outputs = self.denoise(jax.lax.stop_gradient(params), x, t, text)
+        estimates = {}
+        for name in names:
+            data = jax.lax.stop_gradient(self._data(name, outputs[name], x[name], t[name]))
+            both = jnp.stack([data, jnp.zeros_like(data)], axis=1)  # [b / 2, 2, h, w, c]
+            estimates[name] = both.reshape(-1, *data.shape[1:])[: noised[name].shape[0]]
+        return estimates
+
+    def _data(self, name: str, output: Array, x: Array, t: Array) -> Array:
+        """The data that an output implies, within the stream's bounds."""
+        process = self.streams[name].process
+        data = process.data(output, x, t)
+        return data if process.clip is None else jnp.clip(data, -process.clip, process.clip)
 
     def _encode_condition(
         self, params: Params, frozen: Params, text: Array | None, condition: Streams, keys: Array

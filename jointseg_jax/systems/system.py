@@ -28,11 +28,16 @@ LATENTS = "latents/"
 class Denoiser(Protocol):
     """A Linen module ``(latents, times, text) -> (predictions, taps)``; times are labels."""
 
+    @property
+    def estimated(self) -> tuple[str, ...]:
+        """Streams of whose data it also reads an estimate, ``estimates=`` of its call."""
+        ...
+
     def init(self, rngs: Array, /, *args: Any) -> Mapping[str, Any]:
         """Fresh variables for inputs of these shapes."""
         ...
 
-    def apply(self, variables: Mapping[str, Params], /, *args: Any) -> Any:
+    def apply(self, variables: Mapping[str, Params], /, *args: Any, **kwargs: Any) -> Any:
         """The predictions, one per stream and shaped as its latents, and what to look at beside."""
         ...
 

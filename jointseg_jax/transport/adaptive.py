@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from jointseg_jax.rng import Keys
-from jointseg_jax.transport.integrator import Noise, Predict, States
+from jointseg_jax.transport.integrator import Memory, Noise, Predict, States
 from jointseg_jax.transport.process import Process
 from jointseg_jax.transport.solvers import require_two_times
 from jointseg_jax.types import Streams, UserError, require_values
@@ -52,21 +52,24 @@ class Dopri5:
         *,
         keys: Keys | None = None,
         condition: Streams | None = None,
+        memory: Memory | None = None,
         trajectory: bool = False,
         noise: Noise | None = None,
     ) -> States:
         """Integrates ``x`` from ``start`` to ``end``, every row in steps of its own.
 
         Raises:
-          ValueError: a condition, keys, noise or a trajectory are asked for, or a process clips.
+          ValueError: a condition, a memory, keys, noise or a trajectory are asked for, or a
+            process clips.
           UserError: diffrax is not installed.
         """
         clipped = [k for k in x if processes[k].clip is not None]
-        if condition or trajectory or noise is not None or keys is not None or clipped:
+        if condition or memory or trajectory or noise is not None or keys is not None or clipped:
             raise ValueError(
-                "dopri5: integrates a velocity from its state alone; given streams, keys, noise, "
-                f"trajectories and clipped processes (here: {clipped}) need one of the fixed-step "
-                "solvers. Set `system.solver` to euler or heun."
+                "dopri5: integrates a velocity from its state alone; given streams, "
+                "self-conditioning, keys, noise, trajectories and clipped processes (here: "
+                f"{clipped}) need one of the fixed-step solvers. Set `system.solver` to euler or "
+                "heun."
             )
         try:
             import diffrax

@@ -115,6 +115,11 @@ class Guidance:
         asked = [branch.inputs(x, t, step) for branch in branches]
         return jax.tree.map(lambda *parts: interleave(parts), *asked)
 
+    def repeat(self, x: Streams) -> Streams:
+        """The same rows for all branches, ``[b * branches, ...]`` as ``expand`` lays them."""
+        count = 1 + len(self.active)
+        return {k: interleave([v] * count) for k, v in x.items()}
+
     def combine(self, outputs: Streams, t: Times) -> Streams:
         """The guided prediction ``[b, ...]``, of the network's answers to ``expand`` at times t."""
         count = 1 + len(self.active)

@@ -23,14 +23,18 @@ from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from jointseg_jax.rng import Keys, fold, name_id, normal
 from jointseg_jax.transport.process import Process
 from jointseg_jax.types import Streams
 
-Predict = Callable[[Streams, Mapping[str, Float[Array, ""]], Int[Array, ""]], Streams]
-"""(states, time of each stream, row number) -> the network's output for each stream."""
+Predict = Callable[..., Any]
+"""(states, time of each stream, row number) -> the network's output for each stream; with a memory
+(states, times, row number, memory) -> (outputs, the memory for the next call)."""
+
+Memory = Mapping[str, Array]
+"""What ``predict`` keeps from one call to the next."""
 
 Noise = Callable[[Int[Array, ""], Streams], Streams]
 """(row number, states) -> standard normal numbers like the states."""
@@ -57,6 +61,7 @@ class Solver(Protocol):
         *,
         keys: Keys | None = None,
         condition: Streams | None = None,
+        memory: Memory | None = None,
     ) -> States | tuple[States, States]:
         """Returns the states at the end time, with the condition among them.
 
@@ -70,6 +75,7 @@ class Solver(Protocol):
           x: states at the start time, ``[b, ...]`` each.
           keys: one per row of the batch; needed where the method adds noise.
           condition: clean latents that stay as they are; the network sees them at time 0.
+          memory: what the first call is given, if ``predict`` keeps something between calls.
         """
         ...
 
@@ -186,6 +192,7 @@ def integrate(
     *,
     keys: Keys | None = None,
     condition: Streams | None = None,
+    memory: Memory | None = None,
     trajectory: bool = False,
     noise: Noise | None = None,
 ) -> States | tuple[States, States]:
@@ -208,11 +215,15 @@ def integrate(
     one_stage = bool(np.all(table.is_step_end))
 
     def step(carry: Any, row: Mapping[str, Any]) -> tuple[Any, States | None]:
-        x, kept, past = carry  # states, states at the last step's end, readings of earlier rows
+        # states, states at the last step's end, readings of earlier rows
+        x, kept, past, memory = carry
         t, number = row["time"], row["row"]
         # the condition is clean: time 0
         times: dict[str, Any] = {**dict.fromkeys(x, t), **dict.fromkeys(condition, 0 * t)}
-        outputs = predict({**x, **condition}, times, number)
+        if memory is None:
+            outputs = predict({**x, **condition}, times, number)
+        else:
+            outputs, memory = predict({**x, **condition}, times, number, memory)
         drawn = draw(number, x) if draw else {}
         new, readings = {}, {}
         for name, columns in row["streams"].items():
@@ -235,11 +246,12 @@ def integrate(
             kept = {k: jnp.where(row["is_step_end"], v, kept[k]) for k, v in new.items()}
         past = {name: r[:-1] for name, r in readings.items()}
         # the states are stacked only on request: they would cost memory for every step
-        return (new, kept, past), new if trajectory else None
+        return (new, kept, past, memory), new if trajectory else None
 
     # readings before the start are zeros: their weights are 0 there
     past = {k: (jnp.zeros_like(v),) * (table.streams[k].coefs.shape[1] - 1) for k, v in x.items()}
-    (last, _, _), states = jax.lax.scan(step, (x, x, past), _scanned(table, x))
+    start = (x, x, past, memory)
+    (last, *_), states = jax.lax.scan(step, start, _scanned(table, x))
     result = {**last, **condition}
     if states is None:
         return result

@@ -86,6 +86,7 @@ class Spy:
     module: UViT
     data_type: int | None = None
     calls: list = dataclasses.field(default_factory=list)
+    estimated: tuple[str, ...] = ()
 
     def init(self, key, *inputs):
         return self.module.init(key, *inputs)

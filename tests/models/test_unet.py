@@ -126,6 +126,23 @@ def test_every_input_reaches_the_cells_of_all_predictions(part, others):
         assert np.mean(moved) > 0.8, name  # of the last ReLUs of a cell all may be off
 
 
+def test_estimates_are_read_and_zeros_where_there_are_none():
+    module = build(self_condition=True)
+    params, given = random_params(module), inputs(module)
+    assert set(given["estimates"]) == {"image", "mask"}
+    zeros = {k: jnp.zeros_like(v) for k, v in given["estimates"].items()}
+    with_none = forward(module, params, {k: v for k, v in given.items() if k != "estimates"})
+    for name, want in forward(module, params, given | {"estimates": zeros}).items():
+        np.testing.assert_array_equal(with_none[name], want)
+    for name, moved in forward(module, params, given).items():
+        assert np.mean(np.any(np.asarray(moved != with_none[name]), axis=-1)) > 0.8
+    with pytest.raises(ValueError, match=r"estimates.*self_condition"):
+        module.apply({"params": params}, **given | {"estimates": {"image": zeros["mask"]}})
+    plain, _, without = prepared()
+    with pytest.raises(ValueError, match=r"estimates.*self_condition"):
+        plain.apply({"params": params}, **without, estimates=zeros)
+
+
 def test_rows_do_not_see_each_other():
     module, params, given = prepared()
     alone = jax.tree.map(lambda x: x[:1], given)
@@ -170,12 +187,14 @@ def test_bfloat16_is_near():
         np.testing.assert_allclose(got[name], want[name], rtol=0, atol=0.05)  # 8 bits of mantissa
 
 
+@pytest.mark.parametrize("self_condition", [False, True])
 @pytest.mark.parametrize("mask", [(32, 8), (4, 1)], ids=["on the grid", "tokens"])
-def test_forward_flops_are_those_xla_counts(mask):
+def test_forward_flops_are_those_xla_counts(mask, self_condition):
     image = Patches(grid=(32, 32), channels=3, patch=8)
     mask = Patches(grid=(mask[0], mask[0]), channels=4, patch=mask[1])
     streams = {"image": image, "mask": mask}
-    module = build(streams=streams, widths=(32, 48), width=64, units=32, time_mlp=True)
+    fields = {"widths": (32, 48), "width": 64, "units": 32, "time_mlp": True}
+    module = build(streams=streams, self_condition=self_condition, **fields)
     params = jax.eval_shape(module.init, jax.random.key(0), **module.input_shapes())["params"]
     lowered = forward.lower(module, params, module.input_shapes(1))
     counted = lowered.compile().cost_analysis()["flops"]

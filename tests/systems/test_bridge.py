@@ -32,6 +32,8 @@ CLASSES, SIZE = 7, (8, 8)
 class Known(nn.Module):
     """The velocity of the coupling, times a parameter that starts at 1."""
 
+    estimated: tuple[str, ...] = ()
+
     @nn.compact
     def __call__(self, latents, times, text=None):
         factor = self.param("factor", nn.initializers.ones, ())
@@ -284,6 +286,7 @@ def test_one_end_must_be_given(given, names):
         ),
         ({"correction": -1.0}, "correction=-1.0, temperature=0.1: must be at least 0"),
         ({"temperature": 0.0}, "must be at least 0 and positive"),
+        ({"denoiser": Known(estimated=(STATE,))}, "self_condition"),
     ],
 )
 def test_what_cannot_be_a_bridge_is_refused(changes, message):

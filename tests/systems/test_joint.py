@@ -18,6 +18,7 @@ from jointseg_jax.models.uvit import UViT
 from jointseg_jax.rng import fold, sample_keys
 from jointseg_jax.systems.joint import Joint
 from jointseg_jax.systems.system import Stream
+from jointseg_jax.transport.ancestral import Ancestral
 from jointseg_jax.transport.discrete import MultistepDPM
 from jointseg_jax.transport.dpm import DPMSolverPP
 from jointseg_jax.transport.loss_weight import InverseSigma
@@ -34,6 +35,7 @@ REORDERED = 1e-5
 class Mixer(nn.Module):
     """The smallest denoiser: each output sees every stream, every time and the text."""
 
+    estimated = ()
     log: Any = None
 
     @nn.compact
@@ -55,12 +57,26 @@ class Mixer(nn.Module):
 class Echo(nn.Module):
     """Says that the image is the mask's first channels, plus the mask's time label."""
 
+    estimated = ()
+
     @nn.compact
     def __call__(self, latents, times, text=None):
         self.param("unused", nn.initializers.zeros, (1,))
         mask = latents["mask"]
         image = mask[..., :3] + times["mask"].reshape(-1, 1, 1, 1)
         return {"image": image, "mask": mask}, {}
+
+
+class Counter(nn.Module):
+    """Says that the image's data is its estimate and c more; the mask has no estimate."""
+
+    estimated = ("image",)
+
+    @nn.compact
+    def __call__(self, latents, times, text=None, *, estimates=None):
+        c = self.param("c", nn.initializers.constant(1 / 8), ())
+        known = jnp.zeros_like(latents["image"]) if estimates is None else estimates["image"]
+        return {"image": known + c, "mask": latents["mask"]}, {}
 
 
 @dataclasses.dataclass
@@ -282,6 +298,39 @@ def test_no_text_is_the_empty_prompt():
 
 
 # ----------------------------------------------------------------------- known streams
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])  # of equal answers to both branches
+def test_sampling_hands_each_call_the_data_of_the_one_before(guidance):
+    process = Process(schedule=Cosine(), predicts="data")
+    joint = context(
+        image={"process": process, "guidance": guidance},
+        denoiser=Counter(),
+        solver=Ancestral(steps=4),
+    )
+    params = joint.init(jax.random.key(0))
+    made = jax.jit(joint.generate)(params, {}, batch()["text"], keys())
+    # the step to t = 0 returns the data reading, to which each of four calls added 1/8
+    np.testing.assert_array_equal(made["image"], round(255 * (1 + 0.5) / 2))
+
+
+@pytest.mark.parametrize("rows", [4, 5])
+def test_training_shows_every_second_row_its_own_first_answer(rows):
+    joint = context(
+        image={"process": Process(schedule=Cosine(), predicts="data")},
+        mask={"weight": 0.0},
+        denoiser=Counter(),
+    )
+    params, given = joint.init(jax.random.key(0)), batch(rows)
+    loss = jax.jit(jax.value_and_grad(joint.loss, has_aux=True))
+    (total, _), slope = loss(params, {}, given, keys(rows))
+    clean = np.asarray(joint.encode(params, {}, given, keys(rows))["image"])
+    # rows 0, 2, ..: 1/8 of the first call and 1/8 more; the others 1/8
+    answers = np.where(np.arange(rows) % 2 == 0, 2 / 8, 1 / 8)[:, None, None, None]
+    np.testing.assert_allclose(total, np.mean((answers - clean) ** 2), rtol=1e-5)
+    # the first call is held constant: the slope counts the second one alone
+    want = np.mean(2 * (answers - clean))
+    np.testing.assert_allclose(slope["denoiser"]["c"], want, rtol=1e-4, atol=1e-6)
 
 
 def test_known_streams_are_seen_clean_at_time_zero_and_not_trained():
