@@ -75,7 +75,7 @@ def get_config(arg: str = "") -> ConfigDict:
             schedule=dict(name="cosine", lr=1e-2, warmup=100),
         ),
         log=dict(every=50),
-        preview=dict(every=600, count=8),
+        preview=dict(every=600, first=100, count=8),
         checkpoint=dict(every=300, keep=2),
         evaluate=dict(judge="oracle", transforms={}),
         finish=dict(num=256),

@@ -260,7 +260,20 @@ class PreviewConfig(Part, path="preview."):
     """Fixed samples drawn while the model trains."""
 
     every: CountOrZero = 1000  # steps; 0: never
+    first: CountOrZero = 0  # step; from it on at its doubles until `every`; 0: at `every` first
     count: Count = 8  # pairs
+
+    def early(self, steps: int) -> list[int]:
+        """Lists the steps before ``every``, of a run of ``steps``, at which samples are drawn."""
+        first, end = self.first, min(self.every, steps)
+        doubles = (first << n for n in range(end.bit_length())) if first else ()
+        return [step for step in doubles if step < end]
+
+    def due(self, step: int, steps: int) -> bool:
+        """Returns True where samples are drawn: early, at ``every`` step, after the last."""
+        if not self.every:
+            return False
+        return step % self.every == 0 or step == steps or step in self.early(steps)
 
 
 @dataclass(frozen=True, kw_only=True)

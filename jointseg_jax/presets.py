@@ -7,7 +7,7 @@ lie. The numbers of an experiment stand in its own file under ``configs/``.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 Settings = dict[str, Any]
 """Nested values, as a config holds them."""
@@ -66,7 +66,8 @@ def run(**changes: object) -> Settings:
         # other weights to begin with: see training/init_from.py
         "start": {"workdir": "", "file": ""},
         "log": {"every": 50},  # steps
-        "preview": {"every": 1000, "count": 8},  # steps (0: never), pairs
+        # steps (0: never), the earliest of them, which doubles up to every (0: none), pairs
+        "preview": {"every": 1000, "first": 100, "count": 8},
         "checkpoint": {"every": 1000, "keep": 3},  # steps, checkpoints
         # policy: skip, stop or rollback; limit: refused updates in a row; spike: a loss this many
         # times the usual one, on_spike: count or rollback
@@ -80,7 +81,9 @@ def run(**changes: object) -> Settings:
     needed = {"steps", "batch", "data", "system", "optimizer"}
     if unknown := sorted(set(changes) - set(settings) - needed):
         raise ValueError(f"presets.run: unknown settings {unknown}.")
-    return settings | changes
+    # a run that says how often it is previewed is previewed early all the same
+    preview = {**settings["preview"], **cast(Settings, changes.get("preview", {}))}
+    return settings | changes | {"preview": preview}
 
 
 def brief(config: Settings) -> Settings:

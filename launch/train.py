@@ -24,12 +24,17 @@ checkpoint, lists everything that is wrong (exit status 2) or what was found (0)
 workdir as it is. Memory is that of the devices here, or of a TPU that need not exist:
   python launch/train.py --config C --workdir W --validate --topology v5e:4x4
 
-A run ends with a line of where its time went, restarts included, also kept in goodput.jsonl. One
-that stands still says so, with what it waits for and the stacks of its threads in stacks.txt.
+Samples are drawn early and then less often (config.preview); of the embedded scenes each drawing is
+measured, too (`preview/...` among the curves). A run ends with a line of where its time went,
+restarts included, also kept in goodput.jsonl, and with the commands to run next; what these start
+from lies in WORKDIR/examples, to be replaced by your own. A run that stands still says so, with
+what it waits for and the stacks of its threads in stacks.txt.
 """
 
 from __future__ import annotations
 
+import logging
+import runpy
 import time
 from pathlib import Path
 from typing import Any
@@ -40,6 +45,8 @@ from ml_collections import config_flags
 from jointseg_jax import cli, distributed
 from jointseg_jax.config import RunConfig
 from jointseg_jax.types import UserError
+
+log = logging.getLogger("jointseg_jax")
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file, with its arguments after a colon: configs/pdm.py:data=folders."
@@ -90,10 +97,12 @@ def main() -> int:
         status = loop.train(config, workdir, ALLOW.value, start_afresh=AFRESH.value)
         if status == 0 and config.finish.num:
             finish(config, workdir, start)
-        return status
     finally:
         if distributed.is_first():
             goodput.log_summary(workdir, since=since)
+    if status == 0 and distributed.is_first():
+        suggest(config, workdir)
+    return status
 
 
 def finish(config: RunConfig, workdir: Path, start: float) -> None:
@@ -109,8 +118,50 @@ def finish(config: RunConfig, workdir: Path, start: float) -> None:
     append_scalars(workdir, report["step"], scalars(report))
     if distributed.is_first():
         print(scene_tables(report), end="")
-        print(f"everything is in {workdir}: start with {report.get('grid', workdir / 'samples')}")
+        rows = [report, *report.get("table", [])]
+        grid = next((row["grid"] for row in rows if "grid" in row), workdir / "samples")
+        print(f"everything is in {workdir}: start with {Path(grid).resolve()}")
     cli.last_line(report | {"seconds": round(time.monotonic() - start, 1)})
+
+
+def suggest(config: RunConfig, workdir: Path) -> None:
+    """Says what to run next, with files to begin with."""
+    from jointseg_jax import build
+    from jointseg_jax.generation.examples import write_examples
+    from jointseg_jax.generation.next_commands import next_commands
+    from jointseg_jax.training.workdir import load_codecs, load_info
+
+    try:
+        examples = write_examples(config, workdir)
+    except UserError as error:  # a cache was enough to train from
+        log.info("no commands to run next, for want of examples: %s", error)
+        return
+    info, (codecs, _) = load_info(workdir), load_codecs(workdir, config.system)
+    system = build.system(config.system, info, codecs)
+    own = own_data(flags.FLAGS["config"].config_filename)
+    commands = next_commands(config, system, workdir, examples, own)
+    log.info("what to run next:\n%s", "\n".join(map(str, commands)))
+
+
+OWN_DATA = "configs/pdm.py:data=folders"
+"""Reads a person's own folder and needs no other run."""
+
+
+def own_data(name: str) -> str:
+    """A config that reads data in folders: that of a name with other data, or ``OWN_DATA``."""
+    path, _, argument = name.partition(":")
+    kept = [part for part in argument.split(",") if part.partition("=")[0] not in DATA_ARGUMENTS]
+    argument = ",".join([*kept, "data=folders"])
+    try:
+        found = RunConfig.parse(runpy.run_path(path)["get_config"](argument).to_dict())
+    except (LookupError, TypeError, ValueError, UserError):  # a config that takes no such argument
+        return OWN_DATA
+    alone = found.start.is_fresh and not found.system.trained_codecs()
+    return f"{path}:{argument}" if alone else OWN_DATA
+
+
+DATA_ARGUMENTS = ("", "data", "smoke")
+"""Arguments of a config that choose its data."""
 
 
 def validate(values: dict[str, Any]) -> int:

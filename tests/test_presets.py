@@ -51,6 +51,14 @@ def test_a_run_takes_changes_of_known_settings_only():
     assert presets.run()["log"]["every"] != 7  # every run has settings of its own
 
 
+def test_a_run_that_says_how_often_it_is_previewed_is_previewed_early_all_the_same():
+    first = presets.run()["preview"]["first"]
+    assert first > 0
+    preview = presets.run(preview={"every": 600, "count": 4})["preview"]
+    assert preview == {"every": 600, "first": first, "count": 4}
+    assert presets.run(preview={"every": 600, "first": 0})["preview"]["first"] == 0
+
+
 def test_a_shrunk_run_starts_from_nothing_and_is_otherwise_the_same():
     start = {"workdir": "runs/other", "file": "", "move": ()}
     plain = PDM["scenes"]()

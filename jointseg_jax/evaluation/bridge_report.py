@@ -57,7 +57,7 @@ def bridge_report(run: Run, num: int, seed: int, steps: Sequence[int]) -> dict[s
         log.info("%s", "  ".join(f"{k} {v}" for k, v in plain.items()))
     best = max(row["segmentation_miou"] for row in rows)
     one = [row["segmentation_miou"] for row in rows if row["steps"] == 1]
-    source = scene_source(run)
+    source = scene_source(run.config)
     real = {} if source is None else real_scenes(source, num, pairs=False)
     return {
         "judge": run.config.evaluate.judge or "self",
@@ -97,7 +97,7 @@ def _row(run: Run, num: int, judge: Judge | None, seed: int, steps: int) -> dict
                 shown.append((real["image"][i], real["labels"][i], *pictures))
     grid = _save_grid(run, shown, steps)
     alignment, report = _alignment(names, judged, seed), segmentation.report()
-    source = scene_source(run)
+    source = scene_source(run.config)
     seen = {} if source is None else {"scenes": measure(np.stack(images), None, None, source)}
     return {
         "segmentation_miou": report["reconstruction_miou"],

@@ -43,7 +43,7 @@ def joint_report(run: Run, num: int, seed: int, steps: Sequence[int]) -> dict[st
     else:
         rows = [{"steps": n} | _sampled_report(run, num, seed, n, real, judge) for n in steps]
         report["table"] = rows
-    source = scene_source(run)
+    source = scene_source(run.config)
     return report if source is None else report | real_scenes(source, num)
 
 
@@ -64,7 +64,7 @@ def _sampled_report(
     sampled = sample(run, pairs_folder(run, seed, count, steps), options)
     pairs = PairFolder(Path(sampled["out"]), num)
     report = pairs_report(run, pairs, real.shares, judge, seed) | {"grid": sampled["grid"]}
-    source = scene_source(run)
+    source = scene_source(run.config)
     if source is None:
         return report
     first = [pairs[i] for i in range(min(len(pairs), MOST))]

@@ -1,4 +1,4 @@
-"""The measures of scenes as a table for people: generated, real renders, chance."""
+"""The measures of scenes for people: a table (generated, real renders, chance), or a line."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -33,6 +33,20 @@ def scene_tables(report: Mapping[str, Any]) -> str:
         for row in report.get("table", [{}])
         if "scenes" in report | row
     )
+
+
+LINE = {
+    "alignment_miou": "mask fits image {:.2f}",
+    "obedience": "pixels as asked {:.2f}",
+    "recall_things": "things: {:.2f} of those asked for are there",
+    "precision_things": "{:.2f} of those there were asked for",
+}
+"""What a line says of each measure; real renders have 1."""
+
+
+def scene_line(measures: Mapping[str, float]) -> str:
+    """Returns a few measures as one line; empty without any."""
+    return ", ".join(text.format(measures[k]) for k, text in LINE.items() if k in measures)
 
 
 def _table(report: Mapping[str, Any], title: str) -> str:

@@ -28,12 +28,14 @@ from jointseg_jax.data import files
 from jointseg_jax.data.pipeline import Batch, Batches, CachedBatches, batches
 from jointseg_jax.data.records import DatasetInfo, Source
 from jointseg_jax.data.tokenizer import Words
+from jointseg_jax.evaluation.scene_table import scene_line
 from jointseg_jax.training import init_from, pretrained, resume
 from jointseg_jax.training.checkpoints import Checkpoints
 from jointseg_jax.training.clock import Clock
 from jointseg_jax.training.digest import state_digest
 from jointseg_jax.training.faults import Faults
 from jointseg_jax.training.lock import WorkdirLock
+from jointseg_jax.training.opening import opening
 from jointseg_jax.training.preemption import STOPPED, Preemption
 from jointseg_jax.training.preview import Previewer
 from jointseg_jax.training.state import TrainState
@@ -91,6 +93,8 @@ def train(
             # the step, and the order of what follows is part of that contract.
             step, update, preview = int(state.step), None, None
             session.begin(step)
+            if jax.process_index() == 0:
+                log.info("%s", opening(config, workdir, step))
             reader = host_batches.start(step)
             try:
                 while step < config.steps:
@@ -118,7 +122,7 @@ def train(
                             session.begin(step)
                             continue
                     checkpoints.check()
-                    if preview and _due(step, config.preview.every, last):
+                    if preview and config.preview.due(step, config.steps):
                         session.draw(preview, step, state, frozen)
                     if due := _due(step, config.checkpoint.every, last):
                         session.save(step, state, settings, wait=last)
@@ -144,6 +148,7 @@ class Session:
         # the files of another process than the first have its number in their names
         self._own = "" if self._first else f".{jax.process_index()}"
         self._faults = Faults(config.nan)
+        self._drawn = False  # whether this launch has shown samples
         self._writers = Writers([])  # until ``begin`` opens those of the run
         self._open = contextlib.ExitStack()
 
@@ -279,12 +284,18 @@ class Session:
     def draw(self, preview: Previewer, step: int, state: TrainState, frozen: Any) -> None:
         """Draws the fixed samples and shows them."""
         with self.clock.aside("evaluation"):
-            sheet = preview(state, frozen)  # every process draws its part
+            sheet, measures = preview(state, frozen)  # every process draws its part
             if self._first:
-                folder = self._workdir / "samples"
-                folder.mkdir(exist_ok=True)
-                viz.save_png(folder / f"{step:08d}.png", sheet)
+                path = self._workdir / "samples" / f"{step:08d}.png"
+                path.parent.mkdir(exist_ok=True)
+                viz.save_png(path, sheet)
                 self._writers.images(step, {"samples": sheet})
+                line = ": ".join(filter(None, [f"preview {path}", scene_line(measures)]))
+                scalars = {f"preview/{name}": value for name, value in measures.items()}
+                self._writers.note(step, line, scalars)
+                if not self._drawn:
+                    log.info("%s", preview.hint)
+                self._drawn = True
 
     def save(
         self, step: int, state: TrainState, settings: Mapping[str, Any], *, wait: bool

@@ -1,8 +1,13 @@
-"""What a person sees while a model trains: fixed samples, drawn from the averaged parameters."""
+"""What a person sees while a model trains: fixed samples, drawn from the averaged parameters.
+
+Of scenes that the oracle judges they are measured, too (``scene_report.glance``): few pairs, whose
+figures show where training goes rather than where it stands.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,16 +15,26 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
-from jointseg_jax import build, sharding
+from jointseg_jax import build, chips, sharding
 from jointseg_jax.annotations import viz
 from jointseg_jax.config import RunConfig
 from jointseg_jax.data.pipeline import evaluation_batches
 from jointseg_jax.data.records import DatasetInfo
 from jointseg_jax.data.tokenizer import Words
+from jointseg_jax.evaluation.scene_report import glance, scene_source
 from jointseg_jax.rng import sample_keys
-from jointseg_jax.systems.system import Batch, Objective, Pairs
+from jointseg_jax.systems.system import Batch, Generator, Objective, Pairs
 from jointseg_jax.training import state as states
 from jointseg_jax.types import UserError
+
+
+class Preview(NamedTuple):
+    """What one call draws."""
+
+    sheet: np.ndarray
+    """Pairs, uint8 [height, width, 3]."""
+    measures: dict[str, float]
+    """Of these pairs, by name; none where no oracle judges them."""
 
 
 class Previewer:
@@ -42,10 +57,17 @@ class Previewer:
         # every device draws as many rows as the others
         self._count = shards * max(1, config.preview.count // shards)
         self._system, self._seed, self._info = system, config.seed, info
+        self.hint = what_to_look_at(system)
         self._rows = sharding.batch_sharding(mesh)
-        self._pairs = jax.jit(self._made)
+        self._pairs = jax.jit(self._made, compiler_options=chips.compiler_options(mesh))
+        records = build.source(config, "val")
+        self._scenes = scene_source(config)
+        self._prompts: list[str] | None = None
+        if self._scenes is not None and follows_record(system):
+            indices = (min(i, len(records) - 1) for i in range(self._count))
+            self._prompts = [self._scenes[i]["captions"][0] for i in indices]
         with evaluation_batches(
-            build.source(config, "val"),
+            records,
             config.data,
             batch=self._count,
             transforms=build.transforms(config.data),
@@ -61,12 +83,42 @@ class Previewer:
         made = self._system.preview(states.averaged(params, ema), frozen, batch, keys)
         return jax.lax.with_sharding_constraint(made, self._rows)
 
-    def __call__(self, state: states.TrainState, frozen: PyTree) -> np.ndarray:
-        """The sheet of what the averaged parameters make; every process draws its part."""
+    def __call__(self, state: states.TrainState, frozen: PyTree) -> Preview:
+        """What the averaged parameters make; every process draws its part."""
         made = self._pairs(state.params, state.ema, frozen, self._batch)
         if jax.process_count() > 1:
             made = multihost_utils.process_allgather(made, tiled=True)
-        return sheet(jax.tree.map(np.asarray, made), self._info)
+        made = jax.tree.map(np.asarray, made)
+        return Preview(sheet(made, self._info), self._measures(made))
+
+    def _measures(self, made: Mapping[str, np.ndarray]) -> dict[str, float]:
+        if self._scenes is None or "image" not in made:
+            return {}
+        return glance(made["image"], made.get("labels"), self._prompts, self._scenes)
+
+
+def follows_record(system: Objective) -> bool:
+    """Returns True if a preview shows what its record says: its text, its map or its image."""
+    if not isinstance(system, Generator) or system.text is not None:
+        return True
+    try:
+        system.check_condition(())
+    except ValueError:  # it starts from what is given
+        return True
+    return False
+
+
+def what_to_look_at(system: Objective) -> str:
+    """What a person may expect of the first samples, in words."""
+    if isinstance(system, Generator):
+        return (
+            "look at it: flat colours come first, then large areas, then blobs for the things, "
+            "outlines last; is each image what the mask beside it says?"
+        )
+    return (
+        "look at it: large areas come back first, edges last; is each image what the mask beside "
+        "it says?"
+    )
 
 
 def sheet(made: Mapping[str, np.ndarray], info: DatasetInfo, *, columns: int = 8) -> np.ndarray:

@@ -36,6 +36,11 @@ class Writer:
     def write(self, step: int, scalars: Scalars) -> None:
         """Records numbers."""
 
+    def note(self, step: int, line: str, scalars: Scalars) -> None:
+        """Records numbers, of which a person reads ``line`` instead."""
+        if scalars:
+            self.write(step, scalars)
+
     def images(self, step: int, images: Images) -> None:
         """Records pictures."""
 
@@ -64,6 +69,10 @@ class Writers(Writer):
         numbers = {name: float(value) for name, value in jax.device_get(dict(scalars)).items()}
         for writer in self._writers:
             writer.write(step, numbers)
+
+    def note(self, step: int, line: str, scalars: Scalars) -> None:
+        for writer in self._writers:
+            writer.note(step, line, scalars)
 
     def images(self, step: int, images: Images) -> None:
         """Sends each picture to every writer."""
@@ -101,8 +110,11 @@ class ConsoleWriter(Writer):
         last = {name: i for i, name in enumerate(_RATES, 1)}
         names = sorted(scalars, key=lambda n: (last.get(n, 0), not n.startswith("loss")))
         fields = [_field(name, float(scalars[name])) for name in names]
+        self.note(step, " | ".join(fields), {})
+
+    def note(self, step: int, line: str, scalars: Scalars) -> None:
         width = len(str(self._total))
-        self._print(" | ".join([f"step {step:>{width}}/{self._total}", *fields]))
+        self._print(f"step {step:>{width}}/{self._total} | {line}")
 
     def text(self, step: int, texts: Mapping[str, str]) -> None:
         for name, text in texts.items():

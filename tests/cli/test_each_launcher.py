@@ -26,7 +26,13 @@ def test_train(launched):
     assert f"everything is in {launched.workdir}" in launched.out
     assert {"scenes", "scenes_real", "scenes_chance"} <= set(launched.json)
     assert "real renders" in launched.out
-    last = read_records(launched.workdir / "metrics.jsonl")[-1]
+    shown = launched.workdir / "samples/00000004.png"
+    assert f"step 4/4 | preview {shown}: mask fits image" in launched.out and shown.exists()
+    assert f"pictures: {shown.parent}" in launched.error
+    records = read_records(launched.workdir / "metrics.jsonl")
+    (preview,) = [record for record in records if "preview/alignment_miou" in record]
+    assert preview["step"] == 4 and 0 <= preview["preview/obedience"] <= 1
+    last = records[-1]
     assert last["step"] == 4
     assert last["evaluation/alignment_miou"] == launched.json["alignment_miou"]
     assert last["evaluation/scenes/recall"] == launched.json["scenes"]["recall"]

@@ -168,12 +168,12 @@ def test_judges_that_cannot_judge(run):
 
 
 def test_scenes_are_measured_where_the_oracle_judges_them(run, tmp_path):
-    assert scene_source(run) == SCENES
+    assert scene_source(run.config) == SCENES
     cached = run.config.replace({"data.cache": str(tmp_path)})
-    assert scene_source(dataclasses.replace(run, config=cached)) == SCENES
+    assert scene_source(cached) == SCENES
     others = [{"evaluate.judge": ""}, {"data.val": {"name": "folders", "root": str(tmp_path)}}]
     for change in others:
-        assert scene_source(dataclasses.replace(run, config=run.config.replace(change))) is None
+        assert scene_source(run.config.replace(change)) is None
 
 
 def test_a_run_without_annotations(run):

@@ -12,11 +12,12 @@ from jointseg_jax.evaluation.scene_fit import fit
 from jointseg_jax.evaluation.scene_report import (
     agreement,
     components,
+    glance,
     measure,
     pairs_scenes,
     real_scenes,
 )
-from jointseg_jax.evaluation.scene_table import scene_tables
+from jointseg_jax.evaluation.scene_table import scene_line, scene_tables
 from jointseg_jax.types import VOID
 
 SCENES = Scenes(size=32, max_things=2, thing_size=(0.4, 0.6), texture=0.3, split="val")
@@ -278,3 +279,25 @@ def test_the_numbers_of_a_report_become_curves():
 
 def test_hues_and_shapes_name_the_same_things():
     assert set(THINGS) == set(scene_drawing.SHAPES) < set(HUES)
+
+
+def test_a_glance_is_the_part_of_the_measures_that_takes_no_shapes():
+    labels = np.stack([landscape(("ball", BALL)), landscape(("star", STAR), ground="sand")])
+    masks = np.stack([labels[0], landscape()])
+    prompts = ["a ball on grass under the sky", "a ring on sand under the sky"]
+    seen = glance(picture(labels), masks, prompts, SCENES)
+    whole = measure(picture(labels), masks, prompts, SCENES)
+    assert seen == {k: whole[k] for k in seen}
+    assert seen["recall_things"] == seen["precision_things"] == 0.5
+    assert {"alignment_miou", "obedience", "fragments"} < seen.keys()
+    assert set(glance(picture(labels), None, None, SCENES)) == {"fragments", "fragments_all"}
+    # what there is nothing of is left out
+    empty = glance(picture(landscape()[None]), None, ["grass under the sky"], SCENES)
+    assert "recall_things" not in empty and empty["recall"] == 1
+
+
+def test_a_line_says_the_measures_it_knows():
+    seen = {"alignment_miou": 0.414, "fragments": 3.0, "recall_things": 0.5}
+    expected = "mask fits image 0.41, things: 0.50 of those asked for are there"
+    assert scene_line(seen) == expected
+    assert scene_line({}) == ""

@@ -203,3 +203,12 @@ def test_a_run_writes_all_three_and_a_resumed_one_says_so(tmp_path, capsys):
     assert [r["step"] for r in writers.read_records(tmp_path / "metrics.jsonl")] == [1, 4]
     assert (tmp_path / "metrics.jsonl").read_text().count("resumed") == 1
     assert len(list((tmp_path / "tensorboard").iterdir())) == 2
+
+
+def test_a_note_is_a_line_for_people_and_numbers_for_curves(tmp_path, capsys):
+    with writers.run_writers(tmp_path, total=100) as out:
+        out.note(5, "preview here", {"preview/alignment_miou": np.float32(0.5)})
+        out.note(6, "preview there", {})
+    assert capsys.readouterr().out == "step   5/100 | preview here\nstep   6/100 | preview there\n"
+    (record,) = writers.read_records(tmp_path / "metrics.jsonl")
+    assert (record["step"], record["preview/alignment_miou"]) == (5, 0.5)
