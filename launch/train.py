@@ -44,6 +44,7 @@ from ml_collections import config_flags
 
 from jointseg_jax import cli, distributed
 from jointseg_jax.config import RunConfig
+from jointseg_jax.data.records import BadSample
 from jointseg_jax.types import UserError
 
 log = logging.getLogger("jointseg_jax")
@@ -133,7 +134,7 @@ def suggest(config: RunConfig, workdir: Path) -> None:
 
     try:
         examples = write_examples(config, workdir)
-    except UserError as error:  # a cache was enough to train from
+    except (UserError, BadSample) as error:  # such as a run that needed its cache alone
         log.info("no commands to run next, for want of examples: %s", error)
         return
     info, (codecs, _) = load_info(workdir), load_codecs(workdir, config.system)

@@ -68,11 +68,13 @@ def _sample(config: RunConfig, system: Generator, workdir: Path, examples: Path)
         if not build.reads_words(config.system):  # features that no launcher here can make
             return None
         prompts = ("--prompts", str(examples / "prompts.txt"))
-    start = next(iter(starts(system)))
-    if start is None:
+    known = starts(system)
+    if not known:  # it starts from what no launcher reads
+        return None
+    if known[0] is None:
         purpose = "pairs from your own prompts: edit that file" if prompts else "more pairs"
         return Command(purpose, (*words, *prompts, "--num", "16"))
-    kind, purpose = GIVEN[start]
+    kind, purpose = GIVEN[known[0]]
     return Command(purpose, (*words, "--given", f"{kind}={examples / kind / 'val'}", *prompts))
 
 
