@@ -30,4 +30,6 @@ def _times(config: RunConfig, step: int) -> str:
     early = [*config.preview.early(steps), *([every] if every < steps else [])]
     coming = [f"{s:,}" for s in early if s > step]
     often = [f"every {every:,}"] if 2 * every <= steps else []
-    return "at step " * bool(coming) + ", ".join([*coming, *often, "and the last"])
+    if not (coming or often):
+        return "after the last"
+    return "after step " * bool(coming) + ", ".join([*coming, *often, "and the last"])

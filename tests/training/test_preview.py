@@ -71,7 +71,8 @@ def test_a_launch_says_what_comes_and_where_to_look(tmp_path):
     said = opening(run_of(finish={"num": 256}), tmp_path, 0)
     assert said.startswith("1,400 updates, 16 rows each")
     assert (
-        f"pictures: {tmp_path / 'samples'}, at step 75, 150, 300, 600, every 600, and the" in said
+        f"pictures: {tmp_path / 'samples'}, after step 75, 150, 300, 600, every 600, and the"
+        in said
     )
     assert f"{tmp_path / 'metrics.jsonl'}" in said and "at the end 256 pairs" in said
 
@@ -79,5 +80,6 @@ def test_a_launch_says_what_comes_and_where_to_look(tmp_path):
 def test_a_launch_that_goes_on_says_what_is_to_come(tmp_path):
     said = opening(run_of(), tmp_path, 300)
     assert said.startswith("goes on at step 300 of 1,400")
-    assert "at step 600, every 600, and the last" in said and "at the end" not in said
+    assert "after step 600, every 600, and the last" in said and "at the end" not in said
+    assert "samples, after the last\n" in opening(run_of(steps=50), tmp_path, 0)
     assert "pictures" not in opening(run_of(preview={"every": 0}), tmp_path, 0)
