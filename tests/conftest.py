@@ -6,6 +6,7 @@ optimization, and what one process of a session has compiled, every other reads 
 
 import atexit
 import collections
+import gc
 import importlib.metadata
 import logging
 import os
@@ -80,6 +81,11 @@ def pytest_collection_modifyitems(items):
         for place, item in enumerate(found):
             if place not in kept:
                 item.add_marker("thorough")
+
+
+def pytest_collection_finish():
+    """What is imported by now stays: the garbage collector need not go through it again."""
+    gc.freeze()
 
 
 @pytest.fixture

@@ -290,6 +290,7 @@ def test_overrides_that_are_right():
 COMMAND = (sys.executable, "launch/train.py", "--config=configs/quickstart.py", "--workdir=runs/x")
 
 
+@pytest.mark.thorough
 def test_a_launch_tells_everything_before_jax_is_up():
     """No such platform: had jax looked for devices, it would have said so, with a traceback."""
     words = (

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 
 PROGRAM = """
@@ -32,6 +34,7 @@ print(json.dumps({"names": names, "asked": asked, "alone": alone}))
 """
 
 
+@pytest.mark.thorough
 def test_every_module_imports_without_tensorflow_and_torch():
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM], cwd=ROOT, capture_output=True, text=True, timeout=300

@@ -6,6 +6,7 @@ evaluation <- launch. Beside that line stand ``data`` (numpy only, it runs in lo
 """
 
 import ast
+import functools
 from pathlib import Path
 
 import pytest
@@ -79,14 +80,17 @@ def part_of(path):
     return rest[0] if folder == PACKAGE else folder
 
 
+@functools.cache
 def imports(path):
     """Every module a file imports, also inside functions."""
+    found = set()
     for node in ast.walk(ast.parse(path.read_text(), filename=str(path))):
         if isinstance(node, ast.Import):
-            yield from (name.name for name in node.names)
+            found |= {name.name for name in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path.name}: relative import"
-            yield from (f"{node.module}.{name.name}" for name in node.names)
+            found |= {f"{node.module}.{name.name}" for name in node.names}
+    return found
 
 
 def parts_imported(path):

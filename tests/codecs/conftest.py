@@ -1,12 +1,12 @@
-"""Codecs of convolutions, which some tests train: there running takes longer than compiling."""
+"""Some tests train codecs of convolutions: there running takes longer than compiling."""
 
 import jax
 import pytest
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def optimized():
-    """Programs compiled as users' are, for the tests of a module."""
+    """Programs compiled as users' are."""
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", True)

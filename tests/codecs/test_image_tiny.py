@@ -21,8 +21,6 @@ from jointseg_jax.codecs.pixels import normalise
 from jointseg_jax.data.sources.scenes import Scenes
 from jointseg_jax.types import UserError
 
-pytestmark = pytest.mark.usefixtures("optimized")
-
 SMALL = dict(widths=(8, 16), blocks=(1, 1), up_widths=(16, 8), up_blocks=(1, 1))
 
 
@@ -167,6 +165,7 @@ def test_noise_reaches_the_decoder_from_a_rows_own_key():
 
 
 @pytest.mark.thorough
+@pytest.mark.usefixtures("optimized")
 def test_it_learns_scenes():
     codec, rows = small(noise=0.02), 8
     image, params = images(rows), started(codec)

@@ -36,6 +36,7 @@ def coded(codec, values, noise):
     return latents, codec.decode({}, latents + noise), codec.read({}, latents + noise)
 
 
+@pytest.mark.thorough_but(2)
 @pytest.mark.parametrize("fields", FIELDS)
 def test_every_pair_of_ids_returns_exactly(fields):
     codec = PanopticBits(classes=11, **fields)
@@ -55,11 +56,11 @@ def test_the_label_half_is_that_of_bits():
     codec, bits = PanopticBits(**fields), Bits(**fields)
     rng = np.random.default_rng(0)
     values = np.stack([rng.integers(-1, 133, (2, 8, 8)), rng.integers(0, 256, (2, 8, 8))], -1)
-    latents = codec.encode({}, values)
-    np.testing.assert_array_equal(latents[..., :8], bits.encode({}, values[..., 0]))
+    latents = jax.jit(codec.encode)({}, values)
+    np.testing.assert_array_equal(latents[..., :8], jax.jit(bits.encode)({}, values[..., 0]))
     assert codec.channels == 16 and codec.latent_shape((8, 6)) == (4, 3, 16)
-    labels, confidence = bits.decode_with_confidence({}, latents[..., :8])
-    read = codec.read({}, latents)
+    labels, confidence = jax.jit(bits.decode_with_confidence)({}, latents[..., :8])
+    read = jax.jit(codec.read)({}, latents)
     np.testing.assert_array_equal(read[0], labels)
     assert (read[2] < confidence).all()  # that the number is right, too, is less likely
 
@@ -98,6 +99,7 @@ def naive_pooling(values, pool, pooling):
     return np.stack([labels, segments], -1)
 
 
+@pytest.mark.thorough_but(2)
 @pytest.mark.parametrize("pooling", ["min", "mode", "parity_min"])
 @pytest.mark.parametrize("pool", [2, 4])
 def test_pooling_takes_label_and_segment_from_one_pixel(pool, pooling):

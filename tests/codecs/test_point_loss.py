@@ -1,5 +1,7 @@
 """Point-sampled losses: closed forms, presence, void, and the same numbers under jit."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,16 +39,20 @@ def test_bilinear_samples_reproduce_planes_inside_and_fade_outside():
     plane = 2.0 * jnp.arange(width).reshape(1, -1) + 3.0 * jnp.arange(height).reshape(-1, 1)
     flat = plane.reshape(1, -1)
 
+    @functools.partial(jax.jit, static_argnums=1)
+    def sample(points, tap):
+        return _bilinear(points, (height, width), tap)
+
     def tap(index):
         return jnp.take(flat[0], index)
 
     x = jnp.linspace(0.5 / width, 1 - 0.5 / width, 9)
     y = jnp.linspace(0.5 / height, 1 - 0.5 / height, 9)
-    got = _bilinear(jnp.stack([x, y], -1)[None], (height, width), tap)
+    got = sample(jnp.stack([x, y], -1)[None], tap)
     want = 2 * (x * width - 0.5) + 3 * (y * height - 0.5)
     # float32 coordinates of size 8, weights of size 1
     np.testing.assert_allclose(got[0], want, rtol=1e-5, atol=1e-5)
-    corner = _bilinear(jnp.zeros((1, 1, 2)), (height, width), lambda i: jnp.ones(i.shape))
+    corner = sample(jnp.zeros((1, 1, 2)), lambda i: jnp.ones(i.shape))
     assert float(corner[0, 0]) == pytest.approx(0.25)  # three of four neighbours are outside
 
 

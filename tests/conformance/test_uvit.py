@@ -100,6 +100,7 @@ def check(case, module, params, call, suffix=""):
     assert set(checked) == set(got), f"outputs {sorted(case.outputs)} do not cover {sorted(got)}"
 
 
+@pytest.mark.thorough_but(8)  # each fixture once, some of them scanned
 @pytest.mark.cases(*FOLDERS)
 @pytest.mark.parametrize("scan", [False, True])
 def test_forward(case, scan):

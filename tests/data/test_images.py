@@ -214,6 +214,7 @@ def test_turned_pictures(kind):  # D10
     assert decode_image(encoded(picture, kind, exif=exif), "x").shape == (8, 12, 3)
 
 
+@pytest.mark.thorough_but(1)
 @pytest.mark.parametrize("side", [10_000, 14_000, 33_000])
 def test_decompression_bombs(side, monkeypatch):  # D12
     data = png(side, side, 1, 0, bytes(1 + side // 8) * side)

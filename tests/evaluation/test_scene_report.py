@@ -197,6 +197,7 @@ def test_without_masks_and_prompts_their_measures_are_left_out():
     assert not {"recall", "obedience", "shape_mask", "alignment_miou"} & set(report)
 
 
+@pytest.mark.thorough
 def test_real_renders_are_near_one_and_hidden_things_keep_them_below():
     records = [SCENES[i] for i in range(48)]
     images, labels = (np.stack([r[k] for r in records]) for k in ("image", "labels"))

@@ -61,7 +61,7 @@ def both(kernel, tokens, count, heads=2, size=16, batch=1):
     return value(attend), value(functools.partial(plain, count=count))
 
 
-@pytest.mark.thorough_but(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize(("tokens", "count"), [(256, 200), (130, 130)], ids=["before", "inside"])
 def test_splash_equals_plain_products_forward_and_backward(tokens, count):
     """Padded before the call, or by it; the gradient is 0 where padding is."""

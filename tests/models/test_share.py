@@ -32,8 +32,8 @@ def test_shared_streams_take_half_the_tokens_and_keep_their_shapes():
     apart, shared = module(), module(share=("image", "mask"))
     assert apart.spans()["mask"].stop == 33
     assert shared.spans()["mask"] == shared.spans()["image"] == slice(1, 17)
-    latents, times = inputs(jax.random.key(0))
-    out, _ = shared.init_with_output(jax.random.key(1), latents, times)[0]
+    latents, times = jax.eval_shape(inputs, jax.random.key(0))
+    out, _ = jax.eval_shape(shared.init_with_output, jax.random.key(1), latents, times)[0]
     assert {k: v.shape for k, v in out.items()} == {k: v.shape for k, v in latents.items()}
     assert forward_flops(shared) < 0.6 * forward_flops(apart)
 

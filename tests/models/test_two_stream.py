@@ -59,8 +59,8 @@ def random_params(module, seed=1):
 
 
 @functools.cache
-def prepared(options="pre"):
-    module = build(**OPTIONS[options])
+def prepared(options="pre", depth=FIELDS["depth"]):
+    module = build(**OPTIONS[options], depth=depth)
     return module, random_params(module), inputs(module)
 
 
@@ -199,13 +199,16 @@ MISTAKES = (
 )
 
 
-@pytest.mark.parametrize("options", [pytest.param("pre", marks=pytest.mark.thorough), "post"])
-def test_the_network_is_the_loop_written_out(options):
-    module, params, given = prepared(options)
+@pytest.mark.parametrize(
+    ("options", "depth", "mistakes"),
+    [("post", 3, ()), pytest.param("pre", 5, MISTAKES, marks=pytest.mark.thorough)],
+)
+def test_the_network_is_the_loop_written_out(options, depth, mistakes):
+    module, params, given = prepared(options, depth)
     got, _ = apply(module, params, given)
     loop = jax.jit(written_out, static_argnums=(0, 1))
     assert_trees_close(got, loop(module, "", params, given))
-    for mistake in MISTAKES if options == "pre" else MISTAKES[:1]:
+    for mistake in mistakes:
         wrong = loop(module, mistake, params, given)
         error = max(float(np.abs(wrong[n] - got[n]).max()) for n in got)
         assert error > 100 * REORDERED, mistake

@@ -106,7 +106,7 @@ DEEP = 4
 """Two blocks in each half: enough to notice an exchanged order."""
 
 
-@pytest.mark.thorough_but(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "scan,remat",
     [(True, "attn_out"), *((True, r) for r in REMAT if r != "attn_out"), (False, "attn_out")],
@@ -188,6 +188,7 @@ def test_the_order_of_streams_changes_no_prediction():
     assert_trees_close(got, want, REORDERED)
 
 
+@pytest.mark.thorough_but(1)
 @pytest.mark.parametrize("fields", ["pdm", "joint"])
 def test_every_prediction_reads_every_input(fields):
     module, params, given = prepared(fields)
@@ -214,6 +215,7 @@ def test_without_skips_there_are_no_joins():
     assert_trees_close(got, want, REORDERED)
 
 
+@pytest.mark.thorough_but(2)
 @pytest.mark.parametrize("depth,blocks", [(1, 1), (2, 3), (3, 3)])
 @pytest.mark.parametrize("scan", [False, True])
 def test_small_depths(depth, blocks, scan):

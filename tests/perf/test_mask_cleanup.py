@@ -25,7 +25,7 @@ def test_the_plain_way_by_hand():
     np.testing.assert_array_equal(bench_masks.absorb_plain(alone, 99), alone)
 
 
-@pytest.mark.thorough_but(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize("seed", range(4))
 def test_it_is_what_we_do_faster(seed):
     labels = bench_masks.label_map(48, 150, seed=seed)

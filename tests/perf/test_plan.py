@@ -78,6 +78,7 @@ def test_what_no_longer_fits_is_skipped_and_says_so(tmp_path):
     assert "parts" not in skipped
 
 
+@pytest.mark.thorough
 def test_a_part_ends_with_its_time_and_all_that_it_started(tmp_path):
     """Its child too; the part after it is not started."""
     child = f"import time; time.sleep(3); open({str(tmp_path / 'alive')!r}, 'w')"

@@ -120,6 +120,7 @@ def test_a_config_in_a_process_of_its_own():
     assert found.facts["all_exact"] and len(found.timings["noisy plain"].repetitions) == 1
 
 
+@pytest.mark.thorough
 def test_an_error_in_another_process_is_reported_here():
     with pytest.raises(UserError, match=r"maps: config.batch, .* config.system: missing"):
         bench.Subprocess(BenchConfig(what="train", name="maps"))

@@ -68,11 +68,25 @@ def maps(count=3, void=False):
 
 def coupled(labels, system):
     """The float image of the coupling."""
-    return 0.5 * system.encode_mask({}, labels)
+    return 0.5 * jax.jit(system.encode_mask)({}, labels)
 
 
 def keys(count=3, seed=0):
     return sample_keys(seed, jnp.arange(count, dtype=jnp.uint32))
+
+
+TRUE = {"denoiser": {"factor": jnp.float32(1)}}
+"""The parameters of ``Known``."""
+
+
+def loss_of(system, params, batch):
+    return jax.jit(system.loss)(params, {}, batch, keys())[0]
+
+
+def generator(system):
+    """``system.generate`` with these parameters, compiled once for all calls of one direction."""
+    run = jax.jit(system.generate)
+    return lambda keys, **given: run(TRUE, {}, None, keys, condition=given)
 
 
 def test_protocols():
@@ -83,9 +97,10 @@ def test_protocols():
 @pytest.mark.parametrize("void", ["white", "masked"])
 def test_the_known_velocity_has_no_loss(void):
     system, labels = bridge(void=void), maps(void=True)
-    params = system.init(jax.random.key(0))
+    params = jax.jit(system.init)(jax.random.key(0))
+    assert params == TRUE
     batch = {"image": coupled(labels, system), "labels": labels}
-    loss, metrics = system.loss(params, {}, batch, keys())
+    loss, metrics = jax.jit(system.loss)(params, {}, batch, keys())
     assert loss == metrics["loss"]
     assert loss < 1e-12  # float32 rounding of a velocity of order 1
 
@@ -96,7 +111,7 @@ def test_a_process_weighs_each_row_by_its_time():
     process = Process(schedule=Linear(), predicts="velocity", weight=weight)
     system, labels = bridge(process=process), maps()
     batch = {"image": coupled(labels, system), "labels": labels}
-    loss, _ = system.loss({"denoiser": {"factor": jnp.float32(2)}}, {}, batch, keys())
+    loss = loss_of(system, {"denoiser": {"factor": jnp.float32(2)}}, batch)
     t = system.times.draw(fold(keys(), "time"), (STATE,))[STATE]  # sigma is t
     squares = np.square(system.encode_mask({}, labels) / 2).mean((1, 2, 3))
     weights = np.minimum(1 / t, 2)
@@ -112,7 +127,7 @@ def test_masked_void_pixels_do_not_count():
         image = np.array(coupled(labels, system))
         image[:, :2, :3] = 1.0  # wrong only where nothing is annotated
         batch = {"image": jnp.asarray(image), "labels": labels}
-        losses[void], _ = system.loss(system.init(jax.random.key(0)), {}, batch, keys())
+        losses[void] = loss_of(system, TRUE, batch)
     assert losses["masked"] < 1e-12 < 1e-3 < losses["white"]
 
 
@@ -137,12 +152,11 @@ def test_a_cell_counts_if_none_of_its_pixels_is_void():
 )
 def test_both_directions_are_read_off_one_network(solver):
     system, labels = bridge(solver=solver), maps()
-    params = system.init(jax.random.key(0))
-    image = coupled(labels, system)
-    read = system.generate(params, {}, None, keys(), condition={"image": image})
+    image, generate = coupled(labels, system), generator(system)
+    read = generate(keys(), image=image)
     np.testing.assert_array_equal(read["labels"], labels)
     assert read["confidence"].min() > 0.99  # 1 at a colour, less float32 rounding
-    made = system.generate(params, {}, None, keys(), condition={"labels": labels})
+    made = generate(keys(), labels=labels)
     wanted = np.round(127.5 * (1 + np.asarray(image)))
     assert np.abs(made["image"].astype(int) - wanted).max() <= 1  # rounding to uint8
     np.testing.assert_array_equal(made["labels"], labels)
@@ -150,13 +164,11 @@ def test_both_directions_are_read_off_one_network(solver):
 
 def test_segmentation_is_determined_and_synthesis_is_not():
     system, labels = bridge(perturbation=20.0), maps()
-    params = system.init(jax.random.key(0))
-    image = coupled(labels, system)
+    image, generate = coupled(labels, system), generator(system)
     reads, mades = [], []
     for seed in (0, 1):
-        k = keys(seed=seed)
-        reads.append(system.generate(params, {}, None, k, condition={"image": image})["labels"])
-        mades.append(system.generate(params, {}, None, k, condition={"labels": labels})["image"])
+        reads.append(generate(keys(seed=seed), image=image)["labels"])
+        mades.append(generate(keys(seed=seed), labels=labels)["image"])
     np.testing.assert_array_equal(*reads)
     assert (np.asarray(mades[0]) != np.asarray(mades[1])).mean() > 0.5
 
@@ -165,9 +177,9 @@ def test_segmentation_is_determined_and_synthesis_is_not():
 def test_a_row_does_not_depend_on_those_beside_it():
     for solver in (Euler(steps=3), Dopri5()):
         system, labels = bridge(perturbation=20.0, solver=solver), maps()
-        params = system.init(jax.random.key(0))
-        whole = system.generate(params, {}, None, keys(), condition={"labels": labels})["image"]
-        alone = system.generate(params, {}, None, keys()[1:2], condition={"labels": labels[1:2]})
+        generate = generator(system)
+        whole = generate(keys(), labels=labels)["image"]
+        alone = generate(keys()[1:2], labels=labels[1:2])
         np.testing.assert_array_equal(whole[1:2], alone["image"])
 
 
@@ -181,9 +193,10 @@ def test_pull_is_the_gradient_of_the_log_posterior():
         logs = jax.nn.log_softmax(-far / (2 * 0.3**2), axis=-1)
         return jnp.take_along_axis(logs, labels[..., None], -1).sum()
 
-    wanted = jax.grad(log_posterior)(guess)
+    wanted = jax.jit(jax.grad(log_posterior))(guess)
+    got = jax.jit(system.class_correction)(guess, labels)
     # float32: terms of order |z|/temperature^2 = 30 cancel
-    np.testing.assert_allclose(system.class_correction(guess, labels), wanted, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_the_correction_is_held_constant_and_vanishes_at_the_colours():
@@ -191,12 +204,12 @@ def test_the_correction_is_held_constant_and_vanishes_at_the_colours():
     plain, pulled = bridge(), bridge(correction=0.5, temperature=0.6)
     image = coupled(labels, plain)
     batch = {"image": image, "labels": labels}
-    params = plain.init(jax.random.key(0))
     # classes lie at least 127 grey levels apart, 5 temperatures: the softmax has chosen
-    assert bridge(correction=0.5, temperature=0.2).loss(params, {}, batch, keys())[0] < 1e-4
-    off = jax.tree.map(lambda p: 0.7 * p, params)
-    assert pulled.loss(off, {}, batch, keys())[0] != plain.loss(off, {}, batch, keys())[0]
-    assert (pulled.class_correction(image, labels)[:, :2, :3] == 0).all()
+    assert loss_of(bridge(correction=0.5, temperature=0.2), TRUE, batch) < 1e-4
+    off = jax.tree.map(lambda p: 0.7 * p, TRUE)
+    loss = jax.jit(jax.value_and_grad(lambda p: pulled.loss(p, {}, batch, keys())[0]))
+    with_pull, gradient = loss(off)
+    assert with_pull != loss_of(plain, off, batch)
 
     def by_hand(p):
         """The squared error from the target that the guess of ``off`` gives."""
@@ -204,13 +217,13 @@ def test_the_correction_is_held_constant_and_vanishes_at_the_colours():
         z1 = pulled.encode_mask({}, labels)
         x = pulled.process.interpolate(image, z1, t)
         guess = x + (1 - t).reshape(-1, 1, 1, 1) * pulled.velocity(off, x, t)
-        target = z1 - image + 0.5 * pulled.class_correction(guess, labels)
-        return jnp.square(pulled.velocity(p, x, t) - target).mean()
+        pull = pulled.class_correction(guess, labels)
+        target = z1 - image + 0.5 * pull
+        return jnp.square(pulled.velocity(p, x, t) - target).mean(), pull
 
-    gradient = jax.grad(lambda p: pulled.loss(p, {}, batch, keys())[0])(off)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), gradient, jax.grad(by_hand)(off)
-    )
+    by_hand, pull = jax.jit(jax.grad(by_hand, has_aux=True))(off)
+    assert (pull[:, :2, :3] == 0).all() and (pull != 0).any()
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), gradient, by_hand)
 
 
 @pytest.mark.thorough
@@ -273,7 +286,7 @@ def test_one_end_must_be_given(given, names):
     system = bridge()
     given = given and {k: jnp.zeros((1, *SIZE), jnp.int32) for k in given}
     with pytest.raises(ValueError, match=f"bridge: given has .*{names}.*exactly one of"):
-        system.generate(system.init(jax.random.key(0)), {}, None, keys(1), condition=given)
+        system.generate(TRUE, {}, None, keys(1), condition=given)
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,7 @@ def test_the_loss_is_the_images_and_everything_but_the_maps_head_learns(network)
     assert silent == {p for p in rules.paths(gradients) if "/mask_out/" in p}
 
 
-@pytest.mark.thorough_but(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize("network", NETWORKS)
 def test_made_images_depend_on_the_given_maps_which_come_back(network):
     def generate(given):

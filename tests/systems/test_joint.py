@@ -157,6 +157,11 @@ def keys(rows=4):
     return sample_keys(0, jnp.arange(rows))
 
 
+def only(i, tree):
+    """A batch of row ``i`` four times: a mean over it is that row's, in the same program."""
+    return jax.tree.map(lambda x: x[jnp.full(4, i)], tree)
+
+
 @functools.cache
 def params_of(kind):
     return jax.jit(SYSTEMS[kind]().init)(jax.random.key(0))
@@ -186,10 +191,7 @@ def test_a_rows_loss_depends_on_its_own_key_only(kind):
     joint, rows = SYSTEMS[kind](), batch()
     loss = jax.jit(joint.loss)
     _, together = loss(params_of(kind), {}, rows, keys())
-    alone = [
-        loss(params_of(kind), {}, {k: v[i : i + 1] for k, v in rows.items()}, keys()[i : i + 1])[1]
-        for i in range(4)
-    ]
+    alone = [loss(params_of(kind), {}, only(i, rows), only(i, keys()))[1] for i in range(4)]
     mean = jax.tree.map(lambda *terms: sum(terms) / 4, *alone)
     close(together, mean)
     assert len({float(a["loss"]) for a in alone}) == 4
@@ -202,9 +204,23 @@ def test_a_sample_depends_on_its_own_key_only(kind):
     joint, text = SYSTEMS[kind](**guidance), batch()["text"]
     generate = jax.jit(joint.generate)
     together = generate(params_of(kind), {}, text, keys())
-    alone = [generate(params_of(kind), {}, text[i : i + 1], keys()[i : i + 1]) for i in range(4)]
-    same_pairs(together, jax.tree.map(lambda *rows: jnp.concatenate(rows), *alone))
+    beside_others = jnp.array([0, 11, 2, 13])
+    other = generate(params_of(kind), {}, text[beside_others % 4], sample_keys(0, beside_others))
+    for name, values in together.items():
+        np.testing.assert_array_equal(values[0::2], other[name][0::2])
+        assert (values[1::2] != other[name][1::2]).any()
     assert np.mean(together["labels"][0] != together["labels"][1]) > 0.1
+
+
+@pytest.mark.thorough
+def test_a_sample_is_the_same_alone():
+    joint, text = context(image={"guidance": 2.0}), batch()["text"]
+    generate = jax.jit(joint.generate)
+    together = generate(params_of("context"), {}, text, keys())
+    alone = [
+        generate(params_of("context"), {}, text[i : i + 1], keys()[i : i + 1]) for i in range(4)
+    ]
+    same_pairs(together, jax.tree.map(lambda *rows: jnp.concatenate(rows), *alone))
 
 
 # ---------------------------------------------------------------------------- weights
@@ -248,10 +264,7 @@ def test_a_process_weighs_each_row_by_its_time():
     params, rows = params_of("context"), batch()
     plain, weighed = jax.jit(context().loss), jax.jit(context(mask={"process": process}).loss)
     _, terms = weighed(params, {}, rows, keys())
-    alone = [
-        plain(params, {}, {k: v[i : i + 1] for k, v in rows.items()}, keys()[i : i + 1])[1]
-        for i in range(4)
-    ]
+    alone = [plain(params, {}, only(i, rows), only(i, keys()))[1] for i in range(4)]
     t = context().times.draw(fold(keys(), "time"), ("image", "mask"))["mask"]
     weights = np.minimum(1 / (2 * Cosine().sigma(t)), 3)  # the noise's deviation is 2 sigma
     assert np.ptp(weights) > 0.1
@@ -482,10 +495,14 @@ def test_the_gradient_reaches_every_parameter(joint):
 def test_generation_starts_at_the_processes_own_scale():
     def start(scale):
         process = Process(schedule=Cosine(), predicts="data", scale=scale)
-        asks = Asks()
-        joint = context(mask={"process": process}, solver=asks)
-        joint.generate(params_of("context"), {}, None, keys())
-        return asks.start
+
+        @jax.jit
+        def begin(params):
+            joint = context(mask={"process": process}, solver=Asks(steps=()))
+            joint.generate(params, {}, None, keys())
+            return joint.solver.start
+
+        return begin(params_of("context"))
 
     unit, double = start(1.0), start(2.0)
     np.testing.assert_array_equal(double["mask"], 2 * unit["mask"])

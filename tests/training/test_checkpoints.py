@@ -45,13 +45,20 @@ def abstract(tree, sharding=None):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
 
-@pytest.fixture
-def run(tmp_path):
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
     """A folder with the steps 10, 20 and 30."""
-    with Checkpoints(tmp_path / "c", keep=5) as checkpoints:
+    folder = tmp_path_factory.mktemp("written") / "c"
+    with Checkpoints(folder, keep=5) as checkpoints:
         for step in (10, 20, 30):
             assert checkpoints.save(step, state_of(step), {"config": CONFIG})
-    return tmp_path / "c"
+    return folder
+
+
+@pytest.fixture
+def run(written, tmp_path):
+    """A copy of it."""
+    return shutil.copytree(written, tmp_path / "c")
 
 
 def restored(folder, **options):

@@ -228,6 +228,7 @@ def test_a_lost_file_is_named(gathered):
         load_codecs(workdir, system_config(config))
 
 
+@pytest.mark.thorough_but(1)
 @pytest.mark.parametrize(
     ("names", "said"),
     [

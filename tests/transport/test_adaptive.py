@@ -21,7 +21,8 @@ def turning(x, t, step):
 @pytest.mark.parametrize("start, end", [(0.0, 1.0), (1.0, 0.0), (0.2, 0.7)])
 def test_closed_form(start, end):
     x = jnp.linspace(-1, 1, 12).reshape(3, 4)
-    got = Dopri5(start=start, end=end, rtol=1e-5, atol=1e-6)(turning, PROCESS, {"state": x})
+    solver = Dopri5(start=start, end=end, rtol=1e-5, atol=1e-6)
+    got = jax.jit(lambda x: solver(turning, PROCESS, {"state": x}))(x)
     wanted = x * np.exp(np.sin(3 * end) - np.sin(3 * start))
     # the tolerance of one step is 1e-5; some ten steps add up
     np.testing.assert_allclose(got["state"], wanted, rtol=2e-4)
@@ -44,7 +45,8 @@ def test_tighter_tolerances_are_nearer():
 
 
 def test_a_row_that_needs_more_steps_is_not_a_number():
-    got = Dopri5(start=0.0, end=1.0, steps=1)(turning, PROCESS, {"state": jnp.ones((2, 3))})
+    solver = Dopri5(start=0.0, end=1.0, steps=1)
+    got = jax.jit(lambda x: solver(turning, PROCESS, {"state": x}))(jnp.ones((2, 3)))
     assert jnp.isnan(got["state"]).all()
 
 

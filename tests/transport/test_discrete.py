@@ -25,6 +25,7 @@ def tanh(x, t, step):
     return {"x": jnp.tanh(x["x"])}
 
 
+@pytest.mark.thorough_but(6)
 @pytest.mark.parametrize(("label", "previous"), PAIRS)
 @pytest.mark.parametrize("kind", ["ddim 0", "ddim 0.5", "ddim 1", "fixed_small", "fixed_large"])
 def test_a_step_keeps_the_marginals(kind, label, previous):

@@ -29,7 +29,7 @@ def solver(steps, order, **knobs):
     return DPMSolverPP(steps=calls, order=order, **knobs)
 
 
-@pytest.mark.thorough_but(4)
+@pytest.mark.thorough_but(2)
 @pytest.mark.parametrize(
     ("order", "knobs"),
     [
@@ -107,6 +107,7 @@ def test_known_deviations_of_the_published_settings(gaussian, order, known):
     assert deviation(flow, table) == pytest.approx(known, abs=5e-5)  # four digits in our notes
 
 
+@pytest.mark.thorough_but(2)
 @pytest.mark.parametrize(("grid", "order"), [k for k in WITHIN if k[1] > 1])
 @pytest.mark.parametrize("kappa", [1.0, 2.0])
 def test_the_deviation_exposes_a_wrong_sign_in_the_inner_update(gaussian, grid, order, kappa):
@@ -236,6 +237,7 @@ def test_every_schedule_starts_at_its_own_end():
         assert table.t_next[-1] == pytest.approx(1e-3)
 
 
+@pytest.mark.thorough_but(9)
 @pytest.mark.parametrize("steps", range(1, 13))
 @pytest.mark.parametrize("order", [1, 2, 3])
 def test_fast_orders_spend_all_calls(steps, order):

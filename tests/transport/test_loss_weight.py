@@ -43,7 +43,7 @@ def test_predictions_are_those_of_processes():
     assert set(PREDICTIONS) == set(INVERSE)
 
 
-@pytest.mark.thorough_but(6)
+@pytest.mark.thorough_but(3)
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("scale", [1.0, 2.0])
 @pytest.mark.parametrize("target", PREDICTIONS)
@@ -76,7 +76,7 @@ def test_the_weighed_loss_is_that_of_a_network_that_predicts_the_target(
         ("velocity", "noise", lambda a, s, k: a / k),
     ],
 )
-@pytest.mark.thorough_but(6)
+@pytest.mark.thorough_but(3)
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_ratios_of_errors(name, predicts, target, ratio):
     process = Process(schedule=SCHEDULES[name], predicts=predicts, scale=2.0)

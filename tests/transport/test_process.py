@@ -26,7 +26,7 @@ def ends(process):
     return data, process.source(keys[3:], data)
 
 
-@pytest.mark.thorough_but(6)
+@pytest.mark.thorough_but(3)
 @pytest.mark.parametrize(("schedule", "predicts", "scale"), CASES)
 @pytest.mark.parametrize("t", [0.37, (0.02, 0.4, 0.97)], ids=["one time", "a time per row"])
 def test_reading_a_target_gives_back_data_and_source(schedule, predicts, scale, t):
@@ -41,7 +41,7 @@ def test_reading_a_target_gives_back_data_and_source(schedule, predicts, scale, 
         assert np.array_equal(process.data(process.target(data, source, t), x, t), got[0])
 
 
-@pytest.mark.thorough_but(4)
+@pytest.mark.thorough_but(2)
 @pytest.mark.parametrize(("schedule", "predicts", "scale"), CASES)
 def test_velocity_is_the_time_derivative_of_at(schedule, predicts, scale):
     with jax.enable_x64(True):

@@ -156,7 +156,7 @@ def program(solver, process, **options):
 FIXED = [name for name, solver in SOLVERS.items() if issubclass(solver, FixedStepSolver)]
 
 
-@pytest.mark.thorough_but(4)
+@pytest.mark.thorough_but(2)
 @pytest.mark.parametrize("name", FIXED)
 @pytest.mark.parametrize("final", ["state", "evaluate"])
 def test_the_network_is_called_in_one_place_whatever_the_steps(name, final):

@@ -133,6 +133,7 @@ def random_weights(table):
     return {k: draw(*shape) for k, shape in table.reference_shapes().items()}
 
 
+@pytest.mark.thorough_but(2)
 @pytest.mark.parametrize("layout", CONFIGS)
 def test_round_trips_with_every_option(layout):
     _, table = small(layout)
@@ -145,6 +146,7 @@ def test_round_trips_with_every_option(layout):
         np.testing.assert_array_equal(back[name], array, err_msg=name)
 
 
+@pytest.mark.thorough_but(2)
 @pytest.mark.parametrize("layout", CONFIGS)
 def test_scanned_modules_have_the_same_table(layout):
     module, table = small(layout)
