@@ -4,14 +4,15 @@
   python launch/train.py --config configs/jodiffusion.py --workdir runs/jodiffusion
   python launch/sample.py --workdir runs/jodiffusion --out pairs --num 64 --absorb 20
 
-One post-norm U-ViT denoises all streams. The label latents come from the codec trained first
-(``streams.mask.codec.workdir``). Image, CLIP and label share one time, text has its own; guidance
-replaces the text by noise at the last time.
+One post-norm U-ViT denoises all streams; in the small scenes a pre-norm one is the middle of a
+U-Net, through which the image goes, and its tokens carry the label latents too. The label latents
+come from the codec trained first (``streams.mask.codec.workdir``). Image, CLIP and label share one
+time, text has its own; guidance replaces the text by noise at the last time.
 
 | data | streams | predict | denoiser | hardware |
 |---|---|---|---|---|
-| scenes | pixels, label latents, words | velocity; words noise | small | two CPU cores |
-| folders | the same | the same | small | one chip |
+| scenes | pixels, label latents, words | data | small U-Net | two CPU cores |
+| folders | the same | velocity; words noise | small U-ViT | one chip |
 | the others | SD and label latents, CLIP-B/32 image, CLIP-L text | noise | 954 M | pod |
 
 The others, voc, coco_panoptic and ade20k (2129 tokens, as published), read image_latents, clip and
@@ -48,13 +49,15 @@ def get_config(arg: str = "") -> ConfigDict:
 
 def scenes() -> dict:
     """Embedded scenes at 32 px: pixels instead of SD latents, fixed word features for CLIP's."""
-    # Image and label predict velocity on the cosine schedule: noise prediction says next to nothing
+    # Image and label predict data on the cosine schedule: noise prediction says next to nothing
     # about pixels where noise is strong, and brief training shows it.
     cosine = dict(name="cosine")
+    weight = dict(name="inverse_sigma", cap=5.0)
+    process = dict(predicts="data", schedule=cosine, weight=weight)
     return presets.run(
         seed=0,
-        steps=1200,
-        batch=32,
+        steps=1400,
+        batch=16,
         ema=0.995,
         data=presets.scenes(32, things=2, thing_size=(0.4, 0.6), texture=0.3),
         system=dict(
@@ -63,13 +66,13 @@ def scenes() -> dict:
             streams=dict(
                 text=dict(
                     field="text",
-                    process=dict(schedule=cosine, predicts="noise"),
+                    process=dict(process),
                     tokens=dict(inner=64),
                 ),
                 image=dict(
                     field="image",
                     codec=dict(name="pixels"),
-                    process=dict(schedule=cosine, predicts="velocity", clip=1.0),
+                    process=process | dict(clip=1.0),
                     tokens=dict(patch=4),
                     guidance=2.0,
                 ),
@@ -78,33 +81,40 @@ def scenes() -> dict:
                     # Latents are made again in every update: the codec's own number of refinement
                     # steps would take longest.
                     codec=dict(name="trained", workdir="runs/codec", scale="fit", refine=1),
-                    process=dict(schedule=cosine, predicts="velocity"),
+                    process=dict(process),
                     tokens=dict(patch=1),
                     guidance=2.0,
                 ),
             ),
-            weights="explicit",  # pixels would outweigh the few label latents 48 to 1
+            weights="explicit",  # pixels would outweigh the few label latents 12 to 1
             denoiser=dict(
-                name="uvit",
+                name="unet",
                 width=128,
-                depth=4,
-                heads=4,
-                norm="post",
+                depth=2,
+                heads=2,
+                widths=(64,),
+                units=32,
+                share=("mask",),  # 8 x 8 label latents on the tokens of the image's 4 x 4 pixels
                 time_tokens=("image", "text"),
+                time_mlp=True,
+                activation="relu2",
             ),
-            text=dict(name="words", width=64, length=24, trainable=False),
+            text=dict(name="words", width=64, length=16, trainable=False),
             times=dict(
                 name="grouped",
                 groups=(("image", "mask"), ("text",)),
-                distribution=dict(name="uniform", steps=1000),
+                distribution=dict(name="high_noise", power=0.5),
+                # pairs are made from whole prompts, and without one for guidance
+                distributions=dict(text=dict(name="ends", clean=0.7, noise=0.1)),
             ),
-            solver=dict(name="dpm_solver_pp", steps=25, order=2, method="multistep"),
+            solver=dict(name="ancestral", steps=25, grid="time_quadratic"),
         ),
         optimizer=dict(
             name="muon",
+            b2=0.99,
             weight_decay=0.01,
             clip=1.0,
-            schedule=dict(name="cosine", lr=5e-3, warmup=100),
+            schedule=dict(name="cosine", lr=1e-2, warmup=100),
         ),
         evaluate=dict(judge="oracle", transforms={}),
         finish=dict(num=256),

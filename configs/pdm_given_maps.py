@@ -3,14 +3,15 @@
   python launch/train.py --config configs/pdm_given_maps.py --workdir runs/pdm_given_maps
   python launch/sample.py --workdir runs/pdm_given_maps --out made --given annotations=DIR
 
-The network sees the clean map at time 0 in every step of training and sampling (``system.known``),
-the map's features are added to the image's before the image head (``add_features``), and the loss
-is the image's alone; the map's own head is there, as in the paper's weights, and is not trained.
-The rest is as in configs/pdm.py.
+The network sees the clean map at time 0 in every step of training and sampling (``system.known``)
+and the loss is the image's alone. As published, the map's features are added to the image's before
+the image head (``add_features``); the map's own head is there, as in the paper's weights, and is
+not trained. In the small scenes image and map share every cell instead. The rest is as in
+configs/pdm.py.
 
 | streams | network | starts from |
 |---|---|---|
-| one | the U-ViT of configs/pdm.py | nothing |
+| one | that of configs/pdm.py | nothing |
 | two | that of configs/pdm_two_stream.py, image stream frozen | its first stage |
 
 Hardware: scenes two CPU cores; folders a few CPU cores or one chip; coco_panoptic a pod.
@@ -65,19 +66,28 @@ def get_config(arg: str = "") -> ConfigDict:
 
 def two_streams(config: dict) -> dict:
     """A map stream beside a trained image stream, in place of tokens of one network."""
-    config["system"]["denoiser"] |= dict(name="two_stream", exchange_bias=False)
+    denoiser, streams = config["system"]["denoiser"], config["system"]["streams"]
+    if "widths" in denoiser:  # of scenes: the network of configs/pdm_two_stream.py instead
+        del denoiser["widths"]
+        units = denoiser.pop("units")
+        for stream in streams.values():
+            stream["tokens"] |= dict(units=units)
+        denoiser |= dict(depth=4, heads=4, add_features=(("mask", "image"),))
+    denoiser |= dict(name="two_stream", exchange_bias=False)
     return config | dict(start=FROM_IMAGES, trainable=(*UNUSED_HEAD, *FROZEN_IMAGE_STREAM))
 
 
 def scenes() -> dict:
-    """Embedded scenes at 32 px, in pixels."""
+    """Embedded scenes at 32 px, in pixels; image and map meet in every cell."""
     # In pixels, noise prediction says next to nothing about the picture where noise is strong, and
-    # brief training shows it: the image predicts velocity, on the cosine schedule.
+    # brief training shows it: the image predicts data, as in configs/quickstart.py.
     cosine = dict(name="cosine")
+    weight = dict(name="inverse_sigma", cap=5.0)
+    process = dict(predicts="data", schedule=cosine, weight=weight, clip=1.0)
     return presets.run(
         seed=0,
-        steps=1200,
-        batch=32,
+        steps=600,
+        batch=16,
         ema=0.995,
         data=presets.scenes(32, things=2, thing_size=(0.4, 0.6), texture=0.3),
         system=dict(
@@ -87,33 +97,35 @@ def scenes() -> dict:
                 image=dict(
                     field="image",
                     codec=dict(name="pixels"),
-                    process=dict(predicts="velocity", schedule=cosine, clip=1.0),
-                    tokens=dict(patch=4, conv=True),
+                    process=dict(process),
+                    tokens=dict(patch=4),
                     guidance=2.0,
                 ),
                 mask=dict(
                     field="labels",
                     codec=dict(name="bits"),
-                    process=dict(predicts="data", schedule=cosine, scale=2.0, clip=1.0),
-                    tokens=dict(patch=4, conv=True, tanh=True),
+                    process=process | dict(scale=2.0),
+                    tokens=dict(patch=4),
                     guidance=2.0,
                 ),
             ),
             denoiser=dict(
-                name="uvit",
+                name="unet",
                 width=128,
-                depth=4,
-                heads=4,
+                depth=2,
+                heads=2,
+                widths=(64,),
+                units=32,
                 time_tokens=("image",),
-                add_features=(("mask", "image"),),
+                time_mlp=True,
+                activation="relu2",
             ),
-            text=dict(name="words", width=128, length=24),
+            text=dict(name="words", width=128, length=16),
             text_drop=0.1,
-            times=dict(name="shared", distribution=dict(name="uniform", steps=1000)),
-            solver=dict(name="dpm_solver_pp", steps=50, order=3, method="fast", final="evaluate"),
+            times=dict(name="shared", distribution=dict(name="uniform")),
+            solver=dict(name="dpm_solver_pp", steps=25, order=3, method="fast", final="evaluate"),
             known=("mask",),
         ),
-        trainable=(*UNUSED_HEAD, (r"", True)),
         optimizer=dict(
             name="muon",
             b2=0.99,

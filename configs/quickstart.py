@@ -58,13 +58,14 @@ def get_config(arg: str = "") -> ConfigDict:
                 heads=2,
                 widths=(64,),
                 units=32,
+                self_condition=True,  # shapes are made over several steps
                 time_tokens=("image",),
                 time_mlp=True,
                 activation="relu2",  # erf takes a fifth of a CPU's time
             ),
             text=dict(name="words", width=128, length=16),  # the longest caption of two things
             # more of the times at which it is decided what is there at all
-            times=dict(name="shared", distribution=dict(name="high_noise", power=0.5)),
+            times=dict(name="shared", distribution=dict(name="high_noise", power=1.0)),
             solver=dict(name="ancestral", steps=25, grid="time_quadratic"),  # clean edges
         ),
         optimizer=dict(

@@ -1,8 +1,8 @@
 """A U-Net whose middle is a U-ViT: for small pictures, where outlines matter and time is short.
 
 ``x`` = the streams in patches of ``2^(levels + 1)`` side by side, ``[b, h, w, channels]``; all
-others (latents of a coarser grid, sequences) are tokens as in ``uvit``. ``c`` = the time tokens +
-the mean word.
+others (latents of a coarser grid, sequences) are tokens as in ``uvit``, those in ``share`` on the
+tokens of the grid. ``c`` = the time tokens + the mean word.
 
 1. stem: 2 x 2 cells to channels, a 3 x 3 convolution, a residual block; then once more for each
    further width, and at last 2 x 2 cells to one token.
@@ -146,13 +146,13 @@ class UNet(UViT):
 
     @property
     def together(self) -> tuple[str, ...]:
-        """The streams on the grid."""
-        return tuple(self.grids)
+        """The streams on the tokens of the grid."""
+        return (*self.grids, *self.share)
 
     @property
     def estimated(self) -> tuple[str, ...]:
         """The streams on the grid, with ``self_condition``."""
-        return self.together if self.self_condition else ()
+        return tuple(self.grids) if self.self_condition else ()
 
     @nn.nowrap
     def own_rules(self) -> tuple[Rule, ...]:
@@ -161,14 +161,20 @@ class UNet(UViT):
         side = 2 ** (len(self.widths) + 1)
         alike = len({s.grid for s in grids}) < 2
         plain = not any(s.conv or s.tanh or s.units for s in grids)
-        apart = not self.share and not self.add_features
+        cells = {n: s.extent() for n, s in self.specs.items() if isinstance(s, Patches)}
+        on = {cells[n] for n in self.grids}
+        shared = not any(n in self.grids or cells.get(n) not in on for n in self.share)
         levels = bool(self.widths) and min(*self.widths, self.units) >= 1
         text = f"streams: one or more with patch {side} = 2^(levels + 1), widths={self.widths}"
         return (
             (bool(grids), f"{text}; given {dict(self.streams)}"),
             (alike, f"streams: those with patch {side} on one grid; given {dict(self.streams)}"),
             (plain, "streams: without conv, tanh and units, for all meet in one head"),
-            (apart, "share and add_features: empty, for streams on the grid share every cell"),
+            (shared, f"share: coarser streams with as many tokens as the grid; given {self.share}"),
+            (
+                not self.add_features,
+                "add_features: empty, for streams on the grid share every cell",
+            ),
             (levels, f"widths and units: at least 1; given {self.widths}, {self.units}"),
         )
 
@@ -199,11 +205,14 @@ class UNet(UViT):
         if "context" in parts:
             condition = condition + self.context_mean(parts["context"].mean(axis=1))
         grid, skips = self.stem(noisy, condition)  # [b, rows, columns, width]
+        tokens = rearrange(grid, "b r s d -> b (r s) d")
+        for name in self.share:
+            tokens = tokens + self.embeds[name](latents[name])
         for name in self.specs:
-            if name in self.embeds:
+            if name == self.together[0]:  # where ``spans`` has all of them
+                parts[name] = tokens
+            elif name not in self.together:
                 parts[name] = self.embeds[name](latents[name])
-            elif name == self.together[0]:  # where ``spans`` has all streams of the grid
-                parts[name] = rearrange(grid, "b r s d -> b (r s) d")
         x, tapped = self.transform(jnp.concatenate([*parts.values()], axis=1), taps)
         features = self.features(x, latents)
         cells = features[self.together[0]].reshape(grid.shape)

@@ -40,6 +40,7 @@ OTHERS = {
     "time_tokens": ("image", "text"),
     "context": None,
 }
+KINDS = {None: {}, "apart": OTHERS, "shared": OTHERS | {"share": ("mask",)}}
 
 
 def build(**changes):
@@ -64,8 +65,8 @@ def random_params(module, seed=1):
 
 
 @functools.cache
-def prepared(others=False):
-    module = build(**OTHERS if others else {})
+def prepared(others=None):
+    module = build(**KINDS[others])
     return module, random_params(module), inputs(module)
 
 
@@ -99,7 +100,7 @@ def test_a_new_residual_block_changes_nothing():
     np.testing.assert_array_equal(started(jax.random.key(0), x, c)[0], x)
 
 
-@pytest.mark.parametrize("others", [False, True])
+@pytest.mark.parametrize("others", KINDS)
 def test_predictions_have_the_shapes_of_the_streams(others):
     module, params, given = prepared(others)
     outputs = forward(module, params, given)
@@ -109,7 +110,7 @@ def test_predictions_have_the_shapes_of_the_streams(others):
     assert all(v.dtype == jnp.float32 for v in outputs.values())
 
 
-@pytest.mark.parametrize("others", [False, True])
+@pytest.mark.parametrize("others", KINDS)
 @pytest.mark.parametrize("part", ["image", "mask", "time", "text"])
 def test_every_input_reaches_the_cells_of_all_predictions(part, others):
     module, params, given = prepared(others)
@@ -212,8 +213,9 @@ def test_forward_flops_are_those_xla_counts(mask, self_condition):
         ({"widths": (8, 8)}, "streams: one or more with patch 8 = 2^(levels + 1), widths=(8, 8)"),
         ({"widths": ()}, "widths and units: at least 1"),
         ({"units": 0}, "widths and units: at least 1"),
-        ({"add_features": (("image", "mask"),)}, "share and add_features: empty"),
-        ({"share": ("image", "mask")}, "share and add_features: empty"),
+        ({"add_features": (("image", "mask"),)}, "add_features: empty"),
+        ({"share": ("mask",)}, "share: coarser streams with as many tokens"),
+        (OTHERS | {"share": ("text",)}, "share: coarser streams with as many tokens"),
         (
             {"streams": {**FIELDS["streams"], "mask": Patches(grid=(8, 8), channels=2, patch=4)}},
             "streams: those with patch 4 on one grid",
