@@ -11,7 +11,7 @@ solver and guidance are those of configs/pdm.py.
 
 | data | image stream | pair stage | hardware |
 |---|---|---|---|
-| scenes | pixels, 32 px | 1,200 updates of 16 | two CPU cores |
+| scenes | pixels, 32 px | 800 updates of 16 | two CPU cores |
 | folders | pixels, 64 px | 20,000 updates of 32 | a few CPU cores or one chip |
 | coco_panoptic | SD latents, U-ViT-S, 1 M updates of 256 | 2 M updates of 64, 92.5 M | pod |
 
@@ -91,7 +91,7 @@ def scenes() -> dict:
     process = dict(predicts="data", schedule=cosine, weight=weight, clip=1.0)
     return presets.run(
         seed=0,
-        steps=1200,
+        steps=800,
         batch=16,
         ema=0.995,
         data=presets.scenes(32, things=2, thing_size=(0.4, 0.6), texture=0.3),

@@ -9,7 +9,7 @@
 
 | data | where it flows | training | hardware |
 |---|---|---|---|
-| scenes | pixels, 32 px | 1,400 updates of 16 | two CPU cores |
+| scenes | pixels, 32 px | 1,000 updates of 16 | two CPU cores |
 | folders | pixels, 96 x 128 px | 2,000 updates of 16 | a few CPU cores or one chip |
 | coco_stuff | latents of ``runs/image_codec``, 8x, 512 px | lr 1e-5, 320,000 x 128 | pod |
 | celebamask_hq | the same | lr 2e-5 falling, 80,000 x 256 | pod |
@@ -53,7 +53,7 @@ def scenes() -> dict:
     """Embedded scenes at 32 px, in pixels, from nothing."""
     return presets.run(
         seed=0,
-        steps=1400,
+        steps=1000,
         batch=16,
         ema=0.995,
         data=presets.scenes(32, things=2, thing_size=(0.4, 0.6), texture=0.3),
