@@ -13,6 +13,8 @@ from jointseg_jax import rules, sharding
 from jointseg_jax.config import ReadConfig
 from jointseg_jax.data.pipeline import batches
 from jointseg_jax.data.sources.scenes import Scenes
+from jointseg_jax.models.embed import Patches
+from jointseg_jax.models.unet import UNet
 from jointseg_jax.rng import fold, row_keys
 from jointseg_jax.training import state as states
 from jointseg_jax.training.checkpoints import Checkpoints
@@ -167,13 +169,14 @@ MESHES = {
     "replicate": (8, 1, 1),
     "zero1": (8, 1, 1),
     "fsdp": (2, 4, 1),
+    "fsdp+model": (2, 2, 2),
 }
 
 
-def on_mesh(preset, optimizer, data):
+def on_mesh(preset, optimizer, data, system=None):
     """As the loop does it: shardings from rules, explicit in and out, state donated."""
     mesh = sharding.make_mesh(MESHES[preset])
-    update, state = run(optimizer=optimizer)
+    update, state = run(system, optimizer=optimizer)
     places = sharding.state_shardings(state, preset, mesh)
     rows, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
     with jax.set_mesh(mesh):
@@ -207,6 +210,50 @@ def test_a_mesh_changes_nothing_but_rounding(preset, name, monkeypatch):
     assert any(p.startswith("params/") for p in split) == (preset == "fsdp")
     # two updates of length 0.01 with gradients good to 1e-6; AdamW divides these by at least
     # eps = 1e-2, Muon enlarges them 3.4^5 = 465 times at most (five steps of slope 3.4 at 0)
+    close((state.params, state.ema), (alone.params, alone.ema), atol=1e-5)
+    close(same_metrics, metrics, rtol=1e-5)
+
+
+UNET = UNet(
+    streams={n: Patches(grid=(8, 8), channels=c, patch=4) for n, c in {"x": 3, "y": 2}.items()},
+    **{"time_tokens": ("x",), "width": 16, "depth": 1, "heads": 2, "widths": (8,), "units": 8},
+)
+
+
+class Painter(Regression):
+    """A U-Net that tells ``y`` from ``x``; none of its parameters is zero."""
+
+    def init(self, key):
+        shapes = jax.eval_shape(UNET.init, key, **UNET.input_shapes())["params"]
+        leaves, tree = jax.tree.flatten(shapes)
+        ends = np.cumsum([leaf.size for leaf in leaves])
+        parts = jnp.split(0.3 * jax.random.normal(key, (ends[-1],)), ends[:-1])
+        return tree.unflatten([x.reshape(s.shape) for x, s in zip(parts, leaves)])
+
+    def loss(self, params, frozen, batch, keys):
+        seen = {"x": batch["x"], "y": 0 * batch["y"]}
+        made, _ = UNET.apply({"params": params}, seen, {"x": jnp.full(ROWS, 300.0)})
+        loss = jnp.mean(jnp.square(made["y"] - batch["y"]))
+        return loss, {"loss": loss}
+
+
+@pytest.mark.thorough
+def test_a_mesh_changes_a_convolutional_network_by_rounding_only(monkeypatch):
+    monkeypatch.setattr(sharding, "SMALL", 1)
+    draw = np.random.default_rng(0).normal
+    shapes = {n: (ROWS, 8, 8, spec.channels) for n, spec in UNET.specs.items()}
+    data = [{n: draw(size=s).astype(np.float32) for n, s in shapes.items()} for _ in range(2)]
+    system, optimizer = Painter(), ON_MESH["adamw"]
+    _, start = run(system, optimizer=optimizer)
+    alone, metrics = train(*run(system, optimizer=optimizer), data)
+    state, same_metrics = on_mesh("fsdp+model", optimizer, data, system)
+    places = {p: x.sharding.spec for p, x in rules.by_path(state.params).items()}
+    for name in ("stem/conv_0", "stem/block_0/conv_1", "head/block_0/conv_2", "head/up_0"):
+        assert "fsdp" in str(places[f"{name}/kernel"]), places
+    assert "model" in str(places["mid_block/attn/qkv/kernel"])
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), alone.params, start.params)
+    assert min(jax.tree.leaves(moved)) > 1e-4
+    # as above
     close((state.params, state.ema), (alone.params, alone.ema), atol=1e-5)
     close(same_metrics, metrics, rtol=1e-5)
 
