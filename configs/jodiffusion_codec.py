@@ -44,7 +44,7 @@ def get_config(arg: str = "") -> ConfigDict:
         config = presets.brief(config | dict(data=scenes()["data"]))
         config["system"] |= dict(size=(32, 32))
         config["system"]["codec"] |= dict(
-            widths=(8, 8, 16), middle_width=16, up_widths=(8, 8), groups=4, refine=2
+            widths=(8, 16), middle_width=16, up_widths=(8,), groups=4, refine=2
         )
         config["data"]["val"]["count"] = 32
     return ConfigDict(config).lock()

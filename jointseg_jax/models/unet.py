@@ -165,12 +165,13 @@ class UNet(UViT):
         on = {cells[n] for n in self.grids}
         shared = not any(n in self.grids or cells.get(n) not in on for n in self.share)
         levels = bool(self.widths) and min(*self.widths, self.units) >= 1
+        given = f"given {self.share} and tokens {cells}"
         text = f"streams: one or more with patch {side} = 2^(levels + 1), widths={self.widths}"
         return (
             (bool(grids), f"{text}; given {dict(self.streams)}"),
             (alike, f"streams: those with patch {side} on one grid; given {dict(self.streams)}"),
             (plain, "streams: without conv, tanh and units, for all meet in one head"),
-            (shared, f"share: coarser streams with as many tokens as the grid; given {self.share}"),
+            (shared, f"share: coarser streams with the grid's rows and columns of tokens; {given}"),
             (
                 not self.add_features,
                 "add_features: empty, for streams on the grid share every cell",

@@ -214,8 +214,8 @@ def test_forward_flops_are_those_xla_counts(mask, self_condition):
         ({"widths": ()}, "widths and units: at least 1"),
         ({"units": 0}, "widths and units: at least 1"),
         ({"add_features": (("image", "mask"),)}, "add_features: empty"),
-        ({"share": ("mask",)}, "share: coarser streams with as many tokens"),
-        (OTHERS | {"share": ("text",)}, "share: coarser streams with as many tokens"),
+        ({"share": ("mask",)}, "share: coarser streams with the grid"),
+        (OTHERS | {"share": ("text",)}, "share: coarser streams with the grid"),
         (
             {"streams": {**FIELDS["streams"], "mask": Patches(grid=(8, 8), channels=2, patch=4)}},
             "streams: those with patch 4 on one grid",
