@@ -9,7 +9,7 @@
 
 | data | where it flows | training | hardware |
 |---|---|---|---|
-| scenes | pixels, 32 px | 1,000 updates of 16 | two CPU cores |
+| scenes | pixels, 32 px | 2,000 updates of 32 | two CPU cores |
 | folders | pixels, 96 x 128 px | 2,000 updates of 16 | a few CPU cores or one chip |
 | coco_stuff | latents of ``runs/image_codec``, 8x, 512 px | lr 1e-5, 320,000 x 128 | pod |
 | celebamask_hq | the same | lr 2e-5 falling, 80,000 x 256 | pod |
@@ -53,8 +53,8 @@ def scenes() -> dict:
     """Embedded scenes at 32 px, in pixels, from nothing."""
     return presets.run(
         seed=0,
-        steps=1000,
-        batch=16,
+        steps=2000,
+        batch=32,
         ema=0.995,
         data=presets.scenes(32, things=2, thing_size=(0.4, 0.6), texture=0.3),
         system=dict(
@@ -63,17 +63,8 @@ def scenes() -> dict:
             image=dict(name="pixels"),
             # as far apart as the classes allow, and no loss where nothing is annotated
             palette=dict(name="palette", void="masked", perturbation=6.375),
-            tokens=dict(patch=4),
-            denoiser=dict(
-                name="unet",
-                width=128,
-                depth=2,
-                heads=2,
-                widths=(64,),
-                units=32,
-                time_mlp=True,
-                activation="relu2",
-            ),
+            tokens=dict(patch=4, conv=True),
+            denoiser=dict(name="uvit", width=192, depth=6, heads=3),
             process=dict(predicts="velocity", schedule=dict(name="linear")),
             times=dict(name="shared", distribution=dict(name="uniform")),
             solver=dict(name="euler", steps=25),
