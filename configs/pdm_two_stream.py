@@ -15,7 +15,7 @@ solver and guidance are those of configs/pdm.py.
 | folders | pixels, 64 px | 20,000 updates of 32 | a few CPU cores or one chip |
 | coco_panoptic | SD latents, U-ViT-S, 1 M updates of 256 | 2 M updates of 64, 92.5 M | pod |
 
-Expected: alignment mIoU 0.430 on 256 scenes (chance 0.115) after 1,200 updates of each stage.
+Expected: alignment mIoU 0.569 on 256 scenes (chance 0.122) after 800 updates of each stage.
 coco_panoptic has not been trained here; launch/pod/README.md says what the compiler makes of it.
 The paper reports FID 10.99, CLIP score 27.53 and MCD 1.592 for patch factor 2, sampled by a solver
 whose map update has a wrong sign.
