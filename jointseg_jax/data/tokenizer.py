@@ -1,11 +1,13 @@
 """A tokenizer over a fixed vocabulary: caption -> word ids, on the host.
 
-1. Lower-case, then split into runs of letters (any alphabet); everything else separates.
+1. Lower-case, then split into runs of letters (any alphabet) and their marks (accents, vowel signs,
+   points); everything else separates.
 2. Id 0 pads, id 1 is an unknown word, id 2 + i is ``vocabulary[i]``.
 3. Captions are cut or padded to ``length``; the empty prompt is all padding.
 """
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -17,11 +19,47 @@ from jointseg_jax.data.records import Source
 PADDING = 0
 UNKNOWN = 1
 _LETTERS = re.compile(r"[^\W\d_]+")  # word characters of any alphabet, less digits and "_"
+# Soft hyphen, grapheme joiner, direction marks, word joiner, byte order mark, variation selectors:
+# they change how a word looks, not which word it is.
+_INVISIBLE = re.compile(
+    "[\u00ad\u034f\u061c\u180b-\u180d\u180f\u200e\u200f\u202a-\u202e\u2060\u2066-\u2069"
+    "\ufe00-\ufe0f\ufeff\U000e0100-\U000e01ef]"
+)
+# Zero-width non-joiner and joiner: they tell words of Persian and of Indian languages apart.
+_JOINERS = "\u200c\u200d"
 
 
 def split(caption: str) -> list[str]:
-    """Splits a caption into lower-case words of letters."""
-    return _LETTERS.findall(caption.lower())
+    """Splits a caption into lower-case words of letters, in Unicode's composed form (NFC)."""
+    if caption.isascii():
+        return _LETTERS.findall(caption.lower())
+    text = folded(_INVISIBLE.sub("", caption))
+    words = "".join(c if _of_word(c) else " " for c in text).split()
+    # A mark without a letter before it is no word: a sign drawn as an emoji ends in such marks.
+    started = (word[_first_letter(word) :].rstrip(_JOINERS) for word in words)
+    return [word for word in started if word]
+
+
+def folded(text: str) -> str:
+    """Returns text in lower case and composed, so that equal words are equal strings."""
+    lower = unicodedata.normalize("NFC", text).lower()
+    # Turkish capital I with a dot becomes "i" and a dot of its own, which nobody types.
+    return unicodedata.normalize("NFC", lower.replace("i\u0307", "i"))
+
+
+def _letter(character: str) -> bool:
+    """Returns True for what ``_LETTERS`` finds: no digits, but superscripts and the like."""
+    return character.isalnum() and not character.isdecimal()
+
+
+def _of_word(character: str) -> bool:
+    # Python's \w knows letters and not the marks that belong to them.
+    mark = unicodedata.category(character).startswith("M")
+    return _letter(character) or mark or character in _JOINERS
+
+
+def _first_letter(word: str) -> int:
+    return next((i for i, character in enumerate(word) if _letter(character)), len(word))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,17 +74,20 @@ class Words:
         object.__setattr__(self, "vocabulary", tuple(self.vocabulary))
         if self.length < 1:
             raise ValueError(f"Words.length is {self.length}; give at least 1")
-        # ``encode`` splits captions: a word that ``split`` would change could never be found.
-        odd = [word for word in self.vocabulary if split(word) != [word]]
+        # ``encode`` splits captions: a word that ``split`` would change could never be found, but
+        # for its form: vocabularies from before words were composed go on.
+        odd = [word for word in self.vocabulary if split(word) != [_composed(word)]]
         if odd:
             raise ValueError(
                 f"Words.vocabulary holds {odd[:5]} ({len(odd)} such entries); "
                 "entries must be single lower-case words of letters: see tokenizer.split"
             )
-        ids = {word: UNKNOWN + 1 + i for i, word in enumerate(self.vocabulary)}
-        if len(ids) != len(self.vocabulary):
+        if len(set(self.vocabulary)) != len(self.vocabulary):
             duplicates = sorted({w for w in self.vocabulary if self.vocabulary.count(w) > 1})
             raise ValueError(f"Words.vocabulary holds {duplicates[:5]} twice; words must differ")
+        ids: dict[str, int] = {}
+        for i, word in enumerate(self.vocabulary):
+            ids.setdefault(_composed(word), UNKNOWN + 1 + i)
         object.__setattr__(self, "_ids", ids)
 
     @property
@@ -80,6 +121,10 @@ class Words:
     def truncated(self, caption: str) -> tuple[str, ...]:
         """Lists the words of a caption that do not fit into the length, in order."""
         return tuple(split(caption)[self.length :])
+
+
+def _composed(word: str) -> str:
+    return unicodedata.normalize("NFC", word)
 
 
 def vocabulary_of(*sources: Source) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 """The word tokenizer: stable ids, nothing lost silently."""
 
 import pickle
+import unicodedata
 
 import numpy as np
 import pytest
@@ -22,6 +23,46 @@ def test_splits_at_everything_that_is_not_a_letter():
     assert split("Two balls,2 boxes_and a-ring!") == ["two", "balls", "boxes", "and", "a", "ring"]
     assert split("Été à Łódź") == ["été", "à", "łódź"]
     assert split("") == split(" 12 ") == []
+
+
+@pytest.mark.parametrize(
+    ("caption", "words"),
+    [
+        ("आधुनिक हिन्दी किताब", ["आधुनिक", "हिन्दी", "किताब"]),
+        ("ప్రధానమంత్రిని కలుసుకున్నారు", ["ప్రధానమంత్రిని", "కలుసుకున్నారు"]),
+        ("தமிழ் நூல், புதிது", ["தமிழ்", "நூல்", "புதிது"]),
+        ("সুন্দর বই", ["সুন্দর", "বই"]),
+        ("ที่นี่ ดี", ["ที่นี่", "ดี"]),
+        ("ភាសាខ្មែរ", ["ភាសាខ្មែរ"]),
+        ("မြန်မာ", ["မြန်မာ"]),
+        ("שָׁלוֹם עוֹלָם", ["שָׁלוֹם", "עוֹלָם"]),
+        ("كِتَابٌ جَدِيدٌ", ["كِتَابٌ", "جَدِيدٌ"]),
+        ("می\u200cخواهم، خانه", ["می\u200cخواهم", "خانه"]),
+        ("İstanbul ışık", ["istanbul", "ışık"]),
+        ("I\u0307stanbul i\u0307l", ["istanbul", "il"]),
+        ("CAFE\u0301 caf\u00e9", ["caf\u00e9", "caf\u00e9"]),
+        ("Auto\u00adbahn \u200fשלום", ["autobahn", "שלום"]),
+        ("m² 1\ufe0f\u20e3 🐈\u200d⬛ \u0301 x", ["m²", "x"]),
+        ("Ein roter Ball, 2 blaue Würfel!", ["ein", "roter", "ball", "blaue", "würfel"]),
+    ],
+)
+def test_words_of_every_script_keep_their_marks(caption, words):
+    composed = [unicodedata.normalize("NFC", word) for word in words]
+    assert split(caption) == composed
+    # A vocabulary of them, and the same caption decomposed: a prompt and a file need not agree.
+    known = Words(vocabulary=tuple(dict.fromkeys(composed)), length=8)
+    other = unicodedata.normalize("NFD", caption)
+    assert known.unknown(other) == () and known.unknown(caption) == ()
+    np.testing.assert_array_equal(known.encode(other), known.encode(caption))
+
+
+def test_words_that_differ_by_a_mark_only_differ():
+    assert split("काल") != split("कील") and split("ışık") != split("işik")
+
+
+def test_vocabularies_of_decomposed_letters_still_load():
+    word = unicodedata.normalize("NFD", "한국")  # letters without any mark: once a word as it stood
+    assert Words(vocabulary=(word,), length=1).encode("한국").tolist() == [UNKNOWN + 1]
 
 
 def test_empty_prompt_is_padding():
