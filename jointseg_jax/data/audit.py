@@ -49,6 +49,8 @@ class Report:
     duplicates: tuple[tuple[str, ...], ...]  # groups of ids whose images are equal
     bad: tuple[tuple[int, BadSample], ...]
     """What is wrong with the others, with their index (-1: with no record in particular)."""
+    kinds: tuple[tuple[str, int], ...] = ()
+    """Endings of image files and the number of records that have it, the commonest first."""
 
     @property
     def unseen(self) -> tuple[str, ...]:
@@ -77,6 +79,7 @@ class Report:
                 for index, problem in self.bad
             ],
             "sizes": {f"{h}x{w}": n for (h, w), n in self.sizes},
+            "files": dict(self.kinds),
             "captions": {"count": number, "fewest": fewest, "mean": mean, "most": most},
             "void_share": self.void_share,
             "void_all_over": list(self.empty),
@@ -90,9 +93,11 @@ class Report:
         number, fewest, mean, most = self.captions
         sizes = [f"{w}x{h} ({n})" for (h, w), n in self.sizes[:5]]
         more = f" and {len(self.sizes) - 5} more" if len(self.sizes) > 5 else ""
+        kinds = [f"{ending or 'none'} ({n})" for ending, n in self.kinds]
         lines = [
             f"{self.name}: {len(self.good)} of {self.count} records are good",
             f"  sizes       {', '.join(sizes) or 'none'}{more}  (width x height)",
+            *([f"  files       {', '.join(kinds)}"] if kinds else []),
             f"  captions    {number}, of {fewest} to {most} words, {mean:.1f} on average",
             f"  void        {100 * self.void_share:.2f} % of pixels; "
             f"records void all over: {len(self.empty)}{listed(self.empty)}",
@@ -194,6 +199,7 @@ def summarise(source: Source, findings: list[Finding], others: Iterable[BadSampl
         captions=(len(words), min(words, default=0), mean, max(words, default=0)),
         empty=tuple(f.id for f, row in zip(good, pixels) if not row[:-1].any()),
         duplicates=tuple(tuple(ids) for ids in same_image.values() if len(ids) > 1),
+        kinds=tuple(Counter(getattr(source, "kinds", dict)()).most_common()),
         bad=(
             *((f.position, f.problem) for f in findings if f.problem is not None),
             *((-1, problem) for problem in others),

@@ -19,7 +19,8 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterable, Mapping
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypedDict
@@ -27,8 +28,14 @@ from typing import TypedDict
 from jointseg_jax.data.records import BadSample
 from jointseg_jax.types import UserError
 
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+PICTURES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff")
 """File name endings of images, in lower case."""
+
+OTHER_PICTURES = (
+    *(".gif", ".heic", ".heif", ".avif", ".jxl", ".jp2", ".j2k", ".apng", ".psd", ".tga", ".ppm"),
+    *(".pgm", ".pnm", ".svg", ".exr", ".hdr", ".dds", ".ico", ".dng", ".cr2", ".nef", ".arw"),
+)
+"""Endings of pictures that are not read: a data set with such a file is told so."""
 
 SUMS = "SHA256SUMS"
 LINE = re.compile(r"([0-9a-fA-F]{64}) [ *](?:\./)?(.+)")
@@ -97,14 +104,70 @@ def inside(root: Path, name: str) -> Path:
     # Links are followed to their end: a link within the folder is fine, one out of it is not.
     real = os.path.realpath(path)
     if real != _real(root) and not real.startswith(_real(root) + os.sep):
-        remedy = "Copy the file into the folder, or make the root the folder that holds both."
-        raise BadSample(path, f"a link to {real}", f"files lie inside {root}", remedy)
+        raise outside(path, real, root)
     return Path(path)
 
 
 @functools.cache
 def _real(root: Path) -> str:
     return os.path.realpath(root)
+
+
+def one_name(text: str) -> str:
+    """Returns a name in Unicode's composed form (NFC); macOS hands out names decomposed."""
+    return unicodedata.normalize("NFC", text)
+
+
+def walk(root: Path, top: Path) -> Iterator[str | BadSample]:
+    """Yields the names of all files under ``top``, relative to it, sorted within their folder.
+
+    Hidden files and folders are left out. Links to folders are entered where they stay inside
+    ``root``; one that does not, leads nowhere or back into itself is yielded as a problem, and so
+    is a folder that cannot be read.
+    """
+    yield from _below(root, top, "", (os.path.realpath(top),))
+
+
+def _below(root: Path, top: Path, folder: str, above: tuple[str, ...]) -> Iterator[str | BadSample]:
+    try:
+        with os.scandir(top / folder) as listed:
+            entries = sorted(listed, key=lambda entry: entry.name)
+    except OSError as error:
+        found, remedy = f"cannot be read ({error.strerror})", "Check its permissions and the disk."
+        yield BadSample(str(top / folder), found, "folders can be read", remedy)
+        return
+    for entry in entries:
+        name = f"{folder}{entry.name}"
+        if entry.name.startswith("."):
+            continue
+        linked = entry.is_symlink() and not entry.is_file()
+        if linked and (problem := _wrong_link(root, top / name, above)) is not None:
+            yield problem
+        elif entry.is_dir():
+            yield from _below(root, top, f"{name}/", (*above, os.path.realpath(entry.path)))
+        else:
+            yield name
+
+
+def _wrong_link(root: Path, path: Path, above: Sequence[str]) -> BadSample | None:
+    """Returns why a link that is no link to a file is not followed; None if it can be."""
+    real = os.path.realpath(path)
+    if not os.path.exists(real):
+        remedy = "Restore what it leads to, or remove the link."
+        return BadSample(str(path), f"a link to {real}", "which does not exist", remedy)
+    if real != _real(root) and not real.startswith(_real(root) + os.sep):
+        return outside(path, real, root)
+    parent = os.path.realpath(path.parent)
+    if real in above or (parent + os.sep).startswith(real + os.sep):
+        rule = "which holds the link itself"
+        return BadSample(str(path), f"a link to {real}", rule, "Remove the link.")
+    return None
+
+
+def outside(path: Path | str, real: str, root: Path) -> BadSample:
+    """Returns the problem of a link out of ``root``."""
+    remedy = "Copy it into the folder, or make the root the folder that holds both."
+    return BadSample(str(path), f"a link to {real}", f"files lie inside {root}", remedy)
 
 
 def require_sizes(

@@ -26,7 +26,15 @@ from jointseg_jax.data.images import CONVERSIONS, PIXEL_LIMIT, Decoding, open_pi
 from jointseg_jax.data.labels import LabelRule, read_classes, stored_rule
 from jointseg_jax.data.records import BadSample, problem_lines
 from jointseg_jax.data.sources.folders import label_files, list_split, read_image, read_labels
-from jointseg_jax.data.sources.layouts import LAYOUTS, Entry, SplitIndex, find, optional, pair
+from jointseg_jax.data.sources.layouts import (
+    LAYOUTS,
+    Entry,
+    SplitIndex,
+    find,
+    left_out,
+    optional,
+    pair,
+)
 from jointseg_jax.data.transforms import BOXES, Resize, resize_image, resize_labels
 from jointseg_jax.data.workers import in_order
 from jointseg_jax.types import UserError
@@ -179,12 +187,12 @@ def list_plain(root: Path, rule: LabelRule | None) -> SplitIndex:
         if files.inside(root, "classes.json").exists():
             classes, rule = read_classes(root / "classes.json")
     texts, problems = optional(files.inside(root, "captions.jsonl"), captions.read_lines)
-    entries = pair(root, pictures.names, *sides, texts)
-    if not entries:
+    entries = pair(root, pictures.ids, *sides, texts)
+    if not entries and not pictures.problems:
         here = sorted({path.suffix or path.name for path in root.iterdir()})
         there = ", ".join(here[:20]) or "no files"
         raise UserError(f"ERROR [given] {root}: no {kind}; there are: {there}.")
-    return SplitIndex(entries, problems, classes, rule)
+    return SplitIndex(entries, problems + left_out(pictures), classes, rule)
 
 
 def checked(

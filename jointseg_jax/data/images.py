@@ -9,7 +9,7 @@
 | 16 bits a channel | the high byte |
 | EXIF orientation other than 1 | refused, turned or left, by ``orientation`` |
 
-| label file (PNG only) | becomes |
+| label file (PNG or lossless TIFF) | becomes |
 |---|---|
 | palette | its indices; colours and transparency do not matter |
 | grey of 1, 2, 4, 8, 16 bits | its stored values, exactly |
@@ -30,9 +30,9 @@ from PIL import (
     ExifTags,
     Image,
     ImageFile,
-    ImageOps,
     JpegImagePlugin,
     PngImagePlugin,
+    TiffImagePlugin,
     UnidentifiedImageError,
     WebPImagePlugin,
 )
@@ -42,8 +42,20 @@ from jointseg_jax.data.records import BadSample
 from jointseg_jax.types import UserError
 
 # Imported so that Pillow knows the formats; several pictures in one JPEG ("MPO") come with JPEG.
-PLUGINS = (BmpImagePlugin, JpegImagePlugin, PngImagePlugin, WebPImagePlugin)
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
+PLUGINS = (BmpImagePlugin, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin)
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
+PNG_START = b"\x89PNG\r\n\x1a\n"
+TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+WHITE_IS_ZERO = 0  # of a TIFF: Pillow inverts its values
+LOSSLESS_TIFF = (
+    "raw",
+    "tiff_lzw",
+    "tiff_adobe_deflate",
+    "tiff_deflate",
+    "packbits",
+    "lzma",
+    "zstd",
+)
 LOSSY = {"JPEG", "MPO", "WEBP"}
 ORIENTATIONS = ("refuse", "apply", "ignore")
 PIXEL_LIMIT = 64_000_000
@@ -129,7 +141,8 @@ def decode_labels(
         return pixels[..., 0].astype(np.int32)
     # Pillow has multiplied grey values of 2 and 4 bits by 255 / (2**bits - 1): divided again, they
     # are those of the file. Bytes 24 and 25 of a PNG are its bits and colour type; type 0 is grey.
-    step = {2: 85, 4: 17}.get(data[24], 1) if data[25] == 0 else 1
+    png_grey = data.startswith(PNG_START) and data[25] == 0
+    step = {2: 85, 4: 17}.get(data[24], 1) if png_grey else 1
     values = pixels.astype(np.int32)
     return values if step == 1 else values // step
 
@@ -170,6 +183,9 @@ def open_picture(data: bytes, path: str, pixel_limit: int) -> Image.Image:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise _too_large(path, str(error), pixel_limit) from None
     except UnidentifiedImageError as error:
+        if data.startswith(TIFF_STARTS):
+            rule = "TIFF is grey or RGB of 8 bits, grey of 16 bits, or has a palette"
+            raise BadSample(path, "a TIFF of another kind", rule, "Convert it to PNG.") from error
         rule = f"files are {', '.join(FORMATS)}"
         raise BadSample(path, "not an image", rule, "Replace the file.") from error
     except Exception as error:  # plugins raise whatever a damaged header makes them raise
@@ -179,6 +195,9 @@ def open_picture(data: bytes, path: str, pixel_limit: int) -> Image.Image:
         raise _too_large(path, size, pixel_limit)
     if picture.format == "PNG":
         check_chunks(data, path)
+    if picture.format == "TIFF" and (count := getattr(picture, "n_frames", 1)) > 1:
+        remedy = "Save each of them as a file of its own."
+        raise BadSample(path, f"a TIFF of {count} pictures", "one picture a file", remedy)
     return picture
 
 
@@ -224,32 +243,83 @@ def load(picture: Image.Image, path: str) -> None:
 
 def orient(picture: Image.Image, path: str, rule: str) -> Image.Image:
     """Turns, refuses or leaves a picture that EXIF says is turned."""
-    try:
-        turn = picture.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception as error:
-        raise truncated(path, f"EXIF: {error}") from error
-    if turn == 1 or rule == "ignore":
+    turn = turn_of(picture)
+    if turn is None:
         return picture
+    if rule == "ignore":
+        return as_stored(picture, path)
     if rule == "apply":
         load(picture, path)
-        return ImageOps.exif_transpose(picture)
+        turned = isinstance(picture, TiffImagePlugin.TiffImageFile)
+        return picture if turned else picture.transpose(TURNS[turn])
     found = f"EXIF orientation {turn}: viewers turn this picture, its labels may not be turned"
     remedy = "Turn the pixels and drop the tag, or set orientation to 'apply' or 'ignore'."
     raise BadSample(path, found, "orientation 1 where there are labels", remedy)
 
 
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""How a picture of each EXIF orientation but 1 is turned upright."""
+
+
+def turn_of(picture: Image.Image) -> int | None:
+    """Returns the EXIF orientation, a key of ``TURNS``; None for upright.
+
+    Values that EXIF does not know, and a block that cannot be read, turn nothing in any viewer.
+    """
+    try:
+        turn = picture.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # whatever a damaged block makes Pillow raise: the pixels may be whole
+        return None
+    return turn if isinstance(turn, int) and turn in TURNS else None
+
+
+def as_stored(picture: Image.Image, path: str) -> Image.Image:
+    """Returns the decoded picture as its file holds it, whatever EXIF says."""
+    turn = turn_of(picture)
+    load(picture, path)
+    # Pillow turns a TIFF as soon as its pixels are loaded, and no other kind.
+    if turn is None or not isinstance(picture, TiffImagePlugin.TiffImageFile):
+        return picture
+    return picture.transpose(TURNS[{6: 8, 8: 6}.get(turn, turn)])
+
+
 def open_labels(data: bytes, path: str, pixel_limit: int) -> Image.Image:
     """Opens and decodes a label file: PNG, in a mode that can hold labels."""
     picture = open_picture(data, path, pixel_limit)
-    if picture.format != "PNG":  # lossless others exist, but no data set keeps labels in them
+    stored = picture.info.get("compression") if picture.format == "TIFF" else None
+    # Lossless WebP and others exist, but no data set keeps labels in them.
+    if picture.format != "PNG" and stored not in LOSSLESS_TIFF:
         lossy = " (lossy: it changes values)" if picture.format in LOSSY else ""
+        found = f"labels stored as {picture.format}{f' of {stored}' if stored else ''}{lossy}"
         remedy = "Export the labels again from their source as PNG."
-        raise BadSample(path, f"labels stored as {picture.format}{lossy}", "labels are PNG", remedy)
-    load(picture, path)
-    if picture.mode not in ("1", "L", "P", "I;16", "I", "LA", "RGB", "RGBA"):
+        raise BadSample(path, found, "labels are PNG or lossless TIFF", remedy)
+    if isinstance(picture, TiffImagePlugin.TiffImageFile):
+        check_tiff_labels(picture, path)
+    picture = as_stored(picture, path)
+    if picture.mode not in ("1", "L", "P", "I;16", "I;16B", "I", "LA", "RGB", "RGBA"):
         found = f"labels of mode {picture.mode}"
         raise BadSample(path, found, "palette or grey PNG", "Export them again.")
     return picture
+
+
+def check_tiff_labels(picture: TiffImagePlugin.TiffImageFile, path: str) -> None:
+    """Refuses a TIFF whose grey values Pillow would change."""
+    found, tags = "", picture.tag_v2
+    if tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == WHITE_IS_ZERO:
+        found = "labels of a TIFF whose value 0 is white"
+    elif picture.mode == "L" and (bits := tags.get(TiffImagePlugin.BITSPERSAMPLE, (1,))[0]) != 8:
+        found = f"labels of a TIFF of {bits} bits"
+    if found:
+        rule = "labels in TIFF are grey of 8 or 16 bits from black up, or have a palette"
+        raise BadSample(path, found, rule, "Export them again as PNG.")
 
 
 def opaque(picture: Image.Image, path: str) -> np.ndarray:
@@ -305,6 +375,6 @@ def _over_matte(picture: Image.Image, matte: Colour) -> np.ndarray:
 CONVERSIONS = (
     dict.fromkeys(("RGB", "L", "1", "CMYK"), _plain)
     | dict.fromkeys(("P", "PA", "LA", "RGBA"), _over_matte)
-    | dict.fromkeys(("I;16", "I"), _high_byte)
+    | dict.fromkeys(("I;16", "I;16B", "I"), _high_byte)
 )
 """How a picture of each of Pillow's modes becomes RGB."""

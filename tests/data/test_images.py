@@ -79,7 +79,9 @@ def test_bit_rot_in_a_valid_structure_is_accepted():  # D2
 
 def test_files_that_are_no_images():  # D3
     refused(decode_image, b"", "the file is empty; an image file. Copy it again.")
-    refused(decode_image, b"hello\n" * 20, "not an image; files are JPEG, PNG, WEBP, BMP. Replace")
+    refused(
+        decode_image, b"hello\n" * 20, "not an image; files are JPEG, PNG, WEBP, BMP, TIFF. Replace"
+    )
     refused(decode_image, encoded(noise(8, 8, 3), "GIF"), "files are JPEG, PNG, WEBP, BMP")
 
 
@@ -260,3 +262,71 @@ def test_segment_ids_that_do_not_fit():
 def test_refused_rules(fields, text):
     with pytest.raises(ValueError, match=text):
         Decoding(**fields)
+
+
+TIFF_KINDS = ["raw", "tiff_lzw", "tiff_adobe_deflate", "packbits"]
+
+
+@pytest.mark.parametrize("compression", TIFF_KINDS)
+def test_lossless_tiff_is_read_as_image_and_as_labels(compression):
+    rgb, labels = noise(5, 7, 3), noise(5, 7)
+    np.testing.assert_array_equal(
+        decode_image(encoded(rgb, "TIFF", compression=compression), "x"), rgb
+    )
+    deep = labels.astype(np.uint16) * 257
+    for values in (labels, deep):
+        data = encoded(values, "TIFF", compression=compression)
+        np.testing.assert_array_equal(decode_labels(data, "x"), values)
+    painted = Image.fromarray(labels).convert("P")
+    np.testing.assert_array_equal(decode_labels(encoded(painted, "TIFF"), "x"), labels)
+
+
+def test_tiff_that_would_change_labels_is_refused():
+    rgb = noise(16, 16, 3)
+    data = encoded(rgb, "TIFF", compression="jpeg")
+    refused(decode_labels, data, "labels stored as TIFF of jpeg; labels are PNG or lossless TIFF")
+    refused(decode_labels, encoded(rgb, "WEBP", lossless=True), "labels stored as WEBP (lossy")
+    inverted = encoded(noise(4, 4), "TIFF", tiffinfo={262: 0})
+    refused(decode_labels, inverted, "a TIFF whose value 0 is white")
+    pages = [Image.fromarray(noise(4, 4, 3)) for _ in range(3)]
+    data = encoded(pages[0], "TIFF", save_all=True, append_images=pages[1:])
+    refused(decode_image, data, "a TIFF of 3 pictures; one picture a file")
+    refused(decode_image, b"II*\0" + bytes(60), "TIFF")
+
+
+def turned(orientation, kind, picture):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return encoded(picture, kind, exif=exif)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+@pytest.mark.parametrize("orientation", [2, 3, 4, 5, 6, 7, 8])
+def test_every_orientation_is_applied_ignored_or_refused(kind, orientation):
+    rgb = noise(3, 5, 3)
+    data = turned(orientation, kind, rgb)
+    ways = {2: rgb[:, ::-1], 3: rgb[::-1, ::-1], 4: rgb[::-1], 5: rgb.transpose(1, 0, 2)}
+    ways |= {6: np.rot90(rgb, -1), 7: np.rot90(rgb, 2).transpose(1, 0, 2), 8: np.rot90(rgb)}
+    applied = decode_image(data, "x", Decoding(orientation="apply"))
+    np.testing.assert_array_equal(applied, ways[orientation])
+    np.testing.assert_array_equal(decode_image(data, "x", Decoding(orientation="ignore")), rgb)
+    refused(decode_image, data, f"EXIF orientation {orientation}")
+    # Labels are what is stored, in either kind.
+    labels = turned(orientation, kind, rgb[..., 0].copy())
+    np.testing.assert_array_equal(decode_labels(labels, "x"), rgb[..., 0])
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 255])
+def test_orientations_that_exif_does_not_know_turn_nothing(orientation):
+    rgb = noise(3, 5, 3)
+    for rule in ("refuse", "apply", "ignore"):
+        read = decode_image(turned(orientation, "PNG", rgb), "x", Decoding(orientation=rule))
+        np.testing.assert_array_equal(read, rgb)
+
+
+def test_a_damaged_exif_block_leaves_the_pixels_whole():
+    rgb = noise(3, 5, 3)
+    plain = encoded(rgb)
+    for block in (b"", b"MM\0*", b"II*\0\xff\xff\xff\xff", b"nonsense" * 9):
+        data = plain[:33] + chunk(b"eXIf", block) + plain[33:]
+        np.testing.assert_array_equal(decode_image(data, "x"), rgb)

@@ -9,6 +9,8 @@
 
 import dataclasses
 import json
+import os
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -124,6 +126,11 @@ class Folders:
     def original(self, index: int) -> bytes:
         """Returns the image file of a record as it is on disk."""
         return self.files.read(self.entries[index].image)[1]
+
+    def kinds(self) -> dict[str, int]:
+        """Counts the images by the endings of their files."""
+        images = (entry.image for entry in self.entries if entry.image)
+        return dict(Counter(sorted(os.path.splitext(name)[1] for name in images)))
 
     def words(self) -> tuple[str, ...]:
         """Lists every word its captions can contain, sorted."""

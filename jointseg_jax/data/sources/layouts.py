@@ -66,6 +66,14 @@ class FoundFiles(NamedTuple):
     prefix: str  # folder and "/"
     suffix: str  # of file names, ending included
     names: dict[str, list[str]]
+    unread: dict[str, list[str]]
+    """Pictures of kinds that are not read, by id. Their ids are listed, with this as a problem."""
+    problems: tuple[BadSample, ...] = ()  # links and folders that were left out
+
+    @property
+    def ids(self) -> set[str]:
+        """The ids of all pictures."""
+        return {*self.names, *self.unread}
 
 
 def find(
@@ -86,17 +94,25 @@ def find(
             f"ERROR [data] {top}: no such folder; the layout keeps files there{others}. "
             "Check config.data.*.root, config.data.*.split and config.data.*.layout."
         )
-    found = FoundFiles("" if folder == "." else f"{folder}/", suffix + ending, {})
-    for where, below, names in os.walk(top):
-        # In place, which is how ``os.walk`` is told not to enter hidden folders.
-        below[:] = [name for name in below if not name.startswith(".")]
-        for name in names:
-            stem, kind = os.path.splitext(os.path.relpath(os.path.join(where, name), top))
-            picture = kind.lower() in files.PICTURES and not name.startswith(".")
-            if picture and stem.endswith(suffix):
-                same_id = found.names.setdefault(stem.removesuffix(suffix), [])
-                same_id.append(f"{found.prefix}{stem}{kind}")
-    return found
+    prefix = "" if folder == "." else f"{folder}/"
+    read: dict[str, list[str]] = {}
+    unread: dict[str, list[str]] = {}
+    problems = []
+    for name in files.walk(root, top) if top.is_dir() else ():
+        if isinstance(name, BadSample):
+            problems.append(name)
+            continue
+        stem, kind = os.path.splitext(name)
+        known, other = (kind.lower() in kinds for kinds in (files.PICTURES, files.OTHER_PICTURES))
+        if (known or other) and stem.endswith(suffix):
+            key = files.one_name(stem.removesuffix(suffix))
+            (read if known else unread).setdefault(key, []).append(f"{prefix}{name}")
+    return FoundFiles(prefix, suffix + ending, read, unread, tuple(problems))
+
+
+def left_out(*sides: FoundFiles) -> tuple[BadSample, ...]:
+    """Returns the links and folders that a listing could not enter."""
+    return tuple(problem for side in sides for problem in side.problems)
 
 
 def lines_of(root: Path, name: str, remedy: str = "") -> list[str]:
@@ -108,7 +124,8 @@ def lines_of(root: Path, name: str, remedy: str = "") -> list[str]:
             f"ERROR [data] {path}: no such split; there are: {', '.join(have) or 'none'}. "
             f"Check config.data.*.root and config.data.*.split.{remedy}"
         )
-    return [line.strip() for line in files.read_text(path).splitlines() if line.strip()]
+    lines = (files.one_name(line.strip()) for line in files.read_text(path).splitlines())
+    return [line for line in lines if line]
 
 
 def listed(root: Path, names: Iterable[str], *sides: FoundFiles) -> Iterable[str]:
@@ -116,7 +133,7 @@ def listed(root: Path, names: Iterable[str], *sides: FoundFiles) -> Iterable[str
     for name in names:
         if files.inside(root, name).exists():
             return lines_of(root, name)
-    return set().union(*(side.names for side in sides))
+    return set().union(*(side.ids for side in sides))
 
 
 def optional(
@@ -128,7 +145,7 @@ def optional(
     texts, problems = reader(path)
     # Caption files of some data sets are keyed by the names of the images.
     ids = {k: k.rsplit(".", 1)[0] if k.lower().endswith(files.PICTURES) else k for k in texts}
-    return {ids[k]: lines for k, lines in texts.items()}, tuple(problems)
+    return {files.one_name(ids[k]): lines for k, lines in texts.items()}, tuple(problems)
 
 
 def pair(
@@ -172,6 +189,8 @@ def single_file(root: Path, side: FoundFiles | None, key: str, what: str) -> str
     if side is None:
         return ""
     names = side.names.get(key, [])
+    if not names and (unread := side.unread.get(key)):
+        raise of_unread_kind(root, unread[0], what)
     if not names:
         raise files.missing(root / f"{side.prefix}{key}{side.suffix}", f"{what} of id {key!r}")
     if len(names) > 1:
@@ -180,6 +199,14 @@ def single_file(root: Path, side: FoundFiles | None, key: str, what: str) -> str
         raise BadSample(str(root / names[0]), found, f"one {what} per id", remedy)
     files.inside(root, names[0])
     return names[0]
+
+
+def of_unread_kind(root: Path, name: str, what: str) -> BadSample:
+    """Returns the problem of a picture whose kind is not read."""
+    kind = os.path.splitext(name)[1]
+    rule = f"kinds that are read: {', '.join(files.PICTURES)}"
+    remedy = "Convert it, as to PNG, or take it out of the folder."
+    return BadSample(str(root / name), f"the {what} is a {kind}, which is not read", rule, remedy)
 
 
 def id_collision(root: Path, keys: list[str], side: FoundFiles | None) -> BadSample:
@@ -197,10 +224,10 @@ def list_folders(root: Path, split: str, *, images: str, labels: str) -> SplitIn
     pictures = find(root, f"{images}/{split}", ".jpg")
     masks = find(root, f"{labels}/{split}", ".png")
     texts, problems = optional(root / f"captions/{split}.jsonl", captions.read_lines)
-    entries = pair(root, {*pictures.names, *masks.names}, pictures, masks, texts)
+    entries = pair(root, pictures.ids | masks.ids, pictures, masks, texts)
     path = root / "classes.json"
     classes, rule = read_classes(path) if path.exists() else (None, LabelRule())
-    return SplitIndex(entries, problems, classes, rule)
+    return SplitIndex(entries, problems + left_out(pictures, masks), classes, rule)
 
 
 def list_voc(root: Path, split: str) -> SplitIndex:
@@ -209,9 +236,11 @@ def list_voc(root: Path, split: str) -> SplitIndex:
     pictures = find(root, "JPEGImages", ".jpg")
     masks = find(root, "SegmentationClass", ".png", needed=False)
     # Augmented labels (SBD) go before the original ones, which lack most of ``trainaug``.
-    masks.names.update(find(root, "SegmentationClassAug", ".png", needed=False).names)
+    augmented = find(root, "SegmentationClassAug", ".png", needed=False)
+    masks.names.update(augmented.names)
     texts, problems = optional(root / f"ImageSets/Caption/{split}.json", captions.read_mapping)
     entries = pair(root, ids, pictures, masks, texts)
+    problems += left_out(pictures, masks, augmented)
     return SplitIndex(entries, problems, CLASS_LISTS["voc"], LabelRule())
 
 
@@ -222,12 +251,12 @@ def list_ade20k(root: Path, split: str, *, other: bool) -> SplitIndex:
     pictures = find(root, f"images/{folder}", ".jpg")
     masks = find(root, f"annotations/{folder}", ".png")
     texts, problems = optional(root / f"annotations_caption/{folder}.json", captions.read_mapping)
-    entries = pair(root, {*pictures.names, *masks.names}, pictures, masks, texts)
+    entries = pair(root, pictures.ids | masks.ids, pictures, masks, texts)
     classes, rule = CLASS_LISTS["ade20k"], LabelRule(void=(0, 255), shift=1)
     if other:
         names, things = ("other", *classes.names), (False, *classes.isthing)
         classes, rule = Classes(names=names, isthing=things), LabelRule()
-    return SplitIndex(entries, problems, classes, rule)
+    return SplitIndex(entries, problems + left_out(pictures, masks), classes, rule)
 
 
 def list_coco_panoptic(root: Path, split: str) -> SplitIndex:
@@ -243,7 +272,11 @@ def list_coco_panoptic(root: Path, split: str) -> SplitIndex:
         categories = sorted(content["categories"], key=lambda c: c["id"])
         order = {category["id"]: i for i, category in enumerate(categories)}
         rows = [
-            (PurePosixPath(a["file_name"]).stem, str(a["image_id"]), segment_rows(a, order))
+            (
+                files.one_name(PurePosixPath(a["file_name"]).stem),
+                str(a["image_id"]),
+                segment_rows(a, order),
+            )
             for a in content["annotations"]
         ]
     except (TypeError, KeyError) as error:
@@ -264,7 +297,7 @@ def list_coco_panoptic(root: Path, split: str) -> SplitIndex:
     # In the spelling of ``classes.json``.
     keys = {"name": "name", "isthing": "isthing", "color": "colour"}
     classes = class_list([{keys[k]: c[k] for k in keys if k in c} for c in categories])
-    return SplitIndex(entries, problems, classes, None)
+    return SplitIndex(entries, problems + left_out(pictures, masks), classes, None)
 
 
 def segment_rows(annotation: dict, order: dict[int, int]) -> np.ndarray:
@@ -293,6 +326,7 @@ def list_coco_stuff(root: Path, split: str) -> SplitIndex:
         texts = {key: texts.get(key.lstrip("0"), ()) for key in ids}
     entries = pair(root, ids, pictures, masks, texts)
     rule = LabelRule(table=tuple(zip(COCO_STUFF_IDS, range(len(COCO_STUFF_IDS)))))
+    problems += left_out(pictures, masks)
     return SplitIndex(entries, problems, CLASS_LISTS["coco_stuff"], rule)
 
 
@@ -308,7 +342,8 @@ def list_cityscapes(root: Path, split: str) -> SplitIndex:
         table = tuple(zip(CITYSCAPES_IDS, range(len(CITYSCAPES_IDS))))
         rule = LabelRule(void=(FILE_VOID, *unused), table=table)
     ids = listed(root, (f"metas/{split}.txt",), pictures, masks)
-    return SplitIndex(pair(root, ids, pictures, masks), (), CLASS_LISTS["cityscapes"], rule)
+    entries, problems = pair(root, ids, pictures, masks), left_out(pictures, masks)
+    return SplitIndex(entries, problems, CLASS_LISTS["cityscapes"], rule)
 
 
 FACE_LISTS = (
@@ -320,9 +355,10 @@ def list_celebamask_hq(root: Path, split: str) -> SplitIndex:
     """Lists CelebAMask-HQ with merged masks, 0..18."""
     ids = lines_of(root, f"metas/{split}.txt", FACE_LISTS)
     pictures = find(root, "CelebA-512-img", ".jpg")
-    entries = pair(root, ids, pictures, find(root, "CelebAMask-HQ-mergemask", ".png"))
+    masks = find(root, "CelebAMask-HQ-mergemask", ".png")
+    entries, problems = pair(root, ids, pictures, masks), left_out(pictures, masks)
     # No void: a 255 is the sign of a part mask (0 and 255) in place of a merged one.
-    return SplitIndex(entries, (), CLASS_LISTS["celeba_mask"], LabelRule(void=()))
+    return SplitIndex(entries, problems, CLASS_LISTS["celeba_mask"], LabelRule(void=()))
 
 
 def list_celebamask_hq_parts(root: Path, split: str) -> SplitIndex:
@@ -338,9 +374,10 @@ def list_celebamask_hq_parts(root: Path, split: str) -> SplitIndex:
     parts = parts_by_face(painted)
     # Any one part stands for the labels of a face, so that a face without any is noticed.
     firsts = {key: [named[0][1]] for key, named in parts.items()}
-    entries = pair(root, ids, pictures, FoundFiles(painted.prefix, "_PART.png", firsts))
+    entries = pair(root, ids, pictures, FoundFiles(painted.prefix, "_PART.png", firsts, {}))
     entries = tuple(e if e.problem else with_parts(root, e, parts[e.id]) for e in entries)
-    return SplitIndex(entries, (), CLASS_LISTS["celeba_mask"], None)
+    problems = left_out(pictures, painted)
+    return SplitIndex(entries, problems, CLASS_LISTS["celeba_mask"], None)
 
 
 def parts_by_face(painted: FoundFiles) -> dict[str, list[tuple[str, str]]]:
