@@ -169,14 +169,20 @@ def _given(text: str | None, direction: str | None) -> tuple[str, Path]:
 
 
 def _prompts(path: str | None) -> list[str]:
+    from jointseg_jax.data import files
+    from jointseg_jax.data.records import BadSample
+
     if path is None:
         return []
     if not Path(path).is_file():
         raise UserError(
             f"ERROR [flags] --prompts={path}: no such file; give a text file, one prompt a line."
         )
-    lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
-    prompts = [line for line in lines if line]
+    try:
+        prompts = [line for _, line in files.lines(files.read_text(Path(path)))]
+    except BadSample as problem:
+        found = f"{problem.found}; {problem.expected}. {problem.remedy}"
+        raise UserError(f"ERROR [flags] --prompts={problem.path}: {found}") from None
     if not prompts:
         raise UserError(f"ERROR [flags] --prompts={path}: no prompt in it; write one a line.")
     return prompts

@@ -51,7 +51,9 @@ def clean(text: object, where: str) -> str:
 def read_lines(path: Path) -> tuple[Captions, list[BadSample]]:
     """Reads a ``.jsonl`` file; returns the captions by id, and a problem for each bad line."""
     # Bytes, not text: one line that is not UTF-8 must not cost the others.
-    lines = enumerate(files.read(path).split(b"\n"), 1)
+    data = files.read(path)
+    files.refuse_utf16(data, str(path))  # once, instead of a problem for each line
+    lines = enumerate(data.split(b"\n"), 1)
     return gather(_line(path, number, line) for number, line in lines if line.strip())
 
 
@@ -97,7 +99,7 @@ def _line(path: Path, number: int, data: bytes) -> tuple[str, object, str] | Bad
     """Returns the id, the caption and the location of a line, or what is wrong with it."""
     where = f"{path}:{number}"
     try:
-        content = json.loads(data.decode("utf-8"))
+        content = json.loads(data.decode("utf-8").lstrip(files.MARK))
         return str(content["id"]), content["caption"], where
     except UnicodeDecodeError as error:
         found = f"byte 0x{data[error.start]:02x} is not UTF-8"

@@ -13,6 +13,7 @@ read; others are taken as they are. To make one:
 
 from __future__ import annotations
 
+import codecs
 import functools
 import hashlib
 import json
@@ -77,9 +78,7 @@ class Files:
 def read_sums(path: Path) -> dict[str, str]:
     """Returns the sum of each name in a list that ``sha256sum`` wrote."""
     sums = {}
-    for number, line in enumerate(read_text(path).splitlines(), 1):
-        if not line.strip():
-            continue
+    for number, line in lines(read_text(path)):
         match = LINE.fullmatch(line)
         if match is None:
             rule = "lines are 64 hexadecimal digits, two spaces and a name"
@@ -243,17 +242,44 @@ def missing(path: Path, what: str = "file") -> BadSample:
     return BadSample(str(path), f"the {what} is missing", rule, remedy)
 
 
+MARK = "\ufeff"
+"""The byte order mark, which editors on Windows put before UTF-8 text."""
+
+
+UTF8 = "text files are UTF-8"
+
+
 def read_text(path: Path) -> str:
-    """Returns the text of a UTF-8 file."""
-    data = read(path)
+    """Returns the text of a UTF-8 file, without a byte order mark."""
+    return decoded(read(path), str(path))
+
+
+def decoded(data: bytes, where: str) -> str:
+    """Returns UTF-8 text without a byte order mark; BadSample for any other encoding."""
+    refuse_utf16(data, where)
     try:
-        return data.decode("utf-8")
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         found = f"byte 0x{data[error.start]:02x} is not UTF-8"
-        raise BadSample(
-            f"{path}:{line}", found, "text files are UTF-8", "Save the file as UTF-8."
-        ) from None
+        raise BadSample(f"{where}:{line}", found, UTF8, "Save the file as UTF-8.") from None
+
+
+def refuse_utf16(data: bytes, where: str) -> None:
+    """Raises BadSample for text in UTF-16."""
+    # By its mark, or by a zero in the first two bytes, which no text has: UTF-16 of Latin letters
+    # without a mark is valid UTF-8.
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in data[:2]:
+        remedy = "Save the file as UTF-8 (in PowerShell: Out-File -Encoding utf8, not `>`)."
+        raise BadSample(where, "is UTF-16 text", UTF8, remedy)
+
+
+def lines(text: str) -> Iterator[tuple[int, str]]:
+    """Yields the lines that hold something, stripped, with their numbers."""
+    for number, line in enumerate(text.splitlines(), 1):
+        # Also within the text: files that were joined have a mark where each of them began.
+        if stripped := line.strip().strip(MARK).strip():
+            yield number, stripped
 
 
 def read_json(path: Path) -> object:

@@ -124,8 +124,7 @@ def lines_of(root: Path, name: str, remedy: str = "") -> list[str]:
             f"ERROR [data] {path}: no such split; there are: {', '.join(have) or 'none'}. "
             f"Check config.data.*.root and config.data.*.split.{remedy}"
         )
-    lines = (files.one_name(line.strip()) for line in files.read_text(path).splitlines())
-    return [line for line in lines if line]
+    return [files.one_name(line) for _, line in files.lines(files.read_text(path))]
 
 
 def listed(root: Path, names: Iterable[str], *sides: FoundFiles) -> Iterable[str]:
