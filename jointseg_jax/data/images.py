@@ -19,6 +19,7 @@
 import ctypes
 import io
 import os
+import re
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -179,9 +180,11 @@ def open_picture(data: bytes, path: str, pixel_limit: int) -> Image.Image:
     if not data:
         raise BadSample(path, "the file is empty", "an image file", "Copy it again.")
     try:
-        picture = Image.open(io.BytesIO(data), formats=FORMATS)
+        picture = Image.open(io.BytesIO(without_metadata(data, path)), formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise _too_large(path, str(error), pixel_limit) from None
+    except BadSample:
+        raise
     except UnidentifiedImageError as error:
         if data.startswith(TIFF_STARTS):
             rule = "TIFF is grey or RGB of 8 bits, grey of 16 bits, or has a palette"
@@ -219,6 +222,68 @@ def check_chunks(data: bytes, path: str) -> None:
             found = f"a checksum of the PNG does not match (chunk {kind.decode('latin1')!r})"
             raise BadSample(path, found, *WHOLE)
         start = end + 4
+
+
+PNG_KEPT = (b"tRNS", b"eXIf", b"acTL", b"fcTL", b"fdAT")
+"""Chunks of a PNG that matter to its pixels, besides the critical ones."""
+TURNING_TEXT = (b"XML:com.adobe.xmp", b"Raw profile type exif", b"exif")
+"""Keywords of text chunks that may say how a picture is turned."""
+XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)[0-9]')
+TEXT_LIMIT, UNPACKED_LIMIT = 1 << 20, 64 << 20  # bytes: what Pillow reads, and what is looked at
+
+
+def without_metadata(data: bytes, path: str) -> bytes:
+    """Returns a PNG without what its pixels do not need; other files as they are.
+
+    Pillow gives up at large or odd texts and colour profiles, which play no part here.
+    """
+    if not data.startswith(PNG_START):
+        return data
+    parts, start, kind = [PNG_START], len(PNG_START), b""
+    while start < len(data) and kind != b"IEND":
+        # length (4) | kind (4) | data (length) | CRC-32 (4)
+        length, kind = int.from_bytes(data[start : start + 4], "big"), data[start + 4 : start + 8]
+        end = start + 12 + length
+        # A capital says that a chunk is critical.
+        if kind[:1].isupper() or kind in PNG_KEPT:
+            parts.append(data[start:end])
+        elif kind in (b"tEXt", b"zTXt", b"iTXt"):
+            parts.append(turning_text(kind, data[start + 8 : start + 8 + length], path))
+        start = end
+    return b"".join(parts)
+
+
+def turning_text(kind: bytes, content: bytes, path: str) -> bytes:
+    """Returns a text chunk that may say how the picture is turned, else nothing."""
+    keyword, _, rest = content.partition(b"\0")
+    if keyword not in TURNING_TEXT:
+        return b""
+    # zTXt: method (1) | packed.  iTXt: is packed (1) | method (1) | language 0 | keyword 0 | text
+    packed = kind == b"zTXt" or (kind == b"iTXt" and rest[:1] == b"\1")
+    text = rest[1:] if kind == b"zTXt" else rest
+    if kind == b"iTXt":
+        text = rest[2:].split(b"\0", 2)[-1]
+    if packed:
+        unpacking = zlib.decompressobj()
+        try:
+            text = unpacking.decompress(text, UNPACKED_LIMIT)
+        except zlib.error:
+            return b""  # as Pillow does
+        if unpacking.unconsumed_tail:
+            found = f"metadata of more than {UNPACKED_LIMIT >> 20} MB (chunk {kind.decode()})"
+            raise BadSample(path, found, "smaller metadata", "Save the picture without them.")
+    if len(text) <= TEXT_LIMIT:
+        return _chunk(kind, content)
+    if keyword == TURNING_TEXT[0]:
+        said = XMP_ORIENTATION.search(text)
+        return _chunk(b"tEXt", keyword + b"\0" + said[0]) if said else b""
+    found = f"an EXIF block of {len(text)} bytes as text"
+    raise BadSample(path, found, f"at most {TEXT_LIMIT}", "Save the picture without it.")
+
+
+def _chunk(kind: bytes, content: bytes) -> bytes:
+    body = kind + content
+    return len(content).to_bytes(4, "big") + body + zlib.crc32(body).to_bytes(4, "big")
 
 
 def truncated(path: str, why: str = "") -> BadSample:

@@ -330,3 +330,46 @@ def test_a_damaged_exif_block_leaves_the_pixels_whole():
     for block in (b"", b"MM\0*", b"II*\0\xff\xff\xff\xff", b"nonsense" * 9):
         data = plain[:33] + chunk(b"eXIf", block) + plain[33:]
         np.testing.assert_array_equal(decode_image(data, "x"), rgb)
+
+
+LARGE = zlib.compress(b"x" * (3 << 20))
+METADATA = {
+    "iTXt": (b"iTXt", b"prompt\0\1\0\0\0" + LARGE),
+    "zTXt": (b"zTXt", b"prompt\0\0" + LARGE),
+    "tEXt": (b"tEXt", b"prompt\0" + b"x" * (2 << 20)),
+    "XMP": (b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + LARGE),
+    "profile": (b"iCCP", b"profile\0\0" + LARGE),
+    "profile of an unknown method": (b"iCCP", b"profile\0\7" + LARGE),
+    "empty profile": (b"iCCP", b""),
+    "short chromaticities": (b"cHRM", b"\0"),
+    "text that is no archive": (b"zTXt", b"prompt\0\0nonsense"),
+}
+
+
+@pytest.mark.parametrize("name", METADATA)
+@pytest.mark.parametrize("before", [True, False])
+def test_metadata_of_a_png_never_cost_its_pixels(name, before):
+    rgb, extra = noise(3, 5, 3), chunk(*METADATA[name])
+    for pixels, decode in ((rgb, decode_image), (rgb[..., 0].copy(), decode_labels)):
+        plain = encoded(pixels)
+        at = 33 if before else len(plain) - 12  # behind the header, or before the end
+        np.testing.assert_array_equal(decode(plain[:at] + extra + plain[at:], "x"), pixels)
+
+
+@pytest.mark.parametrize("padding", [0, 3 << 20])
+def test_the_turn_that_a_text_chunk_gives_is_seen_at_any_size(padding):
+    plain = encoded(noise(3, 5, 3))
+    xmp = b'<x tiff:Orientation="6"/>' + b" " * padding
+    extra = chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(xmp))
+    refused(decode_image, plain[:33] + extra + plain[33:], "EXIF orientation 6")
+    exif = "\n".join(["", "exif", "9", "00" * (1 << 20)]).encode()
+    extra = chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(exif))
+    refused(
+        decode_image, plain[:33] + extra + plain[33:], "an EXIF block of 2097", "at most 1048576"
+    )
+
+
+def test_a_wrong_checksum_of_metadata_is_still_damage():
+    plain = encoded(noise(3, 5, 3))
+    extra = chunk(b"tEXt", b"a\0b")[:-1] + b"?"
+    refused(decode_image, plain[:33] + extra + plain[33:], "a checksum of the PNG does not match")
