@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jointseg_jax.data.captions import describe
 from jointseg_jax.data.records import BadSample, Source, check_record
 from jointseg_jax.data.tokenizer import split
 from jointseg_jax.data.workers import in_order
@@ -27,6 +28,7 @@ class Finding(NamedTuple):
     size: tuple[int, int] = (0, 0)  # height, width
     pixels: np.ndarray | None = None  # int [classes + 1]: per class, void last
     words: tuple[int, ...] = ()  # number of words of each caption
+    made: bool = False  # its caption is the one made from the labels
     digest: bytes = b""  # of the image
     problem: BadSample | None = None
 
@@ -49,6 +51,7 @@ class Report:
     duplicates: tuple[tuple[str, ...], ...]  # groups of ids whose images are equal
     bad: tuple[tuple[int, BadSample], ...]
     """What is wrong with the others, with their index (-1: with no record in particular)."""
+    made: int = 0  # records whose caption says no more than their labels
     kinds: tuple[tuple[str, int], ...] = ()
     """Endings of image files and the number of records that have it, the commonest first."""
 
@@ -80,7 +83,13 @@ class Report:
             ],
             "sizes": {f"{h}x{w}": n for (h, w), n in self.sizes},
             "files": dict(self.kinds),
-            "captions": {"count": number, "fewest": fewest, "mean": mean, "most": most},
+            "captions": {
+                "count": number,
+                "fewest": fewest,
+                "mean": mean,
+                "most": most,
+                "made": self.made,
+            },
             "void_share": self.void_share,
             "void_all_over": list(self.empty),
             "classes": [{"name": n, "pixels": p, "records": r} for n, p, r in rows],
@@ -98,7 +107,8 @@ class Report:
             f"{self.name}: {len(self.good)} of {self.count} records are good",
             f"  sizes       {', '.join(sizes) or 'none'}{more}  (width x height)",
             *([f"  files       {', '.join(kinds)}"] if kinds else []),
-            f"  captions    {number}, of {fewest} to {most} words, {mean:.1f} on average",
+            f"  captions    {number}, of {fewest} to {most} words, {mean:.1f} on average; "
+            f"made from the labels: {self.made}",
             f"  void        {100 * self.void_share:.2f} % of pixels; "
             f"records void all over: {len(self.empty)}{listed(self.empty)}",
             f"  never seen  {', '.join(self.unseen) or 'none'}",
@@ -172,6 +182,7 @@ def examine(source: Source, index: int) -> Finding:
         size=(labels.shape[0], labels.shape[1]),
         pixels=np.bincount(values, minlength=len(source.classes) + 1),
         words=tuple(len(split(caption)) for caption in record["captions"]),
+        made=record["captions"] == (describe(labels, source.classes),),
         # With the shape: grey stripes of two shapes may have the same bytes.
         digest=hashlib.sha256(record["image"].tobytes() + str(labels.shape).encode()).digest(),
     )
@@ -199,6 +210,7 @@ def summarise(source: Source, findings: list[Finding], others: Iterable[BadSampl
         captions=(len(words), min(words, default=0), mean, max(words, default=0)),
         empty=tuple(f.id for f, row in zip(good, pixels) if not row[:-1].any()),
         duplicates=tuple(tuple(ids) for ids in same_image.values() if len(ids) > 1),
+        made=sum(finding.made for finding in good),
         kinds=tuple(Counter(getattr(source, "kinds", dict)()).most_common()),
         bad=(
             *((f.position, f.problem) for f in findings if f.problem is not None),

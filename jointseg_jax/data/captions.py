@@ -6,6 +6,8 @@
 | ``*.json`` | ``{id: caption}`` or ``{id: [caption, ...]}`` |
 | COCO ``captions_*.json`` | ``annotations``: ``{"image_id": ..., "caption": ...}`` |
 
+``file_name`` and ``text`` are other names of the two, and a caption may be a list of them.
+
 Cleaning keeps every script, emoji and writing direction. It removes control characters (NUL among
 them), joins white space, and refuses captions that are empty or absurdly long.
 
@@ -54,7 +56,8 @@ def read_lines(path: Path) -> tuple[Captions, list[BadSample]]:
     data = files.read(path)
     files.refuse_utf16(data, str(path))  # once, instead of a problem for each line
     lines = enumerate(data.split(b"\n"), 1)
-    return gather(_line(path, number, line) for number, line in lines if line.strip())
+    rows = (_line(path, number, line) for number, line in lines if line.strip())
+    return gather(entry for row in rows for entry in row)
 
 
 def read_mapping(path: Path) -> tuple[Captions, list[BadSample]]:
@@ -95,19 +98,26 @@ def gather(
     return captions, problems
 
 
-def _line(path: Path, number: int, data: bytes) -> tuple[str, object, str] | BadSample:
-    """Returns the id, the caption and the location of a line, or what is wrong with it."""
+IDS = ("id", "file_name", "image_file_name", "image")
+TEXTS = ("caption", "captions", "text")
+"""Keys of a line under which ids and captions are found, the first one that is there."""
+
+
+def _line(path: Path, number: int, data: bytes) -> list[tuple[str, object, str]] | list[BadSample]:
+    """Returns id, caption and location for each caption of a line, or what is wrong with it."""
     where = f"{path}:{number}"
     try:
         content = json.loads(data.decode("utf-8").lstrip(files.MARK))
-        return str(content["id"]), content["caption"], where
+        key = next(str(content[name]) for name in IDS if name in content)
+        text = next(content[name] for name in TEXTS if name in content)
+        return [(key, each, where) for each in (text if isinstance(text, list) else [text])]
     except UnicodeDecodeError as error:
         found = f"byte 0x{data[error.start]:02x} is not UTF-8"
     except json.JSONDecodeError as error:
         found = f"not JSON ({error.msg})"
-    except (KeyError, TypeError):
+    except (StopIteration, TypeError):
         found = "no 'id' or no 'caption' in it"
-    return BadSample(where, found, 'lines are {"id": ..., "caption": ...} in UTF-8', "Fix it.")
+    return [BadSample(where, found, 'lines are {"id": ..., "caption": ...} in UTF-8', "Fix it.")]
 
 
 def describe(labels: Int16[np.ndarray, "height width"], classes: Classes) -> str:

@@ -19,12 +19,13 @@ import numpy as np
 from jaxtyping import Int16, UInt8
 from PIL import Image
 
-from jointseg_jax.data import captions, files
+from jointseg_jax.data import files
 from jointseg_jax.data.classes import Classes
 from jointseg_jax.data.files import Files
 from jointseg_jax.data.images import CONVERSIONS, PIXEL_LIMIT, Decoding, open_picture
 from jointseg_jax.data.labels import LabelRule, read_classes, stored_rule
 from jointseg_jax.data.records import BadSample, problem_lines
+from jointseg_jax.data.sources.caption_files import captions_of
 from jointseg_jax.data.sources.folders import label_files, list_split, read_image, read_labels
 from jointseg_jax.data.sources.layouts import (
     LAYOUTS,
@@ -32,7 +33,6 @@ from jointseg_jax.data.sources.layouts import (
     SplitIndex,
     find,
     left_out,
-    optional,
     pair,
 )
 from jointseg_jax.data.transforms import BOXES, Resize, resize_image, resize_labels
@@ -186,13 +186,13 @@ def list_plain(root: Path, rule: LabelRule | None) -> SplitIndex:
         sides, kind = (None, pictures), "labels in it (.png)"
         if files.inside(root, "classes.json").exists():
             classes, rule = read_classes(root / "classes.json")
-    texts, problems = optional(files.inside(root, "captions.jsonl"), captions.read_lines)
+    texts = captions_of(root, "", ".", pictures.ids)
     entries = pair(root, pictures.ids, *sides, texts)
     if not entries and not pictures.problems:
         here = sorted({path.suffix or path.name for path in root.iterdir()})
         there = ", ".join(here[:20]) or "no files"
         raise UserError(f"ERROR [given] {root}: no {kind}; there are: {there}.")
-    return SplitIndex(entries, problems + left_out(pictures), classes, rule)
+    return SplitIndex(entries, texts.problems + left_out(pictures), classes, rule)
 
 
 def checked(

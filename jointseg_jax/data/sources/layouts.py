@@ -2,8 +2,8 @@
 
 | layout | images | labels | split | captions |
 |---|---|---|---|---|
-| folders | images/SPLIT/ID.jpg | annotations/SPLIT/ID.png | the folder | captions/SPLIT.jsonl |
-| mmseg | img_dir/SPLIT/ID.jpg | ann_dir/SPLIT/ID.png | the folder | captions/SPLIT.jsonl |
+| folders | images/SPLIT/ID.jpg | annotations/SPLIT/ID.png | the folder | |
+| mmseg | img_dir/SPLIT/ID.jpg | ann_dir/SPLIT/ID.png | the folder | |
 | voc | JPEGImages/ID.jpg | SegmentationClassAug/ID.png, else SegmentationClass/ID.png | \
 ImageSets/Segmentation/SPLIT.txt | ImageSets/Caption/SPLIT.json |
 | ade20k | images/SPLIT/ID.jpg | annotations/SPLIT/ID.png | training, validation | \
@@ -13,10 +13,13 @@ annotations/panoptic_SPLIT.json | annotations/captions_SPLIT.json |
 | coco_stuff | SPLIT/ID.jpg | annotations/SPLIT/ID.png | metas/SPLIT.txt, else the folder | \
 annotations/captions_SPLIT.json |
 | cityscapes | leftImg8bit/SPLIT/ID_leftImg8bit.png | gtFine/SPLIT/ID_gtFine_labelTrainIds.png, \
-else _labelIds.png | metas/SPLIT.txt, else the folder | none |
-| celebamask_hq | CelebA-512-img/ID.jpg | CelebAMask-HQ-mergemask/ID.png | metas/SPLIT.txt | none |
+else _labelIds.png | metas/SPLIT.txt, else the folder | |
+| celebamask_hq | CelebA-512-img/ID.jpg | CelebAMask-HQ-mergemask/ID.png | metas/SPLIT.txt | |
 | celebamask_hq_parts | CelebA-HQ-img/ID.jpg | CelebAMask-HQ-mask-anno/*/ID_PART.png, ID of five \
-digits | metas/SPLIT.txt | none |
+digits | metas/SPLIT.txt | |
+
+Captions are in the file that is named here, or else under one of the usual names of
+``caption_files.py``.
 
 What label values mean stands at each function. An id is the name of a file without its ending, and
 a split is sorted by id. What is wrong with an id stands in its entry: one run shows all problems.
@@ -30,12 +33,13 @@ from typing import NamedTuple, cast
 
 import numpy as np
 
-from jointseg_jax.data import captions, files
-from jointseg_jax.data.captions import Captions
+from jointseg_jax.data import files
+from jointseg_jax.data.captions import read_coco
 from jointseg_jax.data.class_lists import CITYSCAPES_IDS, CLASS_LISTS, COCO_STUFF_IDS
 from jointseg_jax.data.classes import Classes
 from jointseg_jax.data.labels import LabelRule, class_list, read_classes
 from jointseg_jax.data.records import BadSample
+from jointseg_jax.data.sources.caption_files import NO_CAPTIONS, FoundCaptions, captions_of
 from jointseg_jax.types import FILE_VOID, UserError
 
 
@@ -135,24 +139,12 @@ def listed(root: Path, names: Iterable[str], *sides: FoundFiles) -> Iterable[str
     return set().union(*(side.ids for side in sides))
 
 
-def optional(
-    path: Path, reader: Callable[[Path], tuple[Captions, list[BadSample]]]
-) -> tuple[Captions | None, tuple[BadSample, ...]]:
-    """Reads a caption file if there is one; its ids lose file endings."""
-    if not path.exists():
-        return None, ()
-    texts, problems = reader(path)
-    # Caption files of some data sets are keyed by the names of the images.
-    ids = {k: k.rsplit(".", 1)[0] if k.lower().endswith(files.PICTURES) else k for k in texts}
-    return {files.one_name(ids[k]): lines for k, lines in texts.items()}, tuple(problems)
-
-
 def pair(
     root: Path,
     ids: Iterable[str],
     images: FoundFiles | None,
     labels: FoundFiles | None,
-    texts: Captions | None = None,
+    texts: FoundCaptions = NO_CAPTIONS,
 ) -> tuple[Entry, ...]:
     """Joins the sides given by id; what does not fit becomes the entry's problem."""
     ids = sorted(ids)
@@ -168,9 +160,10 @@ def pair(
             files.check_name(root, key)
             image = single_file(root, images, key, "image")
             mask = single_file(root, labels, key, "label file")
-            if texts is not None and not texts.get(key):
+            lines = (texts.texts or {}).get(key, ())
+            if texts.texts is not None and texts.complete and not lines:
                 raise without_caption(root / (image or mask))
-            entries.append(Entry(key, image, mask, (texts or {}).get(key, ())))
+            entries.append(Entry(key, image, mask, lines))
         except BadSample as problem:
             entries.append(Entry(key, problem=problem))
     return tuple(entries)
@@ -222,11 +215,11 @@ def list_folders(root: Path, split: str, *, images: str, labels: str) -> SplitIn
     """Lists images and labels of the same name in two folders; classes.json says what they mean."""
     pictures = find(root, f"{images}/{split}", ".jpg")
     masks = find(root, f"{labels}/{split}", ".png")
-    texts, problems = optional(root / f"captions/{split}.jsonl", captions.read_lines)
+    texts = captions_of(root, split, f"{images}/{split}", pictures.ids)
     entries = pair(root, pictures.ids | masks.ids, pictures, masks, texts)
     path = root / "classes.json"
     classes, rule = read_classes(path) if path.exists() else (None, LabelRule())
-    return SplitIndex(entries, problems + left_out(pictures, masks), classes, rule)
+    return SplitIndex(entries, texts.problems + left_out(pictures, masks), classes, rule)
 
 
 def list_voc(root: Path, split: str) -> SplitIndex:
@@ -237,9 +230,9 @@ def list_voc(root: Path, split: str) -> SplitIndex:
     # Augmented labels (SBD) go before the original ones, which lack most of ``trainaug``.
     augmented = find(root, "SegmentationClassAug", ".png", needed=False)
     masks.names.update(augmented.names)
-    texts, problems = optional(root / f"ImageSets/Caption/{split}.json", captions.read_mapping)
+    texts = captions_of(root, split, "JPEGImages", pictures.ids, f"ImageSets/Caption/{split}.json")
     entries = pair(root, ids, pictures, masks, texts)
-    problems += left_out(pictures, masks, augmented)
+    problems = texts.problems + left_out(pictures, masks, augmented)
     return SplitIndex(entries, problems, CLASS_LISTS["voc"], LabelRule())
 
 
@@ -249,13 +242,15 @@ def list_ade20k(root: Path, split: str, *, other: bool) -> SplitIndex:
     folder = {"train": "training", "val": "validation"}.get(split, split)
     pictures = find(root, f"images/{folder}", ".jpg")
     masks = find(root, f"annotations/{folder}", ".png")
-    texts, problems = optional(root / f"annotations_caption/{folder}.json", captions.read_mapping)
+    texts = captions_of(
+        root, folder, f"images/{folder}", pictures.ids, f"annotations_caption/{folder}.json"
+    )
     entries = pair(root, pictures.ids | masks.ids, pictures, masks, texts)
     classes, rule = CLASS_LISTS["ade20k"], LabelRule(void=(0, 255), shift=1)
     if other:
         names, things = ("other", *classes.names), (False, *classes.isthing)
         classes, rule = Classes(names=names, isthing=things), LabelRule()
-    return SplitIndex(entries, problems + left_out(pictures, masks), classes, rule)
+    return SplitIndex(entries, texts.problems + left_out(pictures, masks), classes, rule)
 
 
 def list_coco_panoptic(root: Path, split: str) -> SplitIndex:
@@ -283,11 +278,16 @@ def list_coco_panoptic(root: Path, split: str) -> SplitIndex:
             f"ERROR [data] {path}: no {error} in it; a COCO panoptic JSON has annotations "
             "(image_id, file_name, segments_info) and categories. Check config.data.*.root."
         ) from None
-    texts, problems = optional(root / f"annotations/captions_{split}.json", captions.read_coco)
-    if texts is not None:
-        texts = {key: texts.get(image, ()) for key, image, _ in rows}
     pictures = find(root, split, ".jpg")
     masks = find(root, f"annotations/panoptic_{split}", ".png")
+    texts = captions_of(
+        root, split, split, pictures.ids, f"annotations/captions_{split}.json", read_coco
+    )
+    if texts.texts is not None:
+        # Those of COCO are keyed by image id, those of others by the name of the image.
+        known = texts.texts
+        known = {key: known.get(image, known.get(key, ())) for key, image, _ in rows}
+        texts = texts._replace(texts=known)
     segments = {key: row for key, _, row in rows}
     entries = tuple(
         entry._replace(segments=segments[entry.id])
@@ -296,7 +296,7 @@ def list_coco_panoptic(root: Path, split: str) -> SplitIndex:
     # In the spelling of ``classes.json``.
     keys = {"name": "name", "isthing": "isthing", "color": "colour"}
     classes = class_list([{keys[k]: c[k] for k in keys if k in c} for c in categories])
-    return SplitIndex(entries, problems + left_out(pictures, masks), classes, None)
+    return SplitIndex(entries, texts.problems + left_out(pictures, masks), classes, None)
 
 
 def segment_rows(annotation: dict, order: dict[int, int]) -> np.ndarray:
@@ -319,13 +319,17 @@ def list_coco_stuff(root: Path, split: str) -> SplitIndex:
     pictures = find(root, folder, ".jpg")
     masks = find(root, f"annotations/{folder}", ".png")
     ids = listed(root, (f"metas/{split}.txt", f"metas/{short}.txt"), pictures, masks)
-    texts, problems = optional(root / f"annotations/captions_{folder}.json", captions.read_coco)
-    if texts is not None:
+    texts = captions_of(
+        root, folder, folder, pictures.ids, f"annotations/captions_{folder}.json", read_coco
+    )
+    if texts.texts is not None:
         # Captions are keyed by image id; file names pad it with zeros to twelve digits.
-        texts = {key: texts.get(key.lstrip("0"), ()) for key in ids}
+        known = texts.texts
+        known = {key: known.get(key.lstrip("0") or "0", known.get(key, ())) for key in ids}
+        texts = texts._replace(texts=known)
     entries = pair(root, ids, pictures, masks, texts)
     rule = LabelRule(table=tuple(zip(COCO_STUFF_IDS, range(len(COCO_STUFF_IDS)))))
-    problems += left_out(pictures, masks)
+    problems = texts.problems + left_out(pictures, masks)
     return SplitIndex(entries, problems, CLASS_LISTS["coco_stuff"], rule)
 
 
@@ -341,8 +345,11 @@ def list_cityscapes(root: Path, split: str) -> SplitIndex:
         table = tuple(zip(CITYSCAPES_IDS, range(len(CITYSCAPES_IDS))))
         rule = LabelRule(void=(FILE_VOID, *unused), table=table)
     ids = listed(root, (f"metas/{split}.txt",), pictures, masks)
-    entries, problems = pair(root, ids, pictures, masks), left_out(pictures, masks)
-    return SplitIndex(entries, problems, CLASS_LISTS["cityscapes"], rule)
+    texts = captions_of(root, split, f"leftImg8bit/{split}", pictures.ids)
+    problems = texts.problems + left_out(pictures, masks)
+    return SplitIndex(
+        pair(root, ids, pictures, masks, texts), problems, CLASS_LISTS["cityscapes"], rule
+    )
 
 
 FACE_LISTS = (
@@ -355,7 +362,9 @@ def list_celebamask_hq(root: Path, split: str) -> SplitIndex:
     ids = lines_of(root, f"metas/{split}.txt", FACE_LISTS)
     pictures = find(root, "CelebA-512-img", ".jpg")
     masks = find(root, "CelebAMask-HQ-mergemask", ".png")
-    entries, problems = pair(root, ids, pictures, masks), left_out(pictures, masks)
+    texts = captions_of(root, split, "CelebA-512-img", pictures.ids)
+    entries = pair(root, ids, pictures, masks, texts)
+    problems = texts.problems + left_out(pictures, masks)
     # No void: a 255 is the sign of a part mask (0 and 255) in place of a merged one.
     return SplitIndex(entries, problems, CLASS_LISTS["celeba_mask"], LabelRule(void=()))
 
@@ -373,9 +382,10 @@ def list_celebamask_hq_parts(root: Path, split: str) -> SplitIndex:
     parts = parts_by_face(painted)
     # Any one part stands for the labels of a face, so that a face without any is noticed.
     firsts = {key: [named[0][1]] for key, named in parts.items()}
-    entries = pair(root, ids, pictures, FoundFiles(painted.prefix, "_PART.png", firsts, {}))
+    texts = captions_of(root, split, "CelebA-HQ-img", pictures.ids)
+    entries = pair(root, ids, pictures, FoundFiles(painted.prefix, "_PART.png", firsts, {}), texts)
     entries = tuple(e if e.problem else with_parts(root, e, parts[e.id]) for e in entries)
-    problems = left_out(pictures, painted)
+    problems = texts.problems + left_out(pictures, painted)
     return SplitIndex(entries, problems, CLASS_LISTS["celeba_mask"], None)
 
 
