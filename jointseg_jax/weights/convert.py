@@ -133,9 +133,12 @@ def require_safetensors(path: str | Path) -> None:
     if not path.is_file():
         raise UserError(f"weights: there is no file {path}.")
     with path.open("rb") as file:
-        start = file.read(4)
-    # By its content too: a pickle is one under any name.
-    if path.suffix in PICKLE_SUFFIXES or start.startswith(PICKLE_STARTS):
+        start = file.read(9)
+    # By its content too: a pickle is one under any name. A safetensors file may begin with the same
+    # byte: the length of its header (8 bytes, lowest first), and the header is JSON.
+    length = int.from_bytes(start[:8], "little")
+    whole = start[8:] == b"{" and length <= path.stat().st_size - 8
+    if path.suffix in PICKLE_SUFFIXES or (start.startswith(PICKLE_STARTS) and not whole):
         raise UserError(
             f"weights: {path} is a pickle (torch.save) file and is refused: pickle can run code "
             "when it is read. Convert it where you trust it, with torch.load(FILE, "

@@ -153,6 +153,17 @@ def test_pickles_are_refused_whatever_their_name(tmp_path, suffix, write):
         read_safetensors(path)
 
 
+@pytest.mark.parametrize("low_byte", [0x80, 0x50])  # pickle's and zip's first byte
+def test_headers_of_every_length_are_read(tmp_path, low_byte):
+    path = tmp_path / "w.safetensors"
+    for n in range(1, 600):
+        save_file({"a" * n: np.arange(3, dtype=np.float32)}, path)
+        if path.read_bytes()[0] == low_byte:
+            np.testing.assert_array_equal(read_safetensors(path)["a" * n], [0, 1, 2])
+            return
+    raise AssertionError("no header has such a length")
+
+
 def test_good_content_under_a_pickle_name_is_refused_too(tmp_path):
     save_file({"a": np.zeros(2, np.float32)}, tmp_path / "w.bin")
     with pytest.raises(UserError, match="is a pickle"):

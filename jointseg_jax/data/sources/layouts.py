@@ -27,7 +27,7 @@ a split is sorted by id. What is wrong with an id stands in its entry: one run s
 
 import functools
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple, cast
 
@@ -119,8 +119,8 @@ def left_out(*sides: FoundFiles) -> tuple[BadSample, ...]:
     return tuple(problem for side in sides for problem in side.problems)
 
 
-def lines_of(root: Path, name: str, remedy: str = "") -> list[str]:
-    """Returns the ids of a split file, as they stand."""
+def lines_of(root: Path, name: str, *sides: FoundFiles, remedy: str = "") -> list[str]:
+    """Returns the ids of a split file; what else its lines may hold says ``id_of``."""
     path = files.inside(root, name)
     if not path.exists():
         have = sorted(p.stem for p in path.parent.glob("*.txt"))
@@ -128,14 +128,59 @@ def lines_of(root: Path, name: str, remedy: str = "") -> list[str]:
             f"ERROR [data] {path}: no such split; there are: {', '.join(have) or 'none'}. "
             f"Check config.data.*.root and config.data.*.split.{remedy}"
         )
-    return [files.one_name(line) for _, line in files.lines(files.read_text(path))]
+    lines = files.lines(files.read_text(path))
+    return [id_of(files.one_name(line), sides, f"{path}:{number}") for number, line in lines]
+
+
+def id_of(line: str, sides: Sequence[FoundFiles], where: str) -> str:
+    """Returns the id of a line: an id, the name of a file, two of them, or an id and a flag.
+
+    ``2007_000032``, ``2007_000032.jpg``, ``/JPEGImages/2007_000032.jpg
+    /SegmentationClassAug/2007_000032.png`` and ``2007_000032 -1`` are the same.
+
+    Raises:
+      BadSample: a line names files that are not those of its id.
+    """
+    if any(line in side.ids for side in sides):
+        return line  # also ids with blanks in them
+    first, *others = line.split()
+    named = [column for column in others if column not in ("-1", "0", "1")]
+    if not all("/" in column or _is_picture(column) for column in named):
+        return line
+    key = bare_id(first, sides)
+    read = [name for side in sides for name in side.names.get(key, ())]
+    for column in (first, *named) if read else ():
+        path = column.lstrip("./")
+        if _is_picture(path) and not any(
+            name.endswith(path) or path.endswith(name) for name in read
+        ):
+            rule = f"files of id {key!r} in this layout: {', '.join(read)}"
+            remedy = "Write lists of one id a line, or put the files where the layout has them."
+            raise BadSample(where, f"{column!r} is in the list", rule, remedy)
+    return key
+
+
+def bare_id(name: str, sides: Sequence[FoundFiles]) -> str:
+    """Returns the id of a file name: without its ending, and without folders above the ids."""
+    stem = name.rsplit(".", 1)[0] if _is_picture(name) else name
+    parts = stem.lstrip("./").split("/")
+    for side in sides:
+        suffix = os.path.splitext(side.suffix)[0]
+        for start in range(len(parts)):
+            if (key := "/".join(parts[start:]).removesuffix(suffix)) in side.ids:
+                return key
+    return parts[-1]
+
+
+def _is_picture(name: str) -> bool:
+    return name.lower().endswith(files.PICTURES)
 
 
 def listed(root: Path, names: Iterable[str], *sides: FoundFiles) -> Iterable[str]:
     """Returns the ids of the first split file that exists, or else those of all files."""
     for name in names:
         if files.inside(root, name).exists():
-            return lines_of(root, name)
+            return lines_of(root, name, *sides)
     return set().union(*(side.ids for side in sides))
 
 
@@ -224,12 +269,13 @@ def list_folders(root: Path, split: str, *, images: str, labels: str) -> SplitIn
 
 def list_voc(root: Path, split: str) -> SplitIndex:
     """Lists the ids of a VOC image set: labels 0..20, and 255 is void."""
-    ids = lines_of(root, f"ImageSets/Segmentation/{split}.txt")
     pictures = find(root, "JPEGImages", ".jpg")
     masks = find(root, "SegmentationClass", ".png", needed=False)
     # Augmented labels (SBD) go before the original ones, which lack most of ``trainaug``.
     augmented = find(root, "SegmentationClassAug", ".png", needed=False)
     masks.names.update(augmented.names)
+    masks.unread.update(augmented.unread)
+    ids = lines_of(root, f"ImageSets/Segmentation/{split}.txt", pictures, masks)
     texts = captions_of(root, split, "JPEGImages", pictures.ids, f"ImageSets/Caption/{split}.json")
     entries = pair(root, ids, pictures, masks, texts)
     problems = texts.problems + left_out(pictures, masks, augmented)
@@ -359,9 +405,9 @@ FACE_LISTS = (
 
 def list_celebamask_hq(root: Path, split: str) -> SplitIndex:
     """Lists CelebAMask-HQ with merged masks, 0..18."""
-    ids = lines_of(root, f"metas/{split}.txt", FACE_LISTS)
     pictures = find(root, "CelebA-512-img", ".jpg")
     masks = find(root, "CelebAMask-HQ-mergemask", ".png")
+    ids = lines_of(root, f"metas/{split}.txt", pictures, masks, remedy=FACE_LISTS)
     texts = captions_of(root, split, "CelebA-512-img", pictures.ids)
     entries = pair(root, ids, pictures, masks, texts)
     problems = texts.problems + left_out(pictures, masks)
@@ -376,8 +422,8 @@ def list_celebamask_hq_parts(root: Path, split: str) -> SplitIndex:
     of 512x512 enlarged to the 1024x1024 of their images. That opens a dozen files a record:
     ``launch/prepare.py`` does it once.
     """
-    ids = lines_of(root, f"metas/{split}.txt", FACE_LISTS)
     pictures = find(root, "CelebA-HQ-img", ".jpg")
+    ids = lines_of(root, f"metas/{split}.txt", pictures, remedy=FACE_LISTS)
     painted = find(root, "CelebAMask-HQ-mask-anno", ".png")
     parts = parts_by_face(painted)
     # Any one part stands for the labels of a face, so that a face without any is noticed.

@@ -107,3 +107,46 @@ def test_names_that_differ_in_unicode_form_are_one(disk):
     source = Folders(root=str(disk.root), split="train")
     (index,) = (i for i, e in enumerate(source.entries) if e.id == composed)
     assert len(source) == 7 and source[index]["captions"] == ("a town",)
+
+
+LINES = {
+    "ids": "{}",
+    "file names": "{}.jpg",
+    "two paths": "/JPEGImages/{}.jpg /SegmentationClass/{}.png",
+    "two paths from above": "VOC/JPEGImages/{}.jpg\tVOC/SegmentationClass/{}.png",
+    "relative paths": "./JPEGImages/{}.jpg",
+    "an id and a flag": "{}  1",
+    "an id and no": "{} -1",
+}
+
+
+def voc(disk, lines):
+    (disk.root / "images/train").rename(disk.root / "JPEGImages")
+    (disk.root / "annotations/train").rename(disk.root / "SegmentationClass")
+    (disk.root / "ImageSets/Segmentation").mkdir(parents=True)
+    (disk.root / "ImageSets/Segmentation/train.txt").write_text("\n".join(lines))
+    disk.captions.unlink()
+    return lambda: Folders(root=str(disk.root), split="train", layout="voc")
+
+
+@pytest.mark.parametrize("kind", LINES)
+def test_lists_of_other_conventions_are_read(disk, kind):
+    source = voc(disk, [LINES[kind].format(key, key) for key in ("a1", "a3")])()
+    assert [entry.id for entry in source.entries] == ["a1", "a3"]
+
+
+def test_lists_of_other_files_than_are_read_are_refused(disk):
+    source = voc(disk, ["a1", "/JPEGImages/a2.jpg /SegmentationClass/a3.png"])
+    where = r"train\.txt:2: '/SegmentationClass/a3\.png' is in the list; files of id 'a2' in this"
+    with pytest.raises(UserError, match=where):
+        source()
+
+
+def test_ids_with_blanks_and_missing_files_are_what_the_list_says(disk):
+    source = voc(disk, ["my photo 1", "nowhere.jpg"])
+    for name in ("JPEGImages/a1.jpg", "SegmentationClass/a1.png"):
+        path = disk.root / name
+        path.rename(path.with_name(path.name.replace("a1", "my photo 1")))
+    with pytest.raises(UserError, match=r"problems in its listing: 1\.") as caught:
+        source()
+    assert "the image of id 'nowhere' is missing" in str(caught.value)
