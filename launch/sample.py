@@ -7,7 +7,8 @@
   python launch/sample.py --workdir runs/semflow --out made --given annotations=maps --num 40
 
 Writes OUT/images/ID.png, OUT/annotations/ID.png (palette PNG: pixel = class index, 255 = void),
-OUT/manifest.jsonl (prompt, seed, size, confidence, SHA-256 of both files) and OUT/grid.png; with
+OUT/manifest.jsonl (prompt, its unknown words, seed, size, confidence, SHA-256 of both files) and
+OUT/grid.png; with
 instance bits also OUT/panoptic/ID.png (RGB PNG of COCO segment ids). Pair i depends on (seed, i)
 alone; an interrupted run (exit status 75 after SIGTERM) goes on with the same command and ends with
 the same bytes. The last line of output is one JSON object. Several processes (as in

@@ -11,6 +11,7 @@ from typing import Literal
 import numpy as np
 
 from jointseg_jax.data.transforms import BOXES, Resize, resize_image, resize_labels
+from jointseg_jax.generation import unread_words
 from jointseg_jax.generation.sample import (
     Condition,
     Inputs,
@@ -62,6 +63,7 @@ def sample_pairs(run: Run, options: SampleOptions) -> dict[str, np.ndarray]:
     """
     system, options = resolved(run, options)
     inputs = Inputs(prompt_rows(run, options.prompts, options.features), options.condition)
+    unread_words.say(unread_words.unread_words(run, options.prompts))
     sampler = make_sampler(run, system, per_device=options.per_device)
     clean = functools.partial(
         cleaned, classes=run.info.classes, absorb=options.absorb, min_instance=options.min_instance

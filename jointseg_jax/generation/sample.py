@@ -23,6 +23,7 @@ from jointseg_jax import build, distributed
 from jointseg_jax.annotations import instances, masks, viz
 from jointseg_jax.data.classes import Classes
 from jointseg_jax.data.images import decode_segment_ids
+from jointseg_jax.generation import unread_words
 from jointseg_jax.generation.filters import Filters, rejections
 from jointseg_jax.generation.pair_writer import PairWriter, read_mask
 from jointseg_jax.generation.rounds import RoundWriter
@@ -37,6 +38,7 @@ from jointseg_jax.generation.sampler import (
     pending_batches,
     with_options,
 )
+from jointseg_jax.generation.unread_words import Unread
 from jointseg_jax.systems.system import Generator
 from jointseg_jax.training.workdir import Run
 from jointseg_jax.types import UserError
@@ -117,6 +119,9 @@ def sample(run: Run, out: Path, options: SampleOptions) -> dict[str, Any]:
     # ------------------------------------------- folder first: it knows which pairs are missing
     writer = RoundWriter(out, run.info.classes, settings_of(run, system, options))
     inputs = Inputs(prompt_rows(run, options.prompts, options.features), options.condition)
+    unread = unread_words.unread_words(run, options.prompts)
+    if distributed.is_first():
+        unread_words.say(unread)
     sampler = make_sampler(run, system, per_device=options.per_device)
 
     # ---------------------------------------------------------------- one batch after the other
@@ -127,12 +132,13 @@ def sample(run: Run, out: Path, options: SampleOptions) -> dict[str, Any]:
         for indices, pairs in host_pairs(sampler, inputs, options.seed, system.size, pending):
             for row, index in enumerate(indices.tolist()):
                 pair = {k: rows[row] for k, rows in pairs.items()}
-                bar.update(write_pair(writer, index, pair, options))
+                bar.update(write_pair(writer, index, pair, options, unread))
             # Also after an empty batch: the first process waits for the lines of every other one.
             bar.update(writer.end_round())
 
     # ---------------------------------------------------------------- report
-    return json.loads(distributed.from_first(lambda: _finish(writer, out, options)))
+    report = json.loads(distributed.from_first(lambda: _finish(writer, out, options)))
+    return report | unread_words.counts(unread)
 
 
 def resolved(run: Run, options: SampleOptions) -> tuple[Generator, SampleOptions]:
@@ -238,7 +244,11 @@ def prompt_rows(run: Run, prompts: Sequence[str], features: np.ndarray | None) -
 
 
 def write_pair(
-    writer: RoundWriter, index: int, made: Mapping[str, np.ndarray], options: SampleOptions
+    writer: RoundWriter,
+    index: int,
+    made: Mapping[str, np.ndarray],
+    options: SampleOptions,
+    unread: Mapping[str, Unread],
 ) -> int:
     """Cleans up, judges and writes one pair; returns how many pairs were listed by that."""
     classes, condition = writer.pairs.classes, options.condition
@@ -252,6 +262,7 @@ def write_pair(
         fields["given"] = given = condition.ids[item]
         name = given + (f"-{repeat + 1}" if repeat else "")
     prompt = options.prompts[index % len(options.prompts)]
+    fields |= unread.get(prompt, Unread()).fields()
     if reason := options.filters.reason(pair):
         return writer.reject(index, prompt, fields, reason, name=name)
     extra = {k: EXTRA_IMAGES[k](pair, classes) for k in options.extra_images}
