@@ -8,7 +8,7 @@ import pytest
 from jointseg_jax.data import captions, files
 from jointseg_jax.data.labels import read_classes
 from jointseg_jax.data.records import BadSample
-from jointseg_jax.data.sources.layouts import lines_of
+from jointseg_jax.data.sources.layouts import ids_of
 from jointseg_jax.types import UserError
 
 MARK = codecs.BOM_UTF8
@@ -19,7 +19,7 @@ def test_json_and_lists_with_a_mark(tmp_path):
     path.write_bytes(MARK + '{"classes": ["sky", "café"]}'.encode())
     assert read_classes(path)[0].names == ("sky", "café")
     (tmp_path / "train.txt").write_bytes(MARK + b"x\r\n\r\n" + MARK + b"y\r\n")
-    assert lines_of(tmp_path, "train.txt") == ["x", "y"]
+    assert ids_of(tmp_path / "train.txt") == ["x", "y"]
     (tmp_path / "picture.png").write_bytes(b"1")
     digest = hashlib.sha256(b"1").hexdigest().encode()
     (tmp_path / "SHA256SUMS").write_bytes(MARK + digest + b"  picture.png\r\n")

@@ -119,8 +119,8 @@ def left_out(*sides: FoundFiles) -> tuple[BadSample, ...]:
     return tuple(problem for side in sides for problem in side.problems)
 
 
-def lines_of(root: Path, name: str, *sides: FoundFiles, remedy: str = "") -> list[str]:
-    """Returns the ids of a split file; what else its lines may hold says ``id_of``."""
+def split_file(root: Path, name: str, remedy: str = "") -> Path:
+    """Returns the path of a split file; refuses one that is not there, with the others."""
     path = files.inside(root, name)
     if not path.exists():
         have = sorted(p.stem for p in path.parent.glob("*.txt"))
@@ -128,6 +128,11 @@ def lines_of(root: Path, name: str, *sides: FoundFiles, remedy: str = "") -> lis
             f"ERROR [data] {path}: no such split; there are: {', '.join(have) or 'none'}. "
             f"Check config.data.*.root and config.data.*.split.{remedy}"
         )
+    return path
+
+
+def ids_of(path: Path, *sides: FoundFiles) -> list[str]:
+    """Returns the ids of a split file; what else its lines may hold says ``id_of``."""
     lines = files.lines(files.read_text(path))
     return [id_of(files.one_name(line), sides, f"{path}:{number}") for number, line in lines]
 
@@ -180,7 +185,7 @@ def listed(root: Path, names: Iterable[str], *sides: FoundFiles) -> Iterable[str
     """Returns the ids of the first split file that exists, or else those of all files."""
     for name in names:
         if files.inside(root, name).exists():
-            return lines_of(root, name, *sides)
+            return ids_of(split_file(root, name), *sides)
     return set().union(*(side.ids for side in sides))
 
 
@@ -269,13 +274,14 @@ def list_folders(root: Path, split: str, *, images: str, labels: str) -> SplitIn
 
 def list_voc(root: Path, split: str) -> SplitIndex:
     """Lists the ids of a VOC image set: labels 0..20, and 255 is void."""
+    path = split_file(root, f"ImageSets/Segmentation/{split}.txt")
     pictures = find(root, "JPEGImages", ".jpg")
     masks = find(root, "SegmentationClass", ".png", needed=False)
     # Augmented labels (SBD) go before the original ones, which lack most of ``trainaug``.
     augmented = find(root, "SegmentationClassAug", ".png", needed=False)
     masks.names.update(augmented.names)
     masks.unread.update(augmented.unread)
-    ids = lines_of(root, f"ImageSets/Segmentation/{split}.txt", pictures, masks)
+    ids = ids_of(path, pictures, masks)
     texts = captions_of(root, split, "JPEGImages", pictures.ids, f"ImageSets/Caption/{split}.json")
     entries = pair(root, ids, pictures, masks, texts)
     problems = texts.problems + left_out(pictures, masks, augmented)
@@ -405,9 +411,10 @@ FACE_LISTS = (
 
 def list_celebamask_hq(root: Path, split: str) -> SplitIndex:
     """Lists CelebAMask-HQ with merged masks, 0..18."""
+    path = split_file(root, f"metas/{split}.txt", FACE_LISTS)
     pictures = find(root, "CelebA-512-img", ".jpg")
     masks = find(root, "CelebAMask-HQ-mergemask", ".png")
-    ids = lines_of(root, f"metas/{split}.txt", pictures, masks, remedy=FACE_LISTS)
+    ids = ids_of(path, pictures, masks)
     texts = captions_of(root, split, "CelebA-512-img", pictures.ids)
     entries = pair(root, ids, pictures, masks, texts)
     problems = texts.problems + left_out(pictures, masks)
@@ -422,8 +429,9 @@ def list_celebamask_hq_parts(root: Path, split: str) -> SplitIndex:
     of 512x512 enlarged to the 1024x1024 of their images. That opens a dozen files a record:
     ``launch/prepare.py`` does it once.
     """
+    path = split_file(root, f"metas/{split}.txt", FACE_LISTS)
     pictures = find(root, "CelebA-HQ-img", ".jpg")
-    ids = lines_of(root, f"metas/{split}.txt", pictures, remedy=FACE_LISTS)
+    ids = ids_of(path, pictures)
     painted = find(root, "CelebAMask-HQ-mask-anno", ".png")
     parts = parts_by_face(painted)
     # Any one part stands for the labels of a face, so that a face without any is noticed.
