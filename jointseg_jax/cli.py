@@ -26,7 +26,7 @@ from absl import app, flags
 
 from jointseg_jax import distributed
 from jointseg_jax.data.records import BadSample
-from jointseg_jax.types import UserError
+from jointseg_jax.types import SEED_LIMIT, UserError
 
 USAGE_ERROR = 2
 
@@ -275,6 +275,12 @@ def define_process_flags() -> None:
     flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.", lower_bound=0)
     dead = "After so long without a sign of life a process counts as dead, and the others end."
     flags.DEFINE_integer("heartbeat_seconds", distributed.HEARTBEAT, dead, lower_bound=2)
+
+
+def define_seed_flag(values: flags.FlagValues = flags.FLAGS) -> flags.FlagHolder[int]:
+    """Defines ``--seed``: 32 bits, for two seeds are never one."""
+    bounds = {"lower_bound": 0, "upper_bound": SEED_LIMIT}
+    return flags.DEFINE_integer("seed", 0, "Seed of the noise.", flag_values=values, **bounds)
 
 
 def start(*, saves: bool = False) -> None:

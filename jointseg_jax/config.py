@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, NamedTuple, TypeVar, get_type_hints
 
 from jointseg_jax.specs import Spec, closest
-from jointseg_jax.types import UserError
+from jointseg_jax.types import SEED_LIMIT, UserError
 
 T = TypeVar("T")
 PathRules = Sequence[tuple[Any, ...]]
@@ -87,14 +87,24 @@ class Refused(UserError):
 # ------------------------------------------------------------------------- parts of a run
 
 
-class Least(NamedTuple):
-    """Rule of a whole number: the least that it may be."""
+class Range(NamedTuple):
+    """Rule of a whole number: the least and the most that it may be."""
 
-    value: int
+    least: int
+    most: int | None = None
+
+    def holds(self, value: object) -> bool:
+        if type(value) is not int:  # a bool is no number here
+            return False
+        return self.least <= value and (self.most is None or value <= self.most)
+
+    def __str__(self) -> str:
+        return f"{self.least} or more" if self.most is None else f"{self.least} to {self.most}"
 
 
-Count = Annotated[int, Least(1)]
-CountOrZero = Annotated[int, Least(0)]
+Count = Annotated[int, Range(1)]
+CountOrZero = Annotated[int, Range(0)]
+Seed = Annotated[int, Range(0, SEED_LIMIT)]
 
 
 class Part:
@@ -118,9 +128,8 @@ class Part:
         for name, hint in get_type_hints(type(self), include_extras=True).items():
             for rule in getattr(hint, "__metadata__", ()):
                 value = getattr(self, name)
-                if type(value) is not int or value < rule.value:  # a bool is no number here
-                    least = f"must be a whole number, {rule.value} or more."
-                    yield f"config.{self.PATH}{name} = {value!r}: {least}"
+                if not rule.holds(value):
+                    yield f"config.{self.PATH}{name} = {value!r}: must be a whole number, {rule}."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -350,7 +359,7 @@ class RunConfig(Part):
     data: DataConfig
     system: SystemConfig
     optimizer: Spec  # adamw or muon, with its schedule
-    seed: CountOrZero = 0  # of everything random
+    seed: Seed = 0  # of everything random
     accumulate: Count = 1  # micro-batches per update
     ema: float | int = 0.9999  # decay of the averaged parameters; 0 keeps no average
     mesh: Sequence[Any] = (-1, 1, 1)  # data, fsdp, model; -1 takes the devices left over

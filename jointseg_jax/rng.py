@@ -20,6 +20,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key, UInt
 
 from jointseg_jax.chips import target
+from jointseg_jax.types import require_seed
 
 Keys = Key[Array, " batch"]
 Numbers = Int[Array, " batch"] | UInt[Array, " batch"]
@@ -33,7 +34,7 @@ def name_id(name: str) -> np.uint32:
 
 def row_keys(seed: int, step: Int[Array, ""] | int, rows: Numbers) -> Keys:
     """One key per row of a training batch (global row numbers)."""
-    step_key = jax.random.fold_in(jax.random.key(seed), step)  # (1)
+    step_key = jax.random.fold_in(_key(seed), step)  # (1)
     # (2) row_key[r] = fold_in(step_key, r), whatever host or device holds the row
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(step_key, rows)
 
@@ -41,8 +42,15 @@ def row_keys(seed: int, step: Int[Array, ""] | int, rows: Numbers) -> Keys:
 def sample_keys(seed: Int[Array, ""] | UInt[Array, ""] | int, indices: Numbers) -> Keys:
     """One key per generated sample."""
     # the name keeps samples apart from training rows of the same seed and number.
-    key = jax.random.fold_in(jax.random.key(seed), name_id("sample"))
+    key = jax.random.fold_in(_key(seed), name_id("sample"))
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, indices)
+
+
+def _key(seed: Array | int | np.integer) -> Key[Array, ""]:
+    # An array has 32 bits already; of a number, ``jax.random.key`` would keep the last 32.
+    if not isinstance(seed, jax.Array):
+        require_seed("seed", seed)
+    return jax.random.key(seed)
 
 
 def fold(keys: Keys, *uses: str | int | np.integer | Int[Array, ""]) -> Keys:

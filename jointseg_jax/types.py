@@ -23,7 +23,7 @@ Conventions:
 """
 
 from collections.abc import Collection, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
 import numpy as np
@@ -33,6 +33,9 @@ VOID = -1
 
 FILE_VOID = 255
 """Value that stands for ``VOID`` in 8-bit label files."""
+
+SEED_LIMIT = 2**32 - 1
+"""The largest seed: JAX keeps 32 bits of a larger one, so that it would be the seed of another."""
 
 Array = jax.Array
 AnyArray = jax.Array | np.ndarray
@@ -64,6 +67,17 @@ def require(name: str, value: object, holds: bool, rule: str, change: str = "") 
     """
     if not holds:
         raise ValueError(f"{name} = {value!r}; it must be {rule}.{f' {change}' if change else ''}")
+
+
+def require_seed(name: str, value: object) -> None:
+    """``require`` for a seed, so that no two seeds draw the same numbers.
+
+    Raises:
+      ValueError: it is no whole number in 0..2^32 - 1.
+    """
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    holds = whole and 0 <= int(cast(int, value)) <= SEED_LIMIT
+    require(name, value, holds, f"a whole number, 0 to {SEED_LIMIT} (32 bits)")
 
 
 def require_one_of(name: str, value: object, allowed: Collection[object], change: str = "") -> None:

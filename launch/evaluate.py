@@ -28,7 +28,7 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a trained run.", requi
 NUM = flags.DEFINE_integer(
     "num", 256, "Pairs to generate and judge (joint runs, bridges).", lower_bound=1
 )
-SEED = flags.DEFINE_integer("seed", 0, "Seed of the noise.", lower_bound=0)
+SEED = cli.define_seed_flag()
 SIZE = flags.DEFINE_string(
     "size", None, "HEIGHTxWIDTH of validation maps for a codec run; default: the config's."
 )

@@ -65,7 +65,7 @@ PROMPTS = flags.DEFINE_string(
 FEATURES = flags.DEFINE_string(
     "text_features", None, ".npy of the prompts' features, for runs that read features."
 )
-SEED = flags.DEFINE_integer("seed", 0, "Seed of the noise.", lower_bound=0)
+SEED = cli.define_seed_flag()
 STEPS = flags.DEFINE_integer("steps", None, "Solver steps; default: the config's.", lower_bound=1)
 GUIDANCE = flags.DEFINE_float(
     "guidance",

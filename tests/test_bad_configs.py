@@ -170,6 +170,12 @@ ROWS = [
     ({"batch": 0}, "config.batch = 0: must be a whole number, 1 or more."),
     ({"log.every": 0}, "config.log.every = 0: must be a whole number, 1 or more."),
     ({"checkpoint.keep": 0}, "config.checkpoint.keep = 0: must be a whole number, 1 or more."),
+    ({"seed": 2**32 + 5}, "config.seed = 4294967301: must be a whole number, 0 to 4294967295."),
+    ({"seed": -1}, "config.seed = -1: must be a whole number, 0 to 4294967295."),
+    (
+        {"system.text.seed": 2**32},
+        "words: seed = 4294967296; it must be a whole number, 0 to 42949",
+    ),
     ({"ema": 1.5}, "config.ema = 1.5: must lie in [0, 1)"),
     ({"ema": -0.1}, "config.ema = -0.1: must lie in [0, 1)"),
     (

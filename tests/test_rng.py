@@ -40,6 +40,21 @@ def test_seeds_steps_rows_and_uses_never_share_a_key():
     assert different(first, *uses, *steps)
 
 
+@pytest.mark.parametrize("seed", [2**32, 2**32 + 5, 2**64, -1, True])
+def test_a_seed_that_would_be_another_is_refused(seed):
+    rows = jnp.arange(2)
+    for keys in (lambda: row_keys(seed, 0, rows), lambda: sample_keys(seed, rows)):
+        with pytest.raises(ValueError, match=r"seed = .*0 to 4294967295 \(32 bits\)"):
+            keys()
+
+
+def test_all_32_bits_of_a_seed_count():
+    seeds = (0, 5, 2**31, 2**31 + 5, 2**32 - 1)
+    assert different(*(row_keys(seed, 0, jnp.arange(2)) for seed in seeds))
+    last = jax.jit(sample_keys)(jnp.uint32(2**32 - 1), jnp.arange(2))
+    np.testing.assert_array_equal(numbers(last), numbers(sample_keys(2**32 - 1, jnp.arange(2))))
+
+
 def test_a_samples_key_depends_on_seed_and_index_alone():
     index = jnp.asarray([5, 2**31 + 1], jnp.uint32)
     np.testing.assert_array_equal(

@@ -19,6 +19,7 @@ from jointseg_jax.codecs.label_ae import LabelAE
 from jointseg_jax.evaluation.bridge_report import bridge_report
 from jointseg_jax.evaluation.codec_report import autoencoder_report
 from jointseg_jax.evaluation.pair_report import joint_report
+from jointseg_jax.generation.sample import check_seed
 from jointseg_jax.systems.autoencode import Autoencode
 from jointseg_jax.systems.bridge import Bridge
 from jointseg_jax.systems.joint import Joint
@@ -47,6 +48,7 @@ def evaluate(
       steps: numbers of solver steps to compare; the config's alone when there are none.
       refine: refinement steps of a label autoencoder run, instead of its config's.
     """
+    check_seed(seed)
     workdir = Path(workdir)
     run = load_run(workdir)
     report: dict[str, Any] = {"step": run.step, "checkpoint_digest": run.digest}

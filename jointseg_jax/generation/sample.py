@@ -41,7 +41,7 @@ from jointseg_jax.generation.sampler import (
 from jointseg_jax.generation.unread_words import Unread
 from jointseg_jax.systems.system import Generator
 from jointseg_jax.training.workdir import Run
-from jointseg_jax.types import UserError
+from jointseg_jax.types import UserError, require_seed
 
 FIELDS = {"images": "image", "labels": "labels"}
 """Kinds of conditions -> the batch field that they are."""
@@ -97,10 +97,25 @@ class SampleOptions:
     filters: Filters = dataclasses.field(default_factory=Filters)
     """What a pair must have; one that has not is listed without files, and counts."""
 
+    def __post_init__(self) -> None:
+        check_seed(self.seed)
+
     @property
     def count(self) -> int:
         """Number of pairs."""
         return self.num or (64 if self.condition is None else len(self.condition))
+
+
+def check_seed(seed: int) -> None:
+    """Refuses a seed of more than 32 bits before anything is written.
+
+    Raises:
+      UserError: the seed is no whole number in 0..2^32 - 1.
+    """
+    try:
+        require_seed("seed", seed)
+    except ValueError as error:
+        raise UserError(f"ERROR [flags] --{error} Give one of these.") from error
 
 
 def sample(run: Run, out: Path, options: SampleOptions) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from jointseg_jax import chips, rules, sharding
 from jointseg_jax.rng import sample_keys
 from jointseg_jax.systems.system import Generator, Pairs
 from jointseg_jax.training.workdir import Run
-from jointseg_jax.types import Array, Params, UserError
+from jointseg_jax.types import Array, Params, UserError, require_seed
 
 Item = TypeVar("Item")
 
@@ -130,6 +130,7 @@ class Sampler:
         self, seed: int, indices: np.ndarray, text: Text, condition: Fields
     ) -> tuple[Any, ...]:
         """Returns text, condition, seed and indices of a batch, each row on its device."""
+        require_seed("seed", seed)
         rows = sharding.batch_sharding(self.mesh)
         values = jax.device_put((text, condition, indices.astype(np.uint32)), rows)
         return *values[:2], jnp.uint32(seed), values[2]

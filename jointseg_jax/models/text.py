@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from jointseg_jax.models.blocks import normal
-from jointseg_jax.types import Params, require_values
+from jointseg_jax.types import Params, require_seed, require_values
 
 PADDING = 0
 """Id of the padding word; a prompt of nothing else is the empty prompt."""
@@ -69,6 +69,9 @@ class Words:
     length: int  # words of every prompt, after padding
     trainable: bool = True  # learned with the denoiser; False: drawn once, unit variance
     seed: int = 0  # of the table that is not trainable
+
+    def __post_init__(self) -> None:
+        require_seed("words: seed", self.seed)
 
     @property
     def module(self) -> WordEmbedding:

@@ -7,16 +7,20 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from absl import flags
 from PIL import Image
 
 from jointseg_jax import build
+from jointseg_jax.cli import define_seed_flag
 from jointseg_jax.config import RunConfig
 from jointseg_jax.data.classes import Classes
 from jointseg_jax.data.records import DatasetInfo
+from jointseg_jax.evaluation.evaluate import evaluate
 from jointseg_jax.generation.filters import Filters
 from jointseg_jax.generation.in_memory import InMemory, sample_pairs, segment
 from jointseg_jax.generation.sample import SampleOptions, sample
 from jointseg_jax.training.workdir import Run
+from jointseg_jax.types import UserError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 CLASSES = Classes(names=("sky", "road", "car"))
@@ -51,6 +55,24 @@ def bridge(tmp_path_factory):
 def read(path):
     values = np.asarray(Image.open(path)).astype(np.int32)
     return np.where(values == 255, -1, values) if values.ndim == 2 else values
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 2**32 + 5])
+def test_a_seed_of_more_than_32_bits_is_refused_before_anything_is_read(seed, tmp_path):
+    with pytest.raises(UserError, match=f"--seed = {seed}; .* 0 to 4294967295"):
+        SampleOptions(seed=seed)
+    with pytest.raises(UserError, match=f"--seed = {seed}; .* 0 to 4294967295"):
+        evaluate(tmp_path, seed=seed)
+
+
+def test_the_flag_takes_all_seeds_of_32_bits_and_no_other():
+    values = flags.FlagValues()
+    seed = define_seed_flag(values)
+    values(["sample", f"--seed={2**32 - 1}"])
+    assert seed.value == 2**32 - 1
+    for wrong in (-1, 2**32, 2**32 + 5):
+        with pytest.raises(flags.IllegalFlagValueError, match="0, 4294967295"):
+            values(["sample", f"--seed={wrong}"])
 
 
 @pytest.mark.thorough
