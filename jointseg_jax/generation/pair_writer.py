@@ -35,6 +35,7 @@ from jointseg_jax.data import files
 from jointseg_jax.data.classes import Classes
 from jointseg_jax.data.images import encode_segment_ids
 from jointseg_jax.data.segments import listed
+from jointseg_jax.generation.pair_names import same_file
 from jointseg_jax.types import FILE_VOID, VOID, UserError
 
 
@@ -55,6 +56,7 @@ class PairWriter:
         self.kept: dict[int, dict[str, Any]] = {}
         """By index, lines of whole pairs that come after one that is not whole. They are listed
         again when their turn has come, so that their files need not be made again."""
+        self._names: dict[str, int] = {}  # the index that a name belongs to
         self._manifest = folder / "manifest.jsonl"
         if not lines:
             if not (folder / "settings.json").exists():
@@ -68,6 +70,8 @@ class PairWriter:
                 (folder / name).mkdir(parents=True, exist_ok=True)
             check_settings(folder / "settings.json", settings)
             self.lines, self.kept = self._verified()
+            for line in (*self.lines, *self.kept.values()):
+                self._names[same_file(str(line.get("id")))] = line["index"]
             # cuts off what is torn or damaged; leaves the file alone where nothing is
             text = b"".join(jsonl.line(line, ascii_only=False) for line in self.lines)
             if not self._manifest.exists() or self._manifest.read_bytes() != text:
@@ -106,6 +110,11 @@ class PairWriter:
           extra_images: further uint8 pictures by the name of their folder.
         """
         name = name or f"{index:08d}"
+        if (owner := self._names.setdefault(same_file(name), index)) != index:
+            raise ValueError(
+                f"pairs {owner} and {index} are both named {name!r}; names differ, and not by "
+                "case or Unicode form only."
+            )
         # The order of contents and fields is that of the line's keys, hence of the file's bytes.
         contents = {
             "image": (f"images/{name}.png", viz.png_bytes(image)),
@@ -145,6 +154,7 @@ class PairWriter:
         with self.explained(self._manifest, len(text)), self._manifest.open("ab") as file:
             file.write(text)
         self.lines.append(dict(line))
+        self._names[same_file(str(line["id"]))] = self.done - 1
 
     @contextlib.contextmanager
     def explained(self, path: Path | None = None, size: int = 0) -> Iterator[None]:
@@ -175,15 +185,18 @@ class PairWriter:
     def _verified(self) -> tuple[list[dict[str, Any]], dict[int, dict[str, Any]]]:
         """Returns the manifest's lines up to the first pair that is not whole; those after it.
 
-        A line that is torn or out of order ends the manifest.
+        A line that is torn or out of order ends the manifest. A pair with the name of one before
+        it, whose files it shares, is made again: under a name of its own.
         """
         saved = jsonl.read_until_damaged(self._manifest) if self._manifest.exists() else ()
-        lines, kept = [], {}
+        lines, kept, names = [], {}, set()
         for index, line in enumerate(saved):
             if line.get("index") != index:
                 break
-            if self._is_whole(line):
+            name = same_file(str(line.get("id")))
+            if name not in names and self._is_whole(line):
                 kept[index] = line
+            names.add(name)
         while len(lines) in kept:
             lines.append(kept.pop(len(lines)))
         return lines, kept

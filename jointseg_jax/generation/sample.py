@@ -25,6 +25,7 @@ from jointseg_jax.data.classes import Classes
 from jointseg_jax.data.images import decode_segment_ids
 from jointseg_jax.generation import unread_words
 from jointseg_jax.generation.filters import Filters, rejections
+from jointseg_jax.generation.pair_names import PairNames
 from jointseg_jax.generation.pair_writer import PairWriter, read_mask
 from jointseg_jax.generation.rounds import RoundWriter
 from jointseg_jax.generation.sampler import (
@@ -131,6 +132,8 @@ def sample(run: Run, out: Path, options: SampleOptions) -> dict[str, Any]:
     # ---------------------------------------------------------------- system and options
     system, options = resolved(run, options)
 
+    names = None if options.condition is None else PairNames(options.condition.ids)
+
     # ------------------------------------------- folder first: it knows which pairs are missing
     writer = RoundWriter(out, run.info.classes, settings_of(run, system, options))
     inputs = Inputs(prompt_rows(run, options.prompts, options.features), options.condition)
@@ -147,7 +150,7 @@ def sample(run: Run, out: Path, options: SampleOptions) -> dict[str, Any]:
         for indices, pairs in host_pairs(sampler, inputs, options.seed, system.size, pending):
             for row, index in enumerate(indices.tolist()):
                 pair = {k: rows[row] for k, rows in pairs.items()}
-                bar.update(write_pair(writer, index, pair, options, unread))
+                bar.update(write_pair(writer, index, pair, options, unread, names))
             # Also after an empty batch: the first process waits for the lines of every other one.
             bar.update(writer.end_round())
 
@@ -264,18 +267,16 @@ def write_pair(
     made: Mapping[str, np.ndarray],
     options: SampleOptions,
     unread: Mapping[str, Unread],
+    names: PairNames | None,
 ) -> int:
     """Cleans up, judges and writes one pair; returns how many pairs were listed by that."""
     classes, condition = writer.pairs.classes, options.condition
     pair = cleaned(made, classes, absorb=options.absorb, min_instance=options.min_instance)
     confidence = float(pair["confidence"].mean(dtype=np.float64))
     fields: dict[str, object] = {"seed": options.seed, "confidence": round(confidence, 6)}
-    name = None
     if condition is not None:
-        repeat, item = divmod(index, len(condition))
-        # named as the item, with a number from the second pair of it on
-        fields["given"] = given = condition.ids[item]
-        name = given + (f"-{repeat + 1}" if repeat else "")
+        fields["given"] = condition.ids[index % len(condition)]
+    name = None if names is None else names(index)
     prompt = options.prompts[index % len(options.prompts)]
     fields |= unread.get(prompt, Unread()).fields()
     if reason := options.filters.reason(pair):
