@@ -73,6 +73,7 @@ class FoundFiles(NamedTuple):
     unread: dict[str, list[str]]
     """Pictures of kinds that are not read, by id. Their ids are listed, with this as a problem."""
     problems: tuple[BadSample, ...] = ()  # links and folders that were left out
+    expected: Mapping[str, str] = {}  # names of missing files, where the id does not give them
 
     @property
     def ids(self) -> set[str]:
@@ -234,7 +235,8 @@ def single_file(root: Path, side: FoundFiles | None, key: str, what: str) -> str
     if not names and (unread := side.unread.get(key)):
         raise of_unread_kind(root, unread[0], what)
     if not names:
-        raise files.missing(root / f"{side.prefix}{key}{side.suffix}", f"{what} of id {key!r}")
+        name = side.expected.get(key, f"{key}{side.suffix}")
+        raise files.missing(root / f"{side.prefix}{name}", f"{what} of id {key!r}")
     if len(names) > 1:
         found = f"id {key!r} has {len(names)} files: {', '.join(sorted(names))}"
         remedy = "Remove or rename all but one."
@@ -308,21 +310,19 @@ def list_ade20k(root: Path, split: str, *, other: bool) -> SplitIndex:
 def list_coco_panoptic(root: Path, split: str) -> SplitIndex:
     """Lists the annotations of a COCO panoptic JSON.
 
-    Classes are its categories in the order of their ids (the 133 of COCO are 0..132). Segment 0 is
-    void. Segments keep their ids; a crowd keeps its class and loses its id, for it is not one
-    instance.
+    An annotation's image is the one that ``images`` has under its ``image_id``; without it, the one
+    of the annotation's own name. Classes are the categories in the order of their ids (the 133 of
+    COCO are 0..132). Segment 0 is void. Segments keep their ids; a crowd keeps its class and loses
+    its id, for it is not one instance.
     """
     path = files.inside(root, f"annotations/panoptic_{split}.json")
     content = cast(dict, files.read_json(path))
     try:
         categories = sorted(content["categories"], key=lambda c: c["id"])
         order = {category["id"]: i for i, category in enumerate(categories)}
+        images = {str(i["id"]): str(i["file_name"]) for i in content.get("images", ())}
         rows = [
-            (
-                files.one_name(PurePosixPath(a["file_name"]).stem),
-                str(a["image_id"]),
-                segment_rows(a, order),
-            )
+            (files.one_name(str(a["file_name"])), str(a["image_id"]), segment_rows(a, order))
             for a in content["annotations"]
         ]
     except (TypeError, KeyError) as error:
@@ -330,6 +330,7 @@ def list_coco_panoptic(root: Path, split: str) -> SplitIndex:
             f"ERROR [data] {path}: no {error} in it; a COCO panoptic JSON has annotations "
             "(image_id, file_name, segments_info) and categories. Check config.data.*.root."
         ) from None
+    keys = [PurePosixPath(label).stem for label, _, _ in rows]
     pictures = find(root, split, ".jpg")
     masks = find(root, f"annotations/panoptic_{split}", ".png")
     texts = captions_of(
@@ -338,17 +339,35 @@ def list_coco_panoptic(root: Path, split: str) -> SplitIndex:
     if texts.texts is not None:
         # Those of COCO are keyed by image id, those of others by the name of the image.
         known = texts.texts
-        known = {key: known.get(image, known.get(key, ())) for key, image, _ in rows}
+        known = {key: known.get(row[1], known.get(key, ())) for key, row in zip(keys, rows)}
         texts = texts._replace(texts=known)
-    segments = {key: row for key, _, row in rows}
-    entries = tuple(
-        entry._replace(segments=segments[entry.id])
-        for entry in pair(root, [key for key, _, _ in rows], pictures, masks, texts)
-    )
+    labels = {key: label for key, (label, _, _) in zip(keys, rows)}
+    named = {key: images.get(image, labels[key]) for key, (_, image, _) in zip(keys, rows)}
+    segments = {key: row for key, (_, _, row) in zip(keys, rows)}
+    joined = pair(root, keys, renamed(pictures, named), renamed(masks, labels), texts)
+    entries = tuple(entry._replace(segments=segments[entry.id]) for entry in joined)
     # In the spelling of ``classes.json``.
-    keys = {"name": "name", "isthing": "isthing", "color": "colour"}
-    classes = class_list([{keys[k]: c[k] for k in keys if k in c} for c in categories])
+    spelt = {"name": "name", "isthing": "isthing", "color": "colour"}
+    classes = class_list([{spelt[k]: c[k] for k in spelt if k in c} for c in categories])
     return SplitIndex(entries, texts.problems + left_out(pictures, masks), classes, None)
+
+
+def renamed(found: FoundFiles, names: Mapping[str, str]) -> FoundFiles:
+    """Returns the files of each id, ``names`` being the file names that a JSON has for them.
+
+    That is the file itself; without it one that differs by its ending, as of converted pictures;
+    without that, those of the name in folders below, as Cityscapes has one for each city.
+    """
+    below: dict[str, list[str]] = {}
+    for stem, paths in found.names.items():
+        below.setdefault(PurePosixPath(stem).name, []).extend(paths)
+    files_of = {}
+    for key, name in names.items():
+        stem = os.path.splitext(name)[0]
+        paths = found.names.get(stem) or below.get(PurePosixPath(stem).name, [])
+        exact = [path for path in paths if path == f"{found.prefix}{name}"]
+        files_of[key] = exact or paths
+    return found._replace(names=files_of, expected=names)
 
 
 def segment_rows(annotation: dict, order: dict[int, int]) -> np.ndarray:

@@ -417,6 +417,69 @@ def test_coco_panoptic(coco, tmp_path):
     assert pickle.loads(pickle.dumps(coco()))[0]["segments"].tolist()[0] == [0, 26, 26, 0]
 
 
+def rename(image="000000000139.jpg", label="000000000139.png", image_id=139, listed=True):
+    """Gives the two files of the set other names in its JSON."""
+
+    def change(content):
+        content["images"] = [{"id": image_id, "file_name": image}] if listed else []
+        content["annotations"][0] |= {"image_id": image_id, "file_name": label}
+
+    return change
+
+
+LEFT, FINE = "a_1_leftImg8bit.png", "a_1_gtFine_panoptic.png"
+
+
+@pytest.mark.parametrize(
+    ("image", "label", "named"),
+    [
+        ("139.jpg", "139_mask.png", {}),
+        (LEFT, FINE, {}),
+        (f"aachen/{LEFT}", FINE, {"image": LEFT}),  # as createPanopticImgs names them
+        (f"aachen/{LEFT}", f"aachen/{FINE}", {}),
+        ("139.png", "139_mask.png", {"image": "139.jpg"}),  # converted after the JSON was made
+        ("a.jpg", "a.png", {"listed": False}),
+        ("a.jpg", "b.png", {"image_id": 0}),
+        ("a.jpg", "b.png", {"image_id": "a"}),
+    ],
+)
+def test_panoptic_images_are_joined_by_image_id(coco, tmp_path, image, label, named):
+    for folder, old, new in (
+        ("val2017", "139.jpg", image),
+        ("annotations/panoptic_val2017", "139.png", label),
+    ):
+        path = tmp_path / folder / new
+        path.parent.mkdir(exist_ok=True)
+        (tmp_path / folder / f"000000000{old}").rename(path)
+    record = coco(rename(**{"image": image, "label": label} | named))[0]
+    assert record["labels"].tolist() == [[VOID, 0, 0, 79], [132, 132, 0, 79]]
+
+
+def test_the_image_of_another_stem_is_not_taken(coco, tmp_path):
+    # 139 and 140 are swapped: by stem alone each would get the other's picture
+    save(tmp_path / "val2017/140.jpg", np.full((2, 4, 3), 200))
+    record = coco(rename(image="140.jpg"))[0]
+    assert record["image"].min() > 150
+
+
+def test_missing_panoptic_files_are_named_one_by_one(coco, tmp_path):
+    def more(content):
+        for key in ("a", "b"):
+            content["images"].append({"id": key, "file_name": f"{key}_image.jpg"})
+            content["annotations"].append(
+                {"image_id": key, "file_name": f"{key}_mask.png", "segments_info": []}
+            )
+
+    save(tmp_path / "val2017/a_image.jpg", np.zeros((2, 4, 3)))
+    (tmp_path / "annotations/panoptic_val2017/b_mask.png").write_bytes(b"")
+    source = coco(more, strict=False)
+    problems = {str(entry.problem).split(": ")[0] for entry in source.entries if entry.problem}
+    names = ("annotations/panoptic_val2017/a_mask.png", "val2017/b_image.jpg")
+    assert len(source) == 3 and len(problems) == 2
+    assert all(any(name in text for text in problems) for name in names)
+    assert source[0]["id"] == "000000000139"
+
+
 def segment(index, **change):
     return lambda c: c["annotations"][0]["segments_info"][index].update(change)
 

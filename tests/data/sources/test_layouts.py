@@ -54,6 +54,18 @@ def test_coco_stuff(stuff, split):
     assert pickle.loads(pickle.dumps(source)).fingerprint() == source.fingerprint()
 
 
+def test_coco_stuff_captions_of_image_0(stuff, tmp_path):
+    image(tmp_path, "train2017/000000000000.jpg")
+    save(tmp_path / "annotations/train2017/000000000000.png", [[0] * 4] * 2)
+    lines = [{"image_id": key, "caption": f"picture {key}"} for key in (0, 9, 581929)]
+    path = tmp_path / "annotations/captions_train2017.json"
+    path.write_text(json.dumps({"annotations": lines}))
+    assert [record["captions"] for record in (stuff()[i] for i in range(2))] == [
+        ("picture 0",),
+        ("picture 9",),
+    ]
+
+
 @pytest.mark.parametrize("raw", [11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90, 182])
 def test_coco_stuff_gaps_are_out_of_range(stuff, tmp_path, raw):
     path = tmp_path / "annotations/train2017/000000000009.png"
