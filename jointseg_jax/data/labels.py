@@ -1,8 +1,9 @@
 """From the values in a label file to class indices, and back.
 
-1. A file value in ``void`` becomes ``VOID``.
-2. A value listed in ``table`` becomes the class beside it; without a table, value ``v`` becomes
+1. A value listed in ``table`` becomes the class beside it; without a table, value ``v`` becomes
    class ``v - shift``.
+2. A file value in ``void`` becomes ``VOID``. A class wins over a void value that nobody stated (the
+   default 255, or a layout's); a stated one that is also a class's value is refused.
 3. Everything else is out of range and refused, with the values as they stand in the file.
 
 The range is checked on the file's own values, before the cast to int16 in which 65535 would be -1.
@@ -12,13 +13,15 @@ A ``classes.json`` says this, and the classes, of a data set folder:
 | key | meaning |
 |---|---|
 | classes | names in index order, or ``{"name": ..., "isthing": ..., "colour": [r, g, b]}`` |
-| ignore_label | file value, or list of values, of pixels without annotation; 255 when absent |
+| ignore_label | file value, or list of values, of pixels without annotation; 255 when absent, \
+unless that is a class's value |
 | swaps | pairs of names that a left/right flip exchanges |
 | first_label | file value of the first class; 0 when absent |
 | label_map | ``{file value: class name or null}``, instead of first_label |
 | colours | ``{"r,g,b": file value}``, for labels painted in colours |
 """
 
+import dataclasses
 import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -83,15 +86,38 @@ class LabelRule:
         return BadSample(path, found, rule, remedy)
 
 
+def settled(rule: LabelRule, count: int, *, stated: bool) -> LabelRule:
+    """Returns the rule without void values that are a class's.
+
+    Args:
+      count: number of classes.
+      stated: whether the user has said what is void, so that the two contradict each other.
+
+    Raises:
+      ValueError: a stated void value is that of a class too.
+    """
+    shifted = ((rule.shift + c, c) for c in range(count))
+    values = {value: label for value, label in rule.table or shifted if label != VOID}
+    if not (both := [value for value in rule.void if value in values]):
+        return rule
+    if stated:
+        raise ValueError(
+            f"file value {both[0]} is void and also the value of class {values[both[0]]}; a value "
+            "means one thing. Take it out of ignore_label (void), or change first_label or the "
+            "label map."
+        )
+    return dataclasses.replace(rule, void=tuple(v for v in rule.void if v not in values))
+
+
 @functools.cache
 def lookup(rule: LabelRule, count: int) -> Int16[np.ndarray, " values"]:
     """Returns the class of every 16-bit file value."""
+    rule = settled(rule, count, stated=rule.void != (FILE_VOID,))
     table = np.full(65536, _OUTSIDE, np.int16)
     for value, label in rule.table or ((rule.shift + c, c) for c in range(count)):
         if not VOID <= label < count:
             raise ValueError(f"LabelRule: table maps {value} to {label}; classes: {count}.")
         table[value] = label
-    # Last: a void value is void even where the shift or the table gives it a class.
     table[list(rule.void)] = VOID
     table.setflags(write=False)
     return table
@@ -148,12 +174,26 @@ def parse(content: object) -> tuple[Classes, LabelRule]:
     void = ignored if isinstance(ignored, list) else [] if ignored is None else [ignored]
     table = content.get("label_map", {}).items()
     colours = content.get("colours", {}).items()
-    return classes, LabelRule(
+    rule = LabelRule(
         void=tuple(map(int, void)),
         shift=int(content.get("first_label", 0)),
         table=tuple((int(v), VOID if name is None else classes.index(name)) for v, name in table),
         colours=tuple((_colour(text.split(",")), int(value)) for text, value in colours),
     )
+    return classes, settled(rule, len(classes), stated="ignore_label" in content)
+
+
+def stated_fields(path: Path) -> dict[str, object]:
+    """Returns the fields of the label rule that a ``classes.json`` states, by their names."""
+    content, rule = cast(dict, files.read_json(path)), read_classes(path)[1]
+    fields: dict[str, object] = {}
+    if "ignore_label" in content:
+        fields["void"] = rule.void
+    if {"first_label", "label_map"} & content.keys():
+        fields |= {"shift": rule.shift, "table": rule.table}
+    if "colours" in content:
+        fields["colours"] = rule.colours
+    return fields
 
 
 def class_list(entries: Sequence[object], swaps: Iterable[Sequence[str]] = ()) -> Classes:

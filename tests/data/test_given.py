@@ -130,7 +130,7 @@ def test_fingerprints_tell_other_input(maps, photos, tmp_path):
     seen.append(given_labels(maps, FOUR).fingerprint())
     (maps / "a.png").rename(maps / "z.png")
     seen.append(given_labels(maps, FOUR).fingerprint())
-    content = {"classes": list(FOUR.names), "ignore_label": [255, 3]}
+    content = {"classes": list(FOUR.names), "ignore_label": [255, 9]}
     (maps / "classes.json").write_text(json.dumps(content))
     seen.append(given_labels(maps, FOUR).fingerprint())
     assert len({json.dumps(value) for value in seen}) == len(seen)

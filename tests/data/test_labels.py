@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from jointseg_jax.data.classes import Classes
 from jointseg_jax.data.images import encode_png
-from jointseg_jax.data.labels import LabelRule, encode_labels, stored_rule
+from jointseg_jax.data.labels import LabelRule, encode_labels, parse, stored_rule
 from jointseg_jax.data.records import BadSample
 from jointseg_jax.types import VOID
 
@@ -21,8 +21,44 @@ def test_plain_indices_and_void():
     assert read(LabelRule(void=(0, 9), shift=1), [[0, 1], [3, 9]]) == [[VOID, 0], [2, VOID]]
 
 
-def test_void_wins_over_a_class():
-    assert read(LabelRule(void=(1,)), [[0, 1, 2]]) == [[0, VOID, 2]]
+def test_a_stated_void_that_is_a_class_is_refused():
+    with pytest.raises(ValueError, match="file value 1 is void and also the value of class 1"):
+        read(LabelRule(void=(1,)), [[0, 1, 2]])
+
+
+def test_a_class_wins_over_the_default_void():
+    assert read(LabelRule(table=((0, 0), (255, 1))), [[0, 255]]) == [[0, 1]]
+    many = Classes(names=tuple(map(str, range(300))))
+    assert read(LabelRule(), [[0, 255, 299]], many) == [[0, 255, 299]]
+    assert read(LabelRule(shift=254), [[254, 255, 256]]) == [[0, 1, 2]]
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({}, [0, VOID]),
+        ({"label_map": {"0": "sky", "255": "tree"}}, [0, 2]),
+        ({"label_map": {"0": "sky", "255": None}}, [0, VOID]),
+        ({"label_map": {"0": "sky", "255": "tree"}, "ignore_label": None}, [0, 2]),
+        ({"label_map": {"0": "sky", "255": "tree"}, "ignore_label": 7}, [0, 2]),
+    ],
+)
+def test_what_a_class_file_makes_of_255(keys, expected):
+    classes, rule = parse({"classes": list(THREE.names), **keys})
+    assert read(rule, [[0, 255]], classes) == [expected]
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"label_map": {"0": "sky", "255": "tree"}, "ignore_label": 255},
+        {"ignore_label": [255, 2]},
+        {"ignore_label": 2, "first_label": 1},
+    ],
+)
+def test_a_class_file_that_contradicts_itself_is_refused(keys):
+    with pytest.raises(ValueError, match="is void and also the value of class"):
+        parse({"classes": list(THREE.names), **keys})
 
 
 def test_a_table_of_values():

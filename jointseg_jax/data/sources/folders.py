@@ -30,10 +30,10 @@ from jointseg_jax.data.images import (
     decode_labels,
     decode_segment_ids,
 )
-from jointseg_jax.data.labels import LabelRule, named_classes
+from jointseg_jax.data.labels import LabelRule, named_classes, settled, stated_fields
 from jointseg_jax.data.records import BadSample, Record, derive, problem_lines
 from jointseg_jax.data.segments import labels_of_segments
-from jointseg_jax.data.sources.layouts import LAYOUTS, Entry, SplitIndex
+from jointseg_jax.data.sources.layouts import LAYOUTS, RULED_BY_FILE, Entry, SplitIndex
 from jointseg_jax.types import UserError
 
 
@@ -68,7 +68,9 @@ class Folders:
         decoding = Decoding(orientation=self.orientation, pixel_limit=self.pixel_limit)
         derive(self, decoding=decoding, files=Files.of(Path(self.root)))
         listing = list_split(Path(self.root), self.split, self.layout)
-        derive(self, classes=self._classes(listing), rule=self._rule(listing))
+        classes = self._classes(listing)
+        derive(self, rule=self._rule(listing, classes))
+        derive(self, classes=classes)
         derive(self, entries=listing.entries, problems=listing.problems)
         if self.strict:
             refuse([*self.problems, *(e.problem for e in self.entries if e.problem)], self.name)
@@ -88,17 +90,33 @@ class Folders:
             )
         return listing.classes
 
-    def _rule(self, listing: SplitIndex) -> LabelRule | None:
+    def _rule(self, listing: SplitIndex, classes: Classes) -> LabelRule | None:
         own: dict[str, Any] = {"void": self.void, "colours": self.colour_map or None}
         own = {key: value for key, value in own.items() if value is not None}
         if self.label_map:
             own |= {"table": self.label_map, "shift": 0}  # a table says everything: no shift
-        if listing.rule is None and own:
-            raise ValueError(
-                f"layout={self.layout!r} takes its labels from segments or parts; void, "
-                "label_map and colour_map do not apply. Leave them out."
-            )
-        return listing.rule and dataclasses.replace(listing.rule, **own)
+        said = self._said_by_file()
+        if listing.rule is None:
+            if own or (said.keys() - {"void"}):
+                raise ValueError(
+                    f"layout={self.layout!r} takes its labels from segments or parts; void, "
+                    "label_map and colour_map do not apply. Leave them out."
+                )
+            return None
+        # Where a classes.json rules, the file named instead of it rules alone.
+        alone = self._names_a_file and self.layout in RULED_BY_FILE
+        base = LabelRule() if alone else listing.rule
+        rule = dataclasses.replace(base, **(said | own))
+        stated = self.void is not None or ("void" in said and not self.label_map)
+        return settled(rule, len(classes), stated=stated)
+
+    def _said_by_file(self) -> dict[str, Any]:
+        """What a class file that is named says of label values; nothing where it is none."""
+        return stated_fields(Path(str(self.classes))) if self._names_a_file else {}
+
+    @property
+    def _names_a_file(self) -> bool:
+        return isinstance(self.classes, str) and self.classes not in CLASS_LISTS
 
     @property
     def name(self) -> str:

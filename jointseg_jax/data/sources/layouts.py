@@ -499,6 +499,9 @@ LAYOUTS: dict[str, Callable[[Path, str], SplitIndex]] = {
     "celebamask_hq_parts": list_celebamask_hq_parts,
 }
 
+RULED_BY_FILE = ("folders", "mmseg")
+"""Layouts in which a classes.json says what label values mean."""
+
 LAYOUT_CLASSES = {name: name for name in ("voc", "ade20k", "coco_panoptic", "coco_stuff")} | {
     "cityscapes": "cityscapes",
     "celebamask_hq": "celeba_mask",

@@ -69,7 +69,7 @@ def test_pickled_sources_read_the_same_without_listing_again(disk):
 def test_fingerprints_tell_other_data(disk):
     first = folders(disk).fingerprint()
     assert first == folders(disk).fingerprint() and json.loads(json.dumps(first)) == first
-    assert folders(disk, void=(255, 0)).fingerprint() != first
+    assert folders(disk, void=(255, 9)).fingerprint() != first
     disk.labels("a3").unlink(), disk.image("a3").unlink()
     changed = folders(disk).fingerprint()
     assert changed["listing"] != first["listing"] and changed["count"] == 5
@@ -196,9 +196,8 @@ def test_turned_pictures_are_refused_unless_told(disk):  # D10
 
 def test_label_rules_can_be_given(disk, paint):
     labels = paint(1)[1]
-    source = folders(disk, void=(255, 3))
-    expected = np.where((labels == 255) | (labels == 3), VOID, labels)
-    np.testing.assert_array_equal(source[1]["labels"], expected)
+    with pytest.raises(ValueError, match="file value 3 is void and also the value of class 3"):
+        folders(disk, void=(255, 3))
     source = folders(disk, label_map=((0, 3), (1, 2), (2, 1), (3, VOID)))
     expected = np.array([3, 2, 1, VOID])[np.where(labels == 255, 3, labels)]
     np.testing.assert_array_equal(source[1]["labels"], expected)
@@ -216,6 +215,40 @@ def test_classes_can_be_named(disk):
     refused(disk, "classes.json: missing, so the labels have no names", "celeba_mask")
     assert folders(disk, classes="voc").classes is CLASS_LISTS["voc"]
     assert len(folders(disk, classes=str(disk.root / "mine.json")).classes) == 4
+
+
+@pytest.mark.parametrize(
+    ("keys", "file_values"),  # of classes 0, 1, 2
+    [
+        ({}, (0, 1, 2)),
+        ({"first_label": 1}, (1, 2, 3)),
+        ({"label_map": {"7": "a", "255": "b", "3": "c"}}, (7, 255, 3)),
+        ({"label_map": {"0": "b", "1": "a", "2": "c"}, "ignore_label": 3}, (1, 0, 2)),
+    ],
+)
+@pytest.mark.parametrize("layout", ["folders", "mmseg", "voc"])
+def test_a_named_class_file_rules_label_values_too(tmp_path, layout, keys, file_values):
+    places = {"folders": ("images/s", "annotations/s"), "mmseg": ("img_dir/s", "ann_dir/s")}
+    image, labels = places.get(layout, ("JPEGImages", "SegmentationClass"))
+    save(tmp_path / image / "1.jpg", np.zeros((1, 3, 3)))
+    save(tmp_path / labels / "1.png", np.array([file_values]))
+    if layout == "voc":
+        lists = tmp_path / "ImageSets/Segmentation"
+        lists.mkdir(parents=True)
+        (lists / "s.txt").write_text("1\n")
+    # another rule beside the data, which the named file goes before
+    (tmp_path / "classes.json").write_text('{"classes": ["x"], "first_label": 9}')
+    named = tmp_path / "mine.json"
+    named.write_text(json.dumps({"classes": ["a", "b", "c"], **keys}))
+    source = Folders(root=str(tmp_path), split="s", layout=layout, classes=str(named))
+    assert source[0]["labels"].tolist() == [[0, 1, 2]]
+
+
+def test_a_label_map_wins_over_a_void_that_nobody_stated(disk, paint):
+    source = folders(disk, label_map=((0, 0), (1, 1), (2, 2), (3, 3), (255, 0)))
+    assert not (source[1]["labels"] == VOID).any()
+    with pytest.raises(ValueError, match="file value 255 is void and also the value of class 0"):
+        folders(disk, void=(255,), label_map=((0, 1), (255, 0)))
 
 
 @pytest.mark.parametrize(
