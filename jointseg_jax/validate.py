@@ -145,6 +145,8 @@ def _data(config: RunConfig, split: str, limit: int, findings: Findings) -> Sour
     findings.note(*bad_records(looked, split, len(source)))
     if not looked.bad:
         findings.add(f"data.{split}", described(looked, len(source)))
+    if looked.lost:
+        findings.add(f"WARNING data.{split}", looked.lost)
     return source
 
 

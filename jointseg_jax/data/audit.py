@@ -15,6 +15,7 @@ import numpy as np
 from jointseg_jax.data.captions import describe
 from jointseg_jax.data.records import BadSample, Source, check_record
 from jointseg_jax.data.tokenizer import split
+from jointseg_jax.data.void_check import lost_classes
 from jointseg_jax.data.workers import in_order
 
 Progress = Callable[..., Iterable[Any]]
@@ -64,6 +65,11 @@ class Report:
     def void_share(self) -> float:
         """Returns the share of all pixels that is void, in [0, 1]."""
         return self.void / max(self.void + sum(self.pixels), 1)
+
+    @property
+    def lost(self) -> str:
+        """A sentence about classes that may have been read as void; "" without any."""
+        return lost_classes(self.names, self.pixels, self.void, len(self.good))
 
     def problems(self) -> str:
         """Returns every bad sample, a line each."""
@@ -116,6 +122,8 @@ class Report:
             f"{listed([' = '.join(group) for group in self.duplicates])}",
             *self._histogram(),
         ]
+        if self.lost:
+            lines.append(f"  WARNING     {self.lost}")
         if self.bad:
             lines += [f"  bad         {len(self.bad)}:", self.problems()]
         return "\n".join(lines)

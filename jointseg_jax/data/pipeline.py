@@ -13,6 +13,7 @@ workers or threads. A batch has image (uint8), labels (int16), index (int64); wi
 """
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -31,8 +32,11 @@ from jointseg_jax.data.cached.loader import (
 from jointseg_jax.data.records import BadReport, BadSample, Record, Source, check_record
 from jointseg_jax.data.segments import panoptic
 from jointseg_jax.data.transforms import Transform
+from jointseg_jax.data.void_check import first_look
 from jointseg_jax.data.workers import read_ahead
 from jointseg_jax.types import UserError
+
+log = logging.getLogger("jointseg_jax")
 
 Row = dict[str, Any]
 """Fields of a row or batch, with what was wrong on the way to it in ``bad``."""
@@ -227,6 +231,8 @@ def batches(
     if isinstance(source, CachedSource):
         source.check_tokenizer(tokenizer)
         return CachedBatches(source, seed=seed, train=train, threads=reading.threads, **place)
+    if host == 0 and train and start_step == 0 and (lost := first_look(source)):
+        log.warning("%s: %s", source.name, lost)
     options = {"tokenizer": tokenizer, "bad": reading.bad, "instances": instances}
     rows = make_rows(source, transforms, seed=seed, batch=batch, train=train, **options)
     # Grain shuffles epoch e with seed + e; hashing first keeps neighbouring seeds apart.
