@@ -3,20 +3,23 @@
 A segment is what shares a (category, instance) pair in one map; of stuff the instance is ignored.
 A category that is neither thing nor stuff is void, in the truth and in a prediction alike.
 
-1. ``IoU(g, p) = |g & p| / (|g| - |g in predicted void| + |p| - |p in true void| - |g & p|)``
+1. ``IoU(g, p) = |g & p| / (|g| + |p| - |p in true void| - |g & p|)``
 2. ``g`` and ``p`` of one category match when ``IoU > 1/2``, which can be true of one pair only
-3. TP: matches. FN: true segments without one. FP: predicted segments without one. A segment more
-   than half of which lies in the other map's void is neither FN nor FP.
+3. TP: matches. FN: true segments without one. FP: predicted segments without one, but for those
+   more than half of which lies in the void of the truth.
 4. ``SQ = sum of IoU / TP``, ``RQ = TP / (TP + FP/2 + FN/2)``, ``PQ = SQ RQ``; a mean runs over the
    classes with ``TP + FP + FN > 0``
 5. modified PQ: for stuff, the IoU of every overlap over the number of true segments, whether it
    matches or not; a mean runs over stuff in the truth and things as above
 
+Predicted void is no answer, and forgives nothing. The ``rule`` ``torchmetrics`` takes it out of the
+union as well (``- |g in predicted void|``), and does not count true segments that lie in it.
+
 Everything is summed over the maps first. A thing without an instance (instance 0) is a segment like
 any other; give a crowd another category, or VOID, to leave it out.
 
-Source: Kirillov et al., Panoptic Segmentation (1801.00868), section 4; Porzi et al., Seamless Scene
-Segmentation (1905.01220), section 4 (modified).
+Source: Kirillov et al., Panoptic Segmentation (1801.00868), section 4, as panopticapi counts it;
+Porzi et al., Seamless Scene Segmentation (1905.01220), section 4 (modified).
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ from jointseg_jax.data.classes import Classes
 from jointseg_jax.data.segments import Parts, parts
 from jointseg_jax.evaluation.alignment import Reconstruction, number
 from jointseg_jax.evaluation.confusion import Valid, mean
+from jointseg_jax.types import require_one_of
 
 PanopticMaps = Integer[np.ndarray, "*batch height width 2"]
 """(label, segment) per pixel, of a batch of maps or one."""
@@ -41,21 +45,29 @@ SUMS = ("tp", "fp", "fn", "true", "iou_sum", "overlap")
 """What is summed over maps, per class."""
 
 
+RULES = ("panopticapi", "torchmetrics")
+"""What predicted void is: a part of the map that is not answered, or one that is left out."""
+
+
 class PanopticQuality:
     """Counts of matched and missed segments that grow map by map.
+
+    Args:
+      rule: one of ``RULES``.
 
     Attributes:
       categories: the order of everything that is per class: things ascending, then stuff.
     """
 
-    def __init__(self, things: Sequence[int], stuff: Sequence[int]):
+    def __init__(self, things: Sequence[int], stuff: Sequence[int], *, rule: str = "panopticapi"):
+        require_one_of("PanopticQuality: rule", rule, RULES)
         both = sorted(set(things) & set(stuff))
         if both or not (len(things) or len(stuff)):
             raise ValueError(
                 f"PanopticQuality: things {list(things)} and stuff {list(stuff)} given; at least "
                 f"one category is needed, and none may be both{f' as {both} are' if both else ''}."
             )
-        self.things, self.stuff = sorted(set(things)), sorted(set(stuff))
+        self.things, self.stuff, self.rule = sorted(set(things)), sorted(set(stuff)), rule
         self.categories = np.array(self.things + self.stuff, np.int64)
         classes = len(self.categories)
         self.tp = np.zeros(classes, np.int64)  # matches
@@ -79,6 +91,11 @@ class PanopticQuality:
 
     def merge(self, other: PanopticQuality) -> None:
         """Adds what another metric of the same categories has counted."""
+        if self.rule != other.rule:
+            raise ValueError(
+                f"PanopticQuality.merge: rule {other.rule!r} given, here it is {self.rule!r}; they "
+                "must be equal."
+            )
         if (self.things, self.stuff) != (other.things, other.stuff):
             raise ValueError(
                 f"PanopticQuality.merge: things {other.things} and stuff {other.stuff} given, here "
@@ -106,8 +123,9 @@ class PanopticQuality:
         g, p, shared = overlap.labels, overlap.segments, overlap.areas
         gt_void, pred_void = gt.labels == classes, pred.labels == classes
         pred_outside = _sum(p, shared * gt_void[g], len(pred.areas))
-        gt_outside = _sum(g, shared * pred_void[p], len(gt.areas))
-        # (1) |g| - |g in predicted void| + |p| - |p in true void| - |g & p|
+        forgiven = pred_void & (self.rule == "torchmetrics")
+        gt_outside = _sum(g, shared * forgiven[p], len(gt.areas))
+        # (1) |g| + |p| - |p in true void| - |g & p|
         union = gt.areas[g] - gt_outside[g] + pred.areas[p] - pred_outside[p] - shared
         # (2) IoU > 1/2, in whole numbers: no quotient to round
         same = (gt.labels[g] == pred.labels[p]) & ~gt_void[g]

@@ -10,14 +10,19 @@ from hypothesis import strategies as st
 
 from jointseg_jax.data.classes import Classes
 from jointseg_jax.data.sources.scenes import Scenes
-from jointseg_jax.evaluation.panoptic_quality import PanopticQuality, PanopticReconstruction, mean
+from jointseg_jax.evaluation.panoptic_quality import (
+    RULES,
+    PanopticQuality,
+    PanopticReconstruction,
+    mean,
+)
 from jointseg_jax.types import VOID
 
 THINGS, STUFF = (2, 5), (0, 7)
 
 
-def quality_of(gt, pred, things=THINGS, stuff=STUFF):
-    quality = PanopticQuality(things, stuff)
+def quality_of(gt, pred, things=THINGS, stuff=STUFF, rule="panopticapi"):
+    quality = PanopticQuality(things, stuff, rule=rule)
     quality.add(gt, pred)
     return quality
 
@@ -26,7 +31,7 @@ def counts(quality):
     return np.stack([quality.tp, quality.fp, quality.fn, quality.iou_sum])
 
 
-def naive(gt, pred):
+def naive(gt, pred, rule):
     """Counts of one pair of maps from sets of pixels, as the text of the paper has it."""
 
     def segments(pairs):
@@ -38,6 +43,8 @@ def naive(gt, pred):
         return found, set(range(pairs[..., 0].size)).difference(*found.values())
 
     (true, true_void), (made, made_void) = segments(gt), segments(pred)
+    if rule == "panopticapi":
+        made_void = set()  # predicted void forgives nothing
     table = {c: np.zeros(6) for c in THINGS + STUFF}  # tp, fp, fn, iou, overlaps, true segments
     matched = set()
     for one, a in true.items():
@@ -71,11 +78,11 @@ def map_pairs(draw):
 
 
 @settings(max_examples=80, deadline=None)  # no deadline: machines differ
-@given(map_pairs())
-def test_the_counts_are_those_of_sets_of_pixels(maps):
+@given(map_pairs(), st.sampled_from(RULES))
+def test_the_counts_are_those_of_sets_of_pixels(maps, rule):
     gt, pred = maps
-    want = sum(naive(a, b) for a, b in zip(gt, pred))
-    quality = quality_of(gt, pred)
+    want = sum(naive(a, b, rule) for a, b in zip(gt, pred))
+    quality = quality_of(gt, pred, rule=rule)
     np.testing.assert_array_equal(quality.categories, THINGS + STUFF)
     # sums of at most 48 quotients in another order
     np.testing.assert_allclose(counts(quality), want[:4], rtol=1e-12)
@@ -98,11 +105,13 @@ def test_laws(maps):
     for a, b in zip(gt, pred):
         halves.merge(quality_of(a, b))
     np.testing.assert_allclose(counts(halves), counts(quality), rtol=1e-12)
-    # what the instances are called does not matter, nor which way round the maps are
+    # what the instances are called does not matter
     renamed = np.stack([pred[..., 0], 10**6 * (7 - pred[..., 1])], -1)
     np.testing.assert_allclose(counts(quality_of(gt, renamed)), counts(quality), rtol=1e-12)
-    swapped = counts(quality_of(pred, gt))[[0, 2, 1, 3]]
-    np.testing.assert_allclose(swapped, counts(quality), rtol=1e-12)
+    # which way round the maps are matters only where predicted void counts
+    swapped = counts(quality_of(pred, gt, rule="torchmetrics"))[[0, 2, 1, 3]]
+    loose = counts(quality_of(gt, pred, rule="torchmetrics"))
+    np.testing.assert_allclose(swapped, loose, rtol=1e-12)
     # a map fits itself
     perfect = quality_of(gt, gt)
     assert perfect.fp.sum() == perfect.fn.sum() == 0
@@ -135,6 +144,19 @@ def test_void_is_left_out_of_unions_and_of_errors():
     assert quality_of(gt, pred).fp.sum() == 0
     pred[2, 0] = (0, 0)  # 1 of 2: it is one
     assert quality_of(gt, pred).fp.tolist() == [0, 1, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("rows", "pq", "errors", "loose"),  # rows of 10 that are answered, the rest is void
+    [(0, 0.0, (0, 1), np.nan), (4, 0.0, (1, 1), 1.0), (6, 0.6, (0, 0), 1.0), (7, 0.7, (0, 0), 1.0)],
+)
+def test_predicted_void_is_no_answer(rows, pq, errors, loose):
+    gt = np.broadcast_to((2, 1), (10, 10, 2)).astype(int)
+    pred = gt.copy()
+    pred[rows:] = (VOID, 0)
+    quality = quality_of(gt, pred)
+    assert quality.pq[0] == pytest.approx(pq) and (quality.fp[0], quality.fn[0]) == errors
+    np.testing.assert_equal(quality_of(gt, pred, rule="torchmetrics").pq[0], loose)
 
 
 def test_rows_can_be_left_out_and_nothing_is_null():
@@ -189,3 +211,7 @@ def test_wrong_categories_are_refused():
         PanopticQuality((), ())
     with pytest.raises(ValueError, match="must be equal"):
         PanopticQuality((1,), ()).merge(PanopticQuality((2,), ()))
+    with pytest.raises(ValueError, match="rule = 'coco'; it must be one of 'panopticapi', 'torch"):
+        PanopticQuality((1,), (), rule="coco")
+    with pytest.raises(ValueError, match="rule 'torchmetrics' given"):
+        PanopticQuality((1,), ()).merge(PanopticQuality((1,), (), rule="torchmetrics"))
