@@ -153,6 +153,10 @@ def id_of(line: str, sides: Sequence[FoundFiles], where: str) -> str:
     named = [column for column in others if column not in ("-1", "0", "1")]
     if not all("/" in column or _is_picture(column) for column in named):
         return line
+    # An id is inside the folder; only the names of files are written from elsewhere.
+    leaves = first.startswith("/") or ".." in first.split("/")
+    if leaves and not _is_picture(first):
+        return line
     key = bare_id(first, sides)
     read = [name for side in sides for name in side.names.get(key, ())]
     for column in (first, *named) if read else ():
