@@ -7,9 +7,9 @@ U-Net around a U-ViT, from captions. When training ends it generates 256 pairs a
 exact oracle: every category of the scenes owns a hue.
 
 Hardware: two CPU cores are enough.
-Expected: alignment mIoU 0.975 on the 256 pairs, chance 0.125; things asked for that are there
-0.78, shapes 0.705 (real renders 0.931), in 9 min 32 s with installation and cold caches (seed 0;
-7 min 51 s without, the same digest).
+Expected: alignment mIoU 0.972 on the 256 pairs, chance 0.126; things asked for that are there
+0.75, shapes 0.723 (real renders 0.931), in 12 min 55 s with installation, on a slow machine and
+beside other work (seed 0).
 Paper: the one-stream mechanism is that of PDM (arXiv 2412.02929, section 3.2), whose full-size
 config is configs/pdm.py.
 """
