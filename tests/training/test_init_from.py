@@ -50,7 +50,7 @@ SIZE = (16, 16)
 
 def config(stage, **denoiser):
     """A run of one stage, as small as can be."""
-    found = PDM["get_config"]("smoke").to_dict()
+    found = presets.shrunk(PDM["get_config"]("data=folders").to_dict())  # a U-ViT
     found |= {"data": presets.scenes(SIZE[0]), "steps": 2, "preview": {"every": 0, "count": 8}}
     found |= {"checkpoint": {"every": 2, "keep": 1}, "log": {"every": 1}, "finish": {"num": 0}}
     found["optimizer"] = {
@@ -59,6 +59,7 @@ def config(stage, **denoiser):
     }
     system = found["system"]
     system |= {"size": SIZE, "text": {"name": "words", "width": 8, "length": 6}}
+    system["streams"]["mask"]["codec"] = {"name": "bits"}
     for stream in system["streams"].values():
         stream["tokens"]["patch"] = 8
     system["denoiser"] |= {"width": 16, "depth": 3, "heads": 2}
