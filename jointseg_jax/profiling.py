@@ -62,14 +62,28 @@ def sampling_flops(system: Any, given: Container[str] = ()) -> float | None:
     return float(forward * len(table(processes).t_network) * (2 if guided else 1))
 
 
+def training_flops(system: object, batch: int) -> float | None:
+    """FLOPs of a training step: 3 x forward on the unpadded tokens, no credit for recomputation.
+
+    With self-conditioning half of the rows have a forward pass more (``systems/joint.py`` (4)).
+    """
+    forward = forward_flops(system)
+    return passes(system) * forward * batch if forward else None
+
+
+def passes(system: object) -> float:
+    """Forward passes that an update of one row is worth."""
+    # A backward pass has two products for each of the forward pass.
+    return 3.5 if getattr(getattr(system, "denoiser", None), "estimated", ()) else 3.0
+
+
 def step_flops(system: object, compiled: jax.stages.Compiled, batch: int) -> float | None:
-    """FLOPs of one training step: 3 x forward on the unpadded tokens, no credit for recomputation.
+    """FLOPs of one training step: ``training_flops``.
 
     Without an analytic count of the network, the compiler's own count (only right without scans).
     """
-    # A backward pass has two products for each of the forward pass.
-    if forward := forward_flops(system):
-        return 3.0 * forward * batch
+    if flops := training_flops(system, batch):
+        return flops
     cost = compiled.cost_analysis() or {}
     return float(cost["flops"]) * jax.device_count() if cost.get("flops", 0) > 0 else None
 

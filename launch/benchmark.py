@@ -31,8 +31,8 @@ random; --classes and --codec say what cannot be known without data, as in launc
 How to read the page:
   first, warm-up   calls that do not count; median, min and max are of the repetitions, a repetition
                    being the mean of several calls in a row. Compilation is listed apart.
-  model FLOPs      train: 3 x forward on the unpadded tokens, no credit for recomputation, codecs or
-                   optimizer. sample: forward x calls of the network.
+  model FLOPs      train: 3 x forward (3.5 with self-conditioning), no credit for recomputation,
+                   codecs or optimizer. sample: forward x calls of the network.
   MFU              model FLOPs / time / the fastest matrix product measured on this machine in the
                    network's number type; and of the maker's bfloat16 peak, where it is known.
   operations       read from a trace of one call after the measurement.

@@ -2,8 +2,9 @@
 
 The update is ``training.step``'s, with the config's mesh, rules and batch:
 
-1. FLOPs of one update = 3 x forward of the network on its unpadded tokens x rows; recomputation,
-   codecs and optimizer get no credit. A codec's training counts what the compiler counts.
+1. FLOPs of one update = 3 x forward (3.5 with self-conditioning) of the network on its unpadded
+   tokens x rows; recomputation, codecs and optimizer get no credit. A codec's training counts what
+   the compiler counts.
 2. MFU = FLOPs / time / chips / (FLOP/s of the fastest matrix product measured here).
 3. Batches are random and on the chip already; with ``data`` they come from the config's data, as in
    a run, and the time spent waiting for them is reported.
@@ -152,7 +153,8 @@ class Update(Benchmark):
     @property
     def facts(self) -> Values:
         """What was prepared."""
-        known = profiling.forward_flops(self.model.system) is not None
+        system = self.model.system
+        known = profiling.forward_flops(system) is not None
         return {
             **self.model.facts(),
             "parameters": sum(x.size for x in jax.tree.leaves(self.state.params)),
@@ -161,7 +163,7 @@ class Update(Benchmark):
             "mesh": list(self.mesh.devices.shape),
             "sharding": str(self.model.config.sharding),
             "input": "the config's data" if self.real is not None else "random, on the chip",
-            "flops_by": "3 x forward" if known else "the compiler",
+            "flops_by": f"{profiling.passes(system):g} x forward" if known else "the compiler",
             **self.update.facts(),
         }
 

@@ -85,14 +85,13 @@ def lower_training(
     everywhere, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)
     with jax.set_mesh(mesh):
         lowered = program.update.lower(program.state, _at(frozen, everywhere), _at(batch, rows))
-    forward, denoiser = profiling.forward_flops(system), getattr(system, "denoiser", None)
+    denoiser = getattr(system, "denoiser", None)
     latents = [name.removeprefix(LATENTS) for name in batch if name.startswith(LATENTS)]
     return Lowered(
         program=lowered,
         mesh=tuple(mesh.devices.shape),
         batch=config.batch,
-        # A backward pass has two products for each of the forward pass.
-        flops=3.0 * forward * config.batch if forward else None,
+        flops=profiling.training_flops(system, config.batch),
         notes=(note, *_named("latents read from a cache: ", latents)),
         attention=profiling.attention_share(system),
         lengths=profiling.lengths(system),
