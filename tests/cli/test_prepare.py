@@ -65,7 +65,9 @@ def test_good_data(launch, root, tmp_path):
     assert len(ArrayRecords(folder=str(tmp_path / "out"), split="train")) == 6
     again = launch("prepare", *arguments, status=2)
     assert "split 'train' is there already, with 6 records" in again.error
-    launch("prepare", *arguments, "--overwrite", "--limit=2", "--set=void=[255,0]")
+    both = launch("prepare", *arguments, "--overwrite", "--set=void=[255,0]", status=2)
+    assert "file value 0 is void and also the value of class 0" in both.error
+    launch("prepare", *arguments, "--overwrite", "--limit=2", "--set=void=[255,9]")
     assert len(ArrayRecords(folder=str(tmp_path / "out"), split="train")) == 2
 
 
