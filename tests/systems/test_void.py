@@ -24,8 +24,6 @@ def test_a_batch_of_void_has_a_finite_loss_and_gradient():
     config = runpy.run_path(str(PDM))["get_config"]("smoke").to_dict()
     config["system"] |= {"size": (SIZE, SIZE), "text": {"name": "words", "width": 8, "length": 4}}
     config["system"]["denoiser"] |= {"width": 8, "depth": 1, "heads": 1}
-    for stream in config["system"]["streams"].values():
-        stream["tokens"]["patch"] = 8
     known = DatasetInfo(Classes(names=("sky", "road", "car")), ("a",), ())
     system = build.system(SystemConfig.parse(config["system"]), known)
     rows = {
